@@ -1,0 +1,200 @@
+"""The typed, strict schema of a dsft config (pydantic 2).
+
+Field names are the contract with users: units are in the names, unknown keys are errors, and ``"auto"`` is
+allowed where dsft can compute a better value. Loading (files, ``extends``, ``--set``, error texts) is in
+``trainer.config.loading``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Auto = Literal["auto"]
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Flag = Annotated[bool, Field(strict=True)]
+
+
+class Section(BaseModel):
+    """A section of the config: unknown keys are refused, values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class CausalLMTask(Section):
+    """Next-token prediction: instruction tuning (`prompt` + `completion`) or plain text (`text`)."""
+
+    type: Literal["causal-lm"]
+
+
+class ModelConfig(Section):
+    """Which model, and how it is held in memory."""
+
+    path: str | None = Field(None, description="Hugging Face model folder, or hub id")
+    config: dict[str, Any] | None = Field(
+        None, description="Inline model config (`model_type`, ...): random weights from `training.seed`"
+    )
+    tokenizer: str | None = Field(
+        None, description="Folder, tokenizer.json or SentencePiece .model; default: the one in `path`"
+    )
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    gradient_checkpointing: Flag = True
+    freeze: tuple[str, ...] = Field(
+        (), description="Module names or fnmatch patterns of parameters that are not trained"
+    )
+    trust_remote_code: Flag = Field(False, description="Run Python code that comes with the model")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give exactly one of `path` (pretrained weights) and `config` (random weights)")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("`config` needs a `model_type`, for example \"llama\"")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("`tokenizer` is needed with `config`, since there is no model folder to take it from")
+        return self
+
+
+class DataSource(Section):
+    """One source of records: a file, a glob or a folder."""
+
+    path: str
+    format: Literal["auto", "jsonl", "text"] = "auto"
+    weight: PositiveFloat = Field(1.0, description="Share of documents drawn from this source, relative to the others")
+    columns: dict[str, str] = Field(default_factory=dict, description="Task column -> column in the file")
+    limit: PositiveInt | None = Field(None, description="Use only the first so many records")
+
+
+class DataConfig(Section):
+    """What the model learns from, in which order and shape."""
+
+    train: tuple[DataSource, ...] = Field(min_length=1)
+    evaluation: tuple[DataSource, ...] = ()
+    sequence_length: PositiveInt = Field(description="Tokens per sequence")
+    packing: Flag = True
+    seed: NonNegativeInt = 0
+    on_long: Literal["split", "truncate", "skip", "error"] = Field(
+        "split", description="A record longer than `sequence_length`"
+    )
+    on_bad_record: Literal["error", "skip"] = "error"
+    window_documents: PositiveInt = Field(
+        4096, description="Documents shuffled and packed together; part of the global order"
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW, as in torch.optim.AdamW (decoupled weight decay, Loshchilov & Hutter 2019)."""
+
+    type: Literal["adamw"] = "adamw"
+    learning_rate: PositiveFloat = 1e-5
+    weight_decay: NonNegativeFloat = Field(0.0, description="Applied to matrices; never to biases and norms")
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+
+
+class ScheduleConfig(Section):
+    """Learning rate as a pure function of training progress."""
+
+    type: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    final_ratio: Fraction = Field(0.0, description="Final learning rate / peak learning rate")
+
+
+class TrainingConfig(Section):
+    """The optimisation. `global_batch_size` counts sequences over all ranks and micro-batches."""
+
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt | Auto = "auto"
+    max_steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    max_grad_norm: NonNegativeFloat = Field(1.0, description="Clip the global gradient norm; 0: off")
+    seed: NonNegativeInt = Field(0, description="Initial weights and dropout")
+    deterministic: Flag = Field(False, description="Deterministic GPU kernels: bit-for-bit resume, slower")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingConfig:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of `max_steps` and `epochs`")
+        return self
+
+
+class DeepSpeedConfig(Section):
+    """ZeRO. `config` passes through to DeepSpeed for experts; what contradicts the plan is refused."""
+
+    zero_stage: Literal[1, 2, 3] = 3
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and which are kept. There is always one at the end."""
+
+    interval_steps: PositiveInt | None = None
+    keep_last: PositiveInt = 2
+
+
+class EvaluationConfig(Section):
+    """When `data.evaluation` is scored. There is always one evaluation at the end."""
+
+    interval_steps: PositiveInt | None = None
+
+
+class ExportConfig(Section):
+    """The Hugging Face folder written at the end of a run."""
+
+    enabled: Flag = True
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto: `model.dtype`")
+    max_shard_size_gib: PositiveFloat = 4.0
+
+
+class LoggingConfig(Section):
+    """What is logged, and how often."""
+
+    interval_steps: PositiveInt = 1
+    tensorboard: Flag = True
+
+
+class LocalCluster(Section):
+    """This machine."""
+
+    backend: Literal["local"] = "local"
+    nodes: Literal[1] = 1
+    processes_per_node: PositiveInt | None = Field(None, description="Default: `gpus_per_node`, else 1")
+    gpus_per_node: NonNegativeInt | None = Field(None, description="Default: the GPUs found here")
+    environment: dict[str, str] = Field(default_factory=dict, description="Variables set for every rank")
+
+
+class ResilienceConfig(Section):
+    """What happens when something fails."""
+
+    max_restarts: NonNegativeInt = 3
+    hang_timeout_seconds: PositiveFloat | Auto = "auto"
+    stop_grace_seconds: NonNegativeFloat = Field(
+        10.0, description="After a stop request: time for a last checkpoint before processes are killed"
+    )
+
+
+class LaunchConfig(Section):
+    """A whole dsft config."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    output_dir: str = "runs"
+    task: CausalLMTask
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
+    logging: LoggingConfig = LoggingConfig()
+    cluster: LocalCluster = LocalCluster()
+    resilience: ResilienceConfig = ResilienceConfig()

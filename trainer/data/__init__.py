@@ -1,0 +1,1 @@
+"""Sources, global order, packing and streams."""

@@ -1,0 +1,109 @@
+"""Failure classes, the exceptions that carry them, exit codes, and the record a failing rank leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import traceback
+from pathlib import Path
+from typing import Any, Literal
+
+FailureClass = Literal[
+    "user",
+    "data",
+    "out_of_memory",
+    "numeric",
+    "hang",
+    "communication",
+    "storage",
+    "node",
+    "preemption",
+    "time_limit",
+    "unknown",
+]
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USER = 2
+EXIT_TEMPORARY = 75  # EX_TEMPFAIL of sysexits.h: worth resubmitting
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+class DsftError(Exception):
+    """An error whose message is written for the user; shown without a traceback."""
+
+    failure_class: FailureClass = "unknown"
+    exit_code = EXIT_FAILED
+
+
+class UserError(DsftError):
+    """Something the user must change: config, paths, versions. Never retried."""
+
+    failure_class: FailureClass = "user"
+    exit_code = EXIT_USER
+
+
+class DataError(UserError):
+    """A record, file or tokenizer that cannot be used as it is. Never retried."""
+
+    failure_class: FailureClass = "data"
+
+
+class NumericError(DsftError):
+    """Loss or gradients are not finite."""
+
+    failure_class: FailureClass = "numeric"
+
+
+class StorageError(DsftError):
+    """Disk full, no permission, or an I/O error while the run writes its own files."""
+
+    failure_class: FailureClass = "storage"
+    exit_code = EXIT_TEMPORARY
+
+
+def node_name() -> str:
+    """The name of this node in logs and records: SLURM's when there is one, else the short host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
+
+
+def classify(error: BaseException) -> FailureClass:
+    """The class of an exception raised in a rank, from its type (and, for torch's errors, its class name)."""
+    if isinstance(error, DsftError):
+        return error.failure_class
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if "OutOfMemoryError" in names or isinstance(error, MemoryError):
+        return "out_of_memory"
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's CPU allocator
+        return "out_of_memory"
+    if "DistBackendError" in names or "DistNetworkError" in names or isinstance(error, ConnectionError):
+        return "communication"
+    # gloo raises a plain RuntimeError; its source path is the only mark it leaves
+    if isinstance(error, RuntimeError) and "gloo/transport" in str(error).replace("\\", "/"):
+        return "communication"
+    if isinstance(error, OSError):
+        return "storage"
+    return "unknown"
+
+
+def write_failure(attempt_dir: Path, rank: int, error: BaseException, step: int | None) -> dict[str, Any]:
+    """Write this rank's failure record (see docs/architecture.md) and return it."""
+    record: dict[str, Any] = {
+        "class": classify(error),
+        "rank": rank,
+        "node": node_name(),
+        "step": step,
+        "message": str(error) or type(error).__name__,
+        "traceback": "".join(traceback.format_exception(error)),
+        "time": time.time(),
+    }
+    folder = attempt_dir / "failures"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank{rank}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record))
+    temporary.replace(path)
+    return record
