@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Auto = Literal["auto"]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
+Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
@@ -55,7 +56,7 @@ class ModelConfig(Section):
         if (self.path is None) == (self.config is None):
             raise ValueError("give exactly one of `path` (pretrained weights) and `config` (random weights)")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
-            raise ValueError("`config` needs a `model_type`, for example \"llama\"")
+            raise ValueError('`config` needs a `model_type`, for example "llama"')
         if self.config is not None and self.tokenizer is None:
             raise ValueError("`tokenizer` is needed with `config`, since there is no model folder to take it from")
         return self
@@ -94,7 +95,7 @@ class OptimizerConfig(Section):
     type: Literal["adamw"] = "adamw"
     learning_rate: PositiveFloat = 1e-5
     weight_decay: NonNegativeFloat = Field(0.0, description="Applied to matrices; never to biases and norms")
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
 
 
@@ -185,7 +186,10 @@ class ResilienceConfig(Section):
 class LaunchConfig(Section):
     """A whole dsft config."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        description='1 to 100 letters, digits, ".", "_" or "-", beginning with a letter or digit',
+    )
     output_dir: str = "runs"
     task: CausalLMTask
     model: ModelConfig

@@ -1,0 +1,252 @@
+"""Config errors in the user's words: dotted path, what was found, what is allowed, the nearest known key."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from trainer.failures import UserError
+
+Path = tuple[str | int, ...]
+
+_SECRET = re.compile(r"token|secret|passw|credential|api_?key|access_?key|private|auth", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ConfigError:
+    """One thing to change: the dotted ``path`` ("" for the file itself), the ``message`` and the ``file`` it is in."""
+
+    path: str
+    message: str
+    file: str | None = None
+
+    def __str__(self) -> str:
+        where = f"{self.path} ({self.file})" if self.path and self.file else self.path or self.file or ""
+        return f"{where}: {self.message}" if where else self.message
+
+
+class ConfigErrors(UserError):
+    """Every error of a config at once, in ``errors``."""
+
+    def __init__(self, config: str, errors: Sequence[ConfigError]) -> None:
+        self.errors = tuple(errors)
+        if len(self.errors) == 1 and not self.errors[0].path:
+            text = str(self.errors[0])
+        else:
+            count = "1 error" if len(self.errors) == 1 else f"{len(self.errors)} errors"
+            text = "\n".join([f"{config}: {count}", *(f"  {error}" for error in self.errors)])
+        super().__init__(text)
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """``("data", "train", 0)`` -> ``data.train.0``, as ``--set`` takes it."""
+    return ".".join(str(part) for part in path)
+
+
+def is_secret(path: Sequence[str | int]) -> bool:
+    """Whether a value at this path must not be shown: environment variables, and names that look like secrets."""
+    names = [part for part in path if isinstance(part, str)]
+    return "environment" in names or any(_SECRET.search(name) for name in names[-1:])
+
+
+def found(value: Any, path: Sequence[str | int] = ()) -> str:
+    """How a JSON value is shown in an error."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    if value is None:
+        return "null"
+    kind = {bool: "boolean", int: "integer", float: "number", str: "string"}.get(type(value), type(value).__name__)
+    if is_secret(path):
+        return f"{'an' if kind == 'integer' else 'a'} {kind} (not shown)"
+    text = json.dumps(value, ensure_ascii=False)
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({kind})"
+
+
+def expected(annotation: Any, metadata: Sequence[Any] = (), description: str | None = None) -> str:
+    """What a field allows, from its type: `a positive integer or "auto"`."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        inner, *extra = get_args(annotation)
+        flat = [item for part in extra for item in (part.metadata if isinstance(part, FieldInfo) else [part])]
+        return expected(inner, [*metadata, *flat], description)
+    if origin in (Union, types.UnionType):
+        return " or ".join(expected(item) for item in get_args(annotation) if item is not type(None))
+    if origin is Literal:
+        return " or ".join(json.dumps(value) for value in get_args(annotation))
+    if origin is tuple:
+        items = get_args(annotation)
+        if len(items) == 2 and items[1] is Ellipsis:
+            return (
+                "a list"
+                if isinstance(items[0], type) and issubclass(items[0], BaseModel)
+                else f"a list, each {_one(items[0])}"
+            )
+        return f"a list of {len(items)}, each {_one(items[0])}"
+    if origin is dict:
+        return "an object"
+    if annotation is bool:
+        return "true or false"
+    if annotation is str:
+        return description if any(getattr(item, "pattern", None) for item in metadata) and description else "a string"
+    if annotation in (int, float):
+        return _number("integer" if annotation is int else "number", metadata)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        keys = [name for name, field in annotation.model_fields.items() if field.is_required()]
+        return f"an object with {', '.join(keys)}" if keys else "an object"
+    return "another value"
+
+
+def _one(annotation: Any) -> str:
+    return expected(annotation)
+
+
+def _number(kind: str, metadata: Sequence[Any]) -> str:
+    bounds = {
+        name: getattr(item, name) for item in metadata for name in ("gt", "ge", "lt", "le") if hasattr(item, name)
+    }
+    article = "an" if kind == "integer" else "a"
+    if bounds == {"gt": 0}:
+        return f"a positive {kind}"
+    if bounds == {"ge": 0}:
+        return f"{article} {kind} of at least 0"
+    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    limits = " and ".join(f"{words[name]} {bounds[name]}" for name in ("gt", "ge", "lt", "le") if name in bounds)
+    return f"{article} {kind} {limits}".rstrip()
+
+
+# -- pydantic's errors -------------------------------------------------------------------------------------------------
+
+
+def translate(error: ValidationError, schema: type[BaseModel]) -> Iterator[tuple[Path, str, bool]]:
+    """(path, message, whether it says that something is missing) for each thing to change, in the file's order."""
+    seen: set[Path] = set()
+    for item in error.errors(include_url=False):
+        path, annotation, metadata, field, owner = _locate(schema, item["loc"])
+        kind = item["type"]
+        if kind == "extra_forbidden":
+            message = f"unknown key{suggestion(path, owner, schema)}"
+        elif kind == "missing":
+            message = f"missing; expected {expected(annotation, metadata, field and field.description)}"
+        elif kind in ("value_error", "assertion_error"):
+            message = str(item["ctx"]["error"])
+        elif kind in ("union_tag_not_found", "union_tag_invalid"):
+            key = str(item["ctx"]["discriminator"]).strip("'")
+            path = (*path, key)
+            tags = item["ctx"].get("expected_tags") or ", ".join(f"'{tag}'" for tag in _tags(annotation, key))
+            allowed = " or ".join(json.dumps(tag.strip(" '")) for tag in tags.split(","))
+            value = item["input"].get(key) if isinstance(item["input"], dict) else None
+            was = "missing" if kind == "union_tag_not_found" else f"found {found(value, path)}"
+            message = f"{was}; expected {allowed}{_closest(value, tags)}"
+        elif kind == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]:
+            continue  # pydantic counts only the valid items; those that are not have their own errors
+        elif kind in ("too_short", "too_long"):
+            limit = item["ctx"].get("min_length", item["ctx"].get("max_length"))
+            message = (
+                f"found {found(item['input'], path)}; expected at {'least' if kind == 'too_short' else 'most'} {limit}"
+            )
+        else:
+            allowed = expected(annotation, metadata, field and field.description)
+            message = f"found {found(item['input'], path)}; expected {allowed}{_closest(item['input'], allowed)}"
+        if path not in seen or kind == "value_error":
+            seen.add(path)
+            yield path, message, kind in ("missing", "union_tag_not_found", "value_error")
+
+
+def _closest(value: Any, allowed: str) -> str:
+    if not isinstance(value, str):
+        return ""
+    close = difflib.get_close_matches(value, re.findall(r"[\"']([^\"']+)[\"']", allowed), 1)
+    return f" (did you mean {json.dumps(close[0])}?)" if close else ""
+
+
+def _tags(annotation: Any, key: str) -> list[str]:
+    members = [item for item in _options(annotation) if isinstance(item, type) and issubclass(item, BaseModel)]
+    return [tag for member in members for tag in get_args(member.model_fields[key].annotation)]
+
+
+def _options(annotation: Any) -> list[Any]:
+    """The members of a union, or the annotation itself; Annotated is peeled off."""
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [option for item in get_args(annotation) if item is not type(None) for option in _options(item)]
+    return [annotation]
+
+
+def _locate(
+    schema: type[BaseModel], location: Sequence[str | int]
+) -> tuple[Path, Any, Sequence[Any], FieldInfo | None, type[BaseModel]]:
+    """Follow pydantic's location through the types, leaving out the parts that name union members."""
+    path: list[str | int] = []
+    current: Any = schema
+    metadata: Sequence[Any] = ()
+    field: FieldInfo | None = None
+    owner = schema
+    for part in location:
+        options = _options(current)
+        models = [item for item in options if isinstance(item, type) and issubclass(item, BaseModel)]
+        tagged = [
+            model
+            for model in models
+            if len(models) > 1 and any(part in _literals(f) for f in model.model_fields.values())
+        ]
+        if tagged:
+            current = tagged[0]
+        elif models:
+            owner = models[0]
+            path.append(part)
+            field = owner.model_fields.get(str(part))
+            current, metadata = (field.annotation, field.metadata) if field else (Any, ())
+        elif any(get_origin(item) in (tuple, list) for item in options) and isinstance(part, int):
+            items = get_args(next(item for item in options if get_origin(item) in (tuple, list)))
+            path.append(part)
+            current, metadata, field = items[0] if items[-1] is Ellipsis else items[part], (), None
+        elif any(get_origin(item) is dict for item in options):
+            path.append(part)
+            current, metadata, field = get_args(options[0])[1], (), None
+    return tuple(path), current, metadata, field, owner
+
+
+def _literals(field: FieldInfo) -> tuple[Any, ...]:
+    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+
+
+# -- nearest keys ------------------------------------------------------------------------------------------------------
+
+
+def known_paths(schema: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every key of the schema, as a path (list items are left out of the path)."""
+    for name, field in schema.model_fields.items():
+        yield (*prefix, name)
+        for option in _options(field.annotation):
+            inner = (
+                [item for item in get_args(option) if item is not Ellipsis] if get_origin(option) is tuple else [option]
+            )
+            for item in (choice for part in inner for choice in _options(part)):
+                if isinstance(item, type) and issubclass(item, BaseModel):
+                    yield from known_paths(item, (*prefix, name))
+
+
+def suggestion(path: Path, owner: type[BaseModel], schema: type[BaseModel]) -> str:
+    """What was probably meant by an unknown key."""
+    key = str(path[-1])
+    siblings = [*owner.model_fields, *(["extends"] if owner is schema else [])]
+    close = difflib.get_close_matches(key.lower(), siblings, 1, 0.6)
+    close = close or [name for name in siblings if len(key) > 2 and (key.lower() in name or name in key.lower())]
+    if close:
+        return f"; did you mean `{dotted((*path[:-1], close[0]))}`?"
+    everywhere = list(known_paths(schema))
+    names = difflib.get_close_matches(key.lower(), {item[-1] for item in everywhere}, 1, 0.8)
+    if names:
+        return f"; did you mean `{dotted(next(item for item in everywhere if item[-1] == names[0]))}`?"
+    return f"; known here: {', '.join(siblings)}"
