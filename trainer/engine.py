@@ -1,0 +1,239 @@
+"""The one module that talks to DeepSpeed: process group, ZeRO engine, and this rank's slices of the state.
+
+Everything else sees plain tensors. A `Shard` names what a checkpoint needs of one parameter on this rank: the
+fp32 master weights and Adam moments, as 1-D views into the flat groups of the ZeRO optimizer, and where in the
+flattened parameter they begin. ZeRO-3 cuts each flattened parameter into W equal pieces (the last one padded);
+stages 1 and 2 cut the concatenation of a group's parameters, so a piece may begin anywhere.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's slice of one parameter.
+
+    Attributes:
+        name: the parameter's name in the model.
+        numel: elements of the whole parameter.
+        offset: where the slice begins in the flattened parameter.
+        length: elements of the slice, without ZeRO's padding.
+        tensors: ``master`` (fp32), ``exp_avg`` and ``exp_avg_sq`` for trained parameters, ``frozen`` (the
+            model's dtype) for the others. 1-D views of ``length`` elements: writing to them changes the state.
+    """
+
+    name: str
+    numel: int
+    offset: int
+    length: int
+    tensors: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did: ``applied`` is False when gradients were not finite and it was skipped."""
+
+    applied: bool
+    grad_norm: float
+
+
+def init_distributed(device: str, timeout_seconds: float) -> torch.device:
+    """Join the job's process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read by DeepSpeed at import
+    import deepspeed
+    import deepspeed.ops
+
+    # DeepSpeed logs what a user cannot act on; its warnings and errors stay.
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On CPUs DeepSpeed would compile a shared-memory all-reduce at start: a minute of g++, and a process killed in
+    # it leaves a lock that hangs every later start. Gloo does the job.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device == "cuda" else "gloo",
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+        verbose=False,
+    )
+    return torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+
+
+def gathered(parameters: Sequence[torch.nn.Parameter], modifier_rank: int | None = None) -> AbstractContextManager[Any]:
+    """Whole parameters inside the context (a collective; a no-op where they are not partitioned)."""
+    import deepspeed
+
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+        list(parameters), modifier_rank=modifier_rank
+    )
+    return context
+
+
+def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter, also where ZeRO-3 has left an empty tensor in its place."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+class Engine:
+    """A model under ZeRO, with its optimizer.
+
+    Args:
+        model: built under ``zero.Init`` for stage 3; frozen parameters already have ``requires_grad=False``.
+        optimizer: a torch optimizer over the trained parameters.
+        config: the whole DeepSpeed JSON, as planned.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
+        import deepspeed
+
+        self._engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.model: torch.nn.Module = self._engine.module
+        self.optimizer = optimizer
+        self.stage = int(config["zero_optimization"]["stage"])
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+    def forward(self, **inputs: Any) -> Any:
+        """The model's forward pass. Every rank must make the same number of calls."""
+        return self._engine(**inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients. DeepSpeed averages over ranks: the caller multiplies by the world size."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+        # With managed accumulation step() counts micro-batches; only the last one of a global batch updates.
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Update the weights after the last `backward` of a global batch."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        applied = bool(self._engine.was_step_applied())
+        return StepResult(applied, math.nan if norm is None else float(norm))
+
+    def train(self) -> None:
+        self._engine.train()
+
+    def eval(self) -> None:
+        self._engine.eval()
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def shards(self) -> Iterator[Shard]:
+        """This rank's slices of every parameter, in the model's order."""
+        self._ensure_moments()
+        for name, parameter in self._parameters():
+            if self.stage == 3:
+                yield self._zero3_shard(name, parameter)
+            else:
+                shard = self._fragment_shard(name, parameter)
+                if shard is not None:
+                    yield shard
+
+    def parameters(self) -> list[tuple[str, tuple[int, ...], bool]]:
+        """(name, whole shape, trained) of every parameter of the model; tied ones once."""
+        return [(name, whole_shape(p), p.requires_grad) for name, p in self._parameters()]
+
+    def optimizer_steps(self) -> int:
+        """Adam's step count."""
+        for flat in self._flat_groups():
+            step = self.optimizer.state[flat].get("step")
+            if step is not None:
+                return int(step)
+        return 0
+
+    def finish_loading(self, optimizer_steps: int) -> None:
+        """After the slices were written to: set Adam's step count and refresh every copy made from the masters."""
+        for flat in self._flat_groups():
+            self.optimizer.state[flat]["step"].fill_(float(optimizer_steps))
+        zero = self._zero
+        if self.stage == 3:
+            # exactly what DeepSpeed does after an optimizer step: 16-bit pieces, then the full copies of small
+            # (persistent) parameters, then hpZ's secondary pieces
+            for group in range(len(zero.fp32_partitioned_groups_flat)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            persistent = list(zero.persistent_parameters)
+            if persistent:
+                persistent[0].all_gather(persistent)
+            zero.invalidate_secondary_tensor()
+        else:
+            zero.update_lp_params()
+
+    @property
+    def _zero(self) -> Any:
+        return self._engine.optimizer
+
+    def _parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        yield from self.model.named_parameters()
+
+    def _flat_groups(self) -> list[torch.Tensor]:
+        zero = self._zero
+        for attribute in (
+            "fp32_partitioned_groups_flat",  # stage 3
+            "single_partition_of_fp32_groups",  # stages 1 and 2
+            "fp32_groups_flat_partition",  # stage 1 in bf16 with fp32 accumulation
+        ):
+            if hasattr(zero, attribute):
+                return list(getattr(zero, attribute))
+        raise RuntimeError(f"unknown ZeRO optimizer {type(zero).__name__}")
+
+    def _ensure_moments(self) -> None:
+        """Adam creates its state at the first step; a checkpoint may be loaded before it."""
+        for flat in self._flat_groups():
+            state = self.optimizer.state[flat]
+            if "step" not in state:
+                fused = bool(self.optimizer.defaults.get("fused"))
+                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
+                for key in MOMENTS:
+                    state[key] = torch.zeros_like(flat, requires_grad=False)
+
+    def _zero3_shard(self, name: str, parameter: Any) -> Shard:
+        numel = int(parameter.ds_numel)
+        piece = math.ceil(numel / self.world_size)
+        offset = min(self.rank * piece, numel)
+        length = min(piece, numel - offset)
+        if parameter.requires_grad:
+            group, start, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            flat = self._flat_groups()[group]
+            tensors = self._views(flat, start, length)
+        else:
+            tensors = {"frozen": parameter.ds_tensor.data.view(-1)[:length]}
+        return Shard(name, numel, offset, length, tensors)
+
+    def _fragment_shard(self, name: str, parameter: Any) -> Shard | None:
+        numel = parameter.numel()
+        if not parameter.requires_grad:  # replicated: each rank writes its W-th part
+            piece = math.ceil(numel / self.world_size)
+            offset = min(self.rank * piece, numel)
+            length = min(piece, numel - offset)
+            return Shard(name, numel, offset, length, {"frozen": parameter.data.view(-1)[offset : offset + length]})
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        flat = self._flat_groups()[mapping.param_group_index]
+        where = mapping.get_hp_fragment_address()
+        offset = int(mapping.lp_fragment_address.start)
+        return Shard(name, numel, offset, where.numel, self._views(flat, where.start, where.numel))
+
+    def _views(self, flat: torch.Tensor, start: int, length: int) -> dict[str, torch.Tensor]:
+        state = self.optimizer.state[flat]
+        views = {"master": flat.detach().narrow(0, start, length)}
+        views.update({key: state[key].narrow(0, start, length) for key in MOMENTS})
+        return views

@@ -1,0 +1,91 @@
+"""From packed sequences to a summed loss, for language models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.data.sample import PackedSequence
+from trainer.loss import LabelledPositions, cross_entropy_sum
+
+_PAD_TO = 8  # tokens; matrix kernels like multiples of 8
+
+
+@dataclass(frozen=True)
+class LanguageModelBatch:
+    """One micro-batch of token sequences.
+
+    Attributes:
+        input_ids: int64 [rows, length].
+        position_ids: int64 [rows, length]; they restart at 0 with every sample. transformers builds the block-diagonal
+            causal mask from them, and only where no attention_mask is passed.
+        positions: int64 [targets]; where in the flattened rows a label is predicted.
+        labels: int64 [targets].
+        padded_tokens: tokens of ``input_ids`` that are padding.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    positions: torch.Tensor
+    labels: torch.Tensor
+    padded_tokens: int
+
+
+def collate(
+    sequences: Sequence[PackedSequence], pad_id: int, one_row: bool, device: torch.device
+) -> LanguageModelBatch:
+    """Rows of a micro-batch, padded to the longest one, or all of it in one row without padding (``one_row``).
+
+    Padding continues the positions of a row's last sample: it attends backwards only, nothing attends to it, and a row
+    with one sample keeps the plain causal mask. Without sequences (a rank with less work than the others) the
+    batch is one row of padding without labels.
+    """
+    rows = [list(sequence.samples) for sequence in sequences]
+    if one_row:
+        rows = [[sample for row in rows for sample in row]]
+    lengths = [sum(len(sample.tokens) for sample in row) for row in rows]
+    width = max(lengths, default=0)
+    width = max(-(-width // _PAD_TO) * _PAD_TO, _PAD_TO) if not (one_row and width) else width
+    shape = (max(len(rows), 1), width)
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    position_ids = np.tile(np.arange(width, dtype=np.int64), (shape[0], 1))
+    predicts = np.zeros(shape, dtype=bool)
+    labels = []
+    for index, row in enumerate(rows):
+        start = 0
+        for sample in row:
+            end = start + len(sample.tokens)
+            input_ids[index, start:end] = sample.tokens
+            position_ids[index, start:] = np.arange(width - start)
+            predicts[index, start : end - 1] = sample.targets[1:]
+            labels.append(sample.tokens[1:][sample.targets[1:]])
+            start = end
+    flat_labels = np.concatenate(labels).astype(np.int64) if labels else np.zeros(0, dtype=np.int64)
+    return LanguageModelBatch(
+        torch.from_numpy(input_ids).to(device, non_blocking=True),
+        torch.from_numpy(position_ids).to(device, non_blocking=True),
+        torch.from_numpy(np.flatnonzero(predicts)).to(device, non_blocking=True),
+        torch.from_numpy(flat_labels).to(device, non_blocking=True),
+        shape[0] * width - sum(lengths),
+    )
+
+
+class LanguageModelLoss:
+    """Runs a causal language model on micro-batches and sums the loss of their target tokens."""
+
+    def __init__(self, model: Any, pad_id: int | None, attention: str, device: torch.device) -> None:
+        self._head = LabelledPositions(model)
+        self._pad_id = 0 if pad_id is None else pad_id  # never attended to, never a label: any id will do
+        self._one_row = attention.startswith("flash_attention")
+        self._device = device
+
+    def __call__(self, forward: Callable[..., Any], sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, int]:
+        """(sum of the loss over target tokens, fp32 scalar; padded tokens)."""
+        batch = collate(sequences, self._pad_id, self._one_row, self._device)
+        with self._head.only(batch.positions):
+            output = forward(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        return cross_entropy_sum(output.logits, batch.labels), batch.padded_tokens

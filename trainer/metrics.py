@@ -1,0 +1,55 @@
+"""metrics.jsonl and TensorBoard: what is reported is true, unrounded, and written once a step by rank 0."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from trainer.rundir import append_line
+
+_SCALARS = ("loss", "learning_rate", "grad_norm", "target_tokens_per_second", "tokens_per_second", "mfu")
+
+
+class MetricsLog:
+    """Appends lines to metrics.jsonl, and the same figures to TensorBoard.
+
+    A line of a step holds: step, loss (mean over target tokens of the global batch, nats), learning_rate, grad_norm
+    (before clipping), target_tokens, tokens (not padding), padded_tokens, step_seconds, batch_digest, time (unix
+    seconds), total_steps, progress (epochs), memory_bytes (peak, this rank), and mfu where the device's peak is known.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path | None) -> None:
+        self._path = path
+        self._tensorboard = tensorboard
+        self._writer: Any = None
+
+    def step(self, line: dict[str, Any]) -> None:
+        append_line(self._path, {**line, "time": time.time()})
+        seconds = line["step_seconds"]
+        rates = {
+            "target_tokens_per_second": line["target_tokens"] / seconds,
+            "tokens_per_second": line["tokens"] / seconds,
+        }
+        self._scalars("train", {**line, **rates}, line["step"], only=_SCALARS)
+
+    def evaluation(self, step: int, scores: dict[str, float]) -> None:
+        append_line(self._path, {"step": step, "evaluation": scores, "time": time.time()})
+        self._scalars("evaluation", scores, step, only=tuple(scores))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _scalars(self, prefix: str, values: dict[str, Any], step: int, only: tuple[str, ...]) -> None:
+        if self._tensorboard is None:
+            return
+        if self._writer is None:  # its import takes a while: not before the first step
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            # after a restart, steps from here on replace those of the attempt that was lost
+            self._writer = SummaryWriter(str(self._tensorboard), purge_step=step)
+        for name in only:
+            value = values.get(name)
+            if isinstance(value, int | float):
+                self._writer.add_scalar(f"{prefix}/{name}", value, step)

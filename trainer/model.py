@@ -1,0 +1,114 @@
+"""Builds or loads the model, partitioned from the first parameter on where ZeRO-3 is used."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+import logging
+import re
+from typing import Any
+
+import torch
+
+from trainer.config.schema import ModelConfig, OptimizerConfig
+from trainer.engine import whole_shape
+from trainer.failures import UserError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_NORM = re.compile(r"(^|[._])(ln|norm|layernorm|rmsnorm)", re.IGNORECASE)
+
+
+def choose_attention(requested: str, device: torch.device) -> tuple[str, str]:
+    """The attention implementation for transformers, and the reason for it."""
+    if requested != "auto":
+        return requested, "as configured"
+    if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
+        return "flash_attention_2", "flash_attn is installed and there is a GPU"
+    return "sdpa", "no GPU" if device.type != "cuda" else "flash_attn is not installed"
+
+
+def build_model(
+    config: ModelConfig, auto_class: Any, deepspeed_config: dict[str, Any], attention: str, seed: int
+) -> torch.nn.Module:
+    """The model of a config, on this rank.
+
+    Under ZeRO-3 each parameter is partitioned as soon as it exists; pretrained weights are read by one rank,
+    parameter by parameter, and scattered, so no rank ever holds the whole model. Random weights are drawn
+    by one rank from ``seed``: they do not depend on the world size.
+
+    Args:
+        config: the config's `model` section.
+        auto_class: for example ``transformers.AutoModelForCausalLM``.
+        deepspeed_config: the whole DeepSpeed JSON.
+        attention: a transformers attention implementation.
+        seed: of random weights.
+
+    Raises:
+        UserError: the model cannot be built or read.
+    """
+    import transformers
+    from transformers.integrations import HfDeepSpeedConfig
+
+    transformers.utils.logging.disable_progress_bar()
+    # transformers keeps only a weak reference to this object, and partitions models while it lives
+    partitioning = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config["zero_optimization"]["stage"] == 3 else None
+    dtype = DTYPES[config.dtype]
+    torch.manual_seed(seed)
+    try:
+        if config.config is not None:
+            arguments = dict(config.config)
+            model_config = transformers.AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+            model = auto_class.from_config(model_config, dtype=dtype, attn_implementation=attention)
+        else:
+            model = auto_class.from_pretrained(
+                config.path,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=True,  # never a pickle
+            )
+    except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
+        origin = f"model.path {config.path!r}" if config.path else "model.config"
+        raise UserError(f"{origin}: the model cannot be built: {error}") from error
+    del partitioning
+    model.config.use_cache = False
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    freeze(model, config.freeze)
+    result: torch.nn.Module = model
+    return result
+
+
+def freeze(model: torch.nn.Module, patterns: tuple[str, ...]) -> None:
+    """Stop the gradients of parameters that match: a module's name, a parameter's name, or an fnmatch pattern."""
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        matching = [n for n in names if n == pattern or n.startswith(pattern + ".") or fnmatch.fnmatchcase(n, pattern)]
+        if not matching:
+            examples = ", ".join(list(names)[:4])
+            raise UserError(f"model.freeze: {pattern!r} matches no parameter of the model (it has {examples}, ...)")
+        for name in matching:
+            names[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in names.values()):
+        raise UserError("model.freeze: it freezes every parameter, nothing is left to train")
+
+
+def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over the trained parameters; weight decay on matrices only, not on biases, norms and other vectors."""
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            matrix = len(whole_shape(parameter)) >= 2 and not _NORM.search(name)
+            (decayed if matrix else others).append(parameter)
+    groups = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((decayed, config.weight_decay), (others, 0.0))
+        if parameters
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+
+def quiet_libraries() -> None:
+    """Leave warnings and errors of the libraries in the log, not their chatter."""
+    for name in ("transformers", "accelerate", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
