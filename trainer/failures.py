@@ -107,3 +107,10 @@ def write_failure(attempt_dir: Path, rank: int, error: BaseException, step: int 
     temporary.write_text(json.dumps(record))
     temporary.replace(path)
     return record
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code of a process that ends by `error`."""
+    if isinstance(error, DsftError):
+        return error.exit_code
+    return EXIT_TEMPORARY if classify(error) in ("storage", "communication", "node") else EXIT_FAILED

@@ -1,0 +1,86 @@
+"""Small facts about processes on Linux: who is alive, who belongs to a run, and dying with one's parent. Torch-free."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+# In the environment of every process of a run: what is left over can be found wherever it was re-parented to.
+RUN_VARIABLE = "DSFT_RUN_DIR"
+
+
+def die_with_parent(expected_parent: int | None = None) -> None:
+    """Have the kernel kill this process when the thread that started it ends. Call it before anything slow.
+
+    `expected_parent` is the parent's pid: if it has died already, before the kernel knew, this process exits here.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if expected_parent is not None and os.getppid() != expected_parent:
+        os._exit(128 + signal.SIGKILL)
+
+
+def host_identity() -> str:
+    """Names this boot of this kernel and this pid namespace: where a pid means something."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""  # unknown: never equal to another's, see `same_host`
+
+
+def same_host(identity: str) -> bool:
+    """True if `identity` (another process's `host_identity`) is certainly this host's."""
+    return bool(identity) and identity == host_identity()
+
+
+def start_time(pid: int) -> int | None:
+    """Start of a living process in clock ticks since boot; None if there is no such process, or only its zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat[stat.rindex(")") + 2 :].split()  # the command name before it may hold spaces and parentheses
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def processes_of_run(run_dir: Path) -> list[int]:
+    """Pids of living processes of this user on this host that were started for the run in `run_dir`."""
+    mark = f"{RUN_VARIABLE}={run_dir}".encode()
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdecimal() or int(name) == os.getpid():
+            continue
+        try:
+            variables = Path(f"/proc/{name}/environ").read_bytes().split(b"\0")
+        except OSError:  # gone, or another user's
+            continue
+        if mark in variables and start_time(int(name)) is not None:
+            found.append(int(name))
+    return found
+
+
+def kill_all(pids: Iterable[int]) -> None:
+    """SIGKILL each process that is still there."""
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def kill_run(run_dir: Path, seconds: float = 5.0) -> list[int]:
+    """Kill every process of the run on this host, again until none is left; returns those that outlive `seconds`."""
+    deadline = time.monotonic() + seconds
+    while (left := processes_of_run(run_dir)) and time.monotonic() < deadline:
+        kill_all(left)
+        time.sleep(0.02)
+    return left

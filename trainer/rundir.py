@@ -1,0 +1,269 @@
+"""The run directory: where everything about one run lives (the table in docs/architecture.md). Torch-free."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Replace `path` by `value` as JSON in one step: a reader sees the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=indent)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`, or None if there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def append_line(path: Path, value: Json) -> None:
+    """Append `value` as one line of JSON in a single write(), so that lines of several writers never mix."""
+    line = json.dumps(value).encode() + b"\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        if os.write(descriptor, line) != len(line):
+            raise OSError(f"{path}: only a part of a line could be written; is the disk full?")
+    finally:
+        os.close(descriptor)
+
+
+@dataclass
+class LineReader:
+    """Reads the lines of JSON appended to `path` since the last call; survives the file being cut shorter."""
+
+    path: Path
+    offset: int = 0
+
+    def read(self) -> list[Json]:
+        """New whole lines as objects. A torn tail is left for the next call; a broken line is passed over."""
+        try:
+            with open(self.path, "rb") as file:
+                if os.fstat(file.fileno()).st_size < self.offset:
+                    self.offset = 0
+                file.seek(self.offset)
+                data = file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        return list(_objects(whole))
+
+
+def _objects(data: bytes) -> Iterator[Json]:
+    for line in data.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:  # what a full disk or a power failure left of a line
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def read_lines(path: Path) -> list[Json]:
+    """All whole lines of a JSON-lines file; empty if there is none. A torn tail is not read."""
+    return LineReader(path).read()
+
+
+def cut_torn_tail(path: Path) -> int:
+    """Cut what follows the last newline (a write that a kill interrupted); returns the bytes cut."""
+    try:
+        file = open(path, "rb+")  # noqa: SIM115
+    except FileNotFoundError:
+        return 0
+    with file:
+        size = end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 65536)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
+        return size - end
+
+
+class EventWriter:
+    """Appends to one file of the ledger. Each file has one writer at a time, so a torn tail in it can be cut."""
+
+    def __init__(self, path: Path, attempt: int | None = None) -> None:
+        self._path = path
+        self._attempt = attempt
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cut_torn_tail(path)
+
+    def write(self, event: str, **fields: Any) -> Json:
+        """Append `{"time": unix seconds, "event": event, "attempt": n, **fields}`; returns it."""
+        line: Json = {"time": time.time(), "event": event}
+        if self._attempt is not None:
+            line["attempt"] = self._attempt
+        line |= fields
+        append_line(self._path, line)
+        return line
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths and records of the run in `path`. Creating the object touches nothing on disk."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(os.path.abspath(self.path)))
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def plan_path(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def environment_path(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def events_dir(self) -> Path:
+        return self.path / "events"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def export_dir(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def lock_dir(self) -> Path:
+        return self.path / "lock"
+
+    def exists(self) -> bool:
+        """True if this folder is a run (has its config)."""
+        return self.config_path.is_file()
+
+    # -- attempts
+
+    def attempts(self) -> list[int]:
+        """Numbers of the attempts made, rising; the first is 1."""
+        try:
+            names = os.listdir(self.path / "attempts")
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def new_attempt(self) -> int:
+        """Create the folder of the next attempt; returns its number."""
+        (self.path / "attempts").mkdir(parents=True, exist_ok=True)
+        attempt = max(self.attempts(), default=0) + 1
+        self.attempt_dir(attempt).mkdir()
+        return attempt
+
+    def attempt_dir(self, attempt: int) -> Path:
+        return self.path / "attempts" / f"{attempt:04d}"
+
+    def log_dir(self, attempt: int, node: str) -> Path:
+        return self.attempt_dir(attempt) / "logs" / node
+
+    def log_path(self, attempt: int, node: str, rank: int) -> Path:
+        return self.log_dir(attempt, node) / f"rank{rank}.log"
+
+    def agent_log_path(self, attempt: int, node: str) -> Path:
+        return self.log_dir(attempt, node) / "agent.log"
+
+    def agent_report_path(self, attempt: int, node: str) -> Path:
+        return self.attempt_dir(attempt) / "agents" / f"{node}.json"
+
+    def verdict_path(self, attempt: int) -> Path:
+        return self.attempt_dir(attempt) / "verdict.json"
+
+    def failure_records(self, attempt: int) -> list[Json]:
+        """What failing ranks wrote (`trainer.failures.write_failure`), in the order of their own times."""
+        records = [read_json(path) for path in (self.attempt_dir(attempt) / "failures").glob("rank*.json")]
+        return sorted((record for record in records if record), key=lambda record: float(record["time"]))
+
+    def agent_reports(self, attempt: int) -> list[Json]:
+        """What the agents of an attempt wrote when their ranks had ended, by node name."""
+        reports = [read_json(path) for path in sorted((self.attempt_dir(attempt) / "agents").glob("*.json"))]
+        return [report for report in reports if report]
+
+    def verdicts(self) -> list[Json]:
+        """The verdicts of all attempts that have one, in order, each with its `attempt`."""
+        found = ((attempt, read_json(self.verdict_path(attempt))) for attempt in self.attempts())
+        return [{"attempt": attempt, **verdict} for attempt, verdict in found if verdict]
+
+    # -- stop requests
+
+    def stop_path(self, attempt: int) -> Path:
+        return self.attempt_dir(attempt) / "stop"
+
+    def request_stop(self, attempt: int, reason: str, now: bool = False) -> None:
+        """Ask the ranks to save and exit at the next step (`now`: the supervisor kills them instead)."""
+        write_json(self.stop_path(attempt), {"reason": reason, "now": now, "time": time.time()})
+
+    def stop_request(self, attempt: int) -> Json | None:
+        """The stop request of this attempt, if somebody has made one."""
+        request: Json | None = read_json(self.stop_path(attempt))
+        return request
+
+    # -- ledger and metrics
+
+    def event_writer(self, writer: str, attempt: int | None = None) -> EventWriter:
+        """A writer of `events/<writer>.jsonl`; only one process may hold a given name at a time."""
+        return EventWriter(self.events_dir / f"{writer}.jsonl", attempt)
+
+    def merged_events(self) -> list[Json]:
+        """The ledger of all writers in the order of their times; each writer's own order is kept where times tie."""
+        events = [event for path in sorted(self.events_dir.glob("*.jsonl")) for event in read_lines(path)]
+        return sorted(events, key=lambda event: float(event.get("time", 0)))
+
+    def step_lines(self) -> list[Json]:
+        """Logged steps in rising order, the last line of each step alone (a step recurs after a restart)."""
+        last = {line["step"]: line for line in read_lines(self.metrics_path) if "loss" in line and "step" in line}
+        return [last[step] for step in sorted(last)]
+
+    def evaluation_lines(self) -> list[Json]:
+        """Evaluations in rising order of step, the last line of each step alone."""
+        last = {line["step"]: line for line in read_lines(self.metrics_path) if "evaluation" in line and "step" in line}
+        return [last[step] for step in sorted(last)]
+
+    def published_checkpoints(self) -> list[int]:
+        """Steps of the checkpoints that are whole (their manifest is there), rising."""
+        found = self.checkpoints_dir.glob("step-*/manifest.json")
+        names = (path.parent.name.removeprefix("step-") for path in found)
+        return sorted(int(name) for name in names if name.isdecimal())
