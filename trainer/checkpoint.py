@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 from trainer.engine import Engine, Shard
 from trainer.failures import StorageError
-from trainer.rundir import write_json
+from trainer.rundir import RunDirectory, write_json
 
 FORMAT = 1
 _PREFIX = "step-"
@@ -39,18 +39,6 @@ _REPORT_TIMEOUT_SECONDS = 3600.0
 
 def folder_name(step: int) -> str:
     return f"{_PREFIX}{step:08d}"
-
-
-def published(checkpoints: Path) -> list[int]:
-    """Steps of published checkpoints, oldest first."""
-    if not checkpoints.is_dir():
-        return []
-    steps = []
-    for folder in checkpoints.iterdir():
-        suffix = folder.name.removeprefix(_PREFIX)
-        if folder.name.startswith(_PREFIX) and suffix.isdigit() and (folder / "manifest.json").is_file():
-            steps.append(int(suffix))
-    return sorted(steps)
 
 
 def remove_unpublished(checkpoints: Path) -> list[str]:
@@ -108,16 +96,17 @@ class Saver:
     """Writes checkpoints in the background; one at a time.
 
     Args:
-        checkpoints: the run's checkpoints folder.
+        run: the run directory.
         engine: whose slices are saved.
         keep_last: published checkpoints to keep.
         on_published: called on rank 0, in the writing thread, with (step, seconds, bytes of all ranks).
     """
 
     def __init__(
-        self, checkpoints: Path, engine: Engine, keep_last: int, on_published: Callable[[int, float, int], None]
+        self, run: RunDirectory, engine: Engine, keep_last: int, on_published: Callable[[int, float, int], None]
     ) -> None:
-        self._checkpoints = checkpoints
+        self._run = run
+        self._checkpoints = run.checkpoints_dir
         self._engine = engine
         self._keep_last = keep_last
         self._on_published = on_published
@@ -222,7 +211,7 @@ class Saver:
         return files
 
     def _retain(self) -> None:
-        for step in published(self._checkpoints)[: -self._keep_last]:
+        for step in self._run.published_checkpoints()[: -self._keep_last]:
             folder = self._checkpoints / folder_name(step)
             doomed = folder.with_name(folder.name + ".deleting")
             try:

@@ -22,7 +22,7 @@ from trainer.config.schema import LaunchConfig, ModelConfig
 from trainer.engine import Shard
 from trainer.failures import UserError
 from trainer.model import DTYPES
-from trainer.rundir import RunDirectory, read_lines, write_json
+from trainer.rundir import RunDirectory, write_json
 from trainer.tokenizer import load_tokenizer
 
 _WEIGHTS = "model"
@@ -36,15 +36,15 @@ def export_run(run: RunDirectory, config: LaunchConfig, step: int | None = None,
     Raises:
         UserError: there is no such checkpoint, or it is damaged.
     """
-    steps = checkpoint.published(run.checkpoints)
+    steps = run.published_checkpoints()
     if not steps or (step is not None and step not in steps):
-        raise UserError(f"{run.checkpoints}: no checkpoint of step {step or 'any'}; there are {steps or 'none'}")
-    source = run.checkpoints / checkpoint.folder_name(steps[-1] if step is None else step)
+        raise UserError(f"{run.checkpoints_dir}: no checkpoint of step {step or 'any'}; there are {steps or 'none'}")
+    source = run.checkpoints_dir / checkpoint.folder_name(steps[-1] if step is None else step)
     found = checkpoint.damage(source)
     if found:
         raise UserError(f"the checkpoint is damaged: {found}; export another step ({steps})")
 
-    target = run.export
+    target = run.export_dir
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -130,7 +130,7 @@ def _write_model_config(config: ModelConfig, target: Path, dtype: str) -> None:
 
 
 def _model_card(run: RunDirectory, config: LaunchConfig, step: int) -> str:
-    scores = [line for line in read_lines(run.metrics_file) if "evaluation" in line]
+    scores = run.evaluation_lines()
     origin = config.model.path or f"random weights ({(config.model.config or {}).get('model_type')})"
     lines = [
         "---",
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES))
     arguments = parser.parse_args()
     run = RunDirectory(arguments.run_dir)
-    config = LaunchConfig.model_validate_json(run.config_file.read_text())
+    config = LaunchConfig.model_validate_json(run.config_path.read_text())
     print(export_run(run, config, arguments.step, arguments.dtype))
 
 

@@ -22,7 +22,7 @@ from trainer.failures import NumericError, StorageError
 from trainer.forward import LanguageModelLoss
 from trainer.metrics import MetricsLog
 from trainer.model import build_model, build_optimizer, choose_attention, quiet_libraries
-from trainer.rundir import EventWriter, RunDirectory, cut_torn_tail
+from trainer.rundir import RunDirectory, cut_torn_tail
 from trainer.schedule import learning_rate_factor
 from trainer.tasks import get_task
 from trainer.tokenizer import load_tokenizer
@@ -44,8 +44,8 @@ class Trainer:
 
     def __init__(self, run: RunDirectory, attempt: int) -> None:
         self.run, self.attempt = run, attempt
-        self.config = LaunchConfig.model_validate_json(run.config_file.read_text())
-        self.plan: dict[str, Any] = json.loads(run.plan_file.read_text())
+        self.config = LaunchConfig.model_validate_json(run.config_path.read_text())
+        self.plan: dict[str, Any] = json.loads(run.plan_path.read_text())
         quiet_libraries()
         self.device = init_distributed(self.plan["device"], COLLECTIVE_TIMEOUT_SECONDS)
         if self.config.training.deterministic:
@@ -72,8 +72,8 @@ class Trainer:
         self.rank, self.world_size = self.engine.rank, self.engine.world_size
         self.is_main = self.rank == 0
 
-        self.events = EventWriter(run, f"rank{self.rank}", attempt)
-        self.saver = checkpoint.Saver(run.checkpoints, self.engine, self.config.checkpoint.keep_last, self._published)
+        self.events = run.event_writer(f"rank{self.rank}", attempt)
+        self.saver = checkpoint.Saver(run, self.engine, self.config.checkpoint.keep_last, self._published)
         self.last_saved: int | None = None
         self.last_evaluated: int | None = None
         self.data_state: dict[str, Any] | None = None
@@ -144,11 +144,11 @@ class Trainer:
 
     def resume(self) -> None:
         """Load the newest whole checkpoint, if there is one; set damaged ones aside."""
-        folder = self.run.checkpoints
+        folder = self.run.checkpoints_dir
         if self.is_main:
             for name in checkpoint.remove_unpublished(folder):
                 print(f"removed {name}: it was never published", flush=True)
-        candidates = checkpoint.published(folder) if self.is_main else []
+        candidates = self.run.published_checkpoints() if self.is_main else []
         for step in reversed([int(s) for s in self.gather(np.array(candidates, dtype=np.int64))[0]]):
             path = folder / checkpoint.folder_name(step)
             found = checkpoint.damage(path, lambda index: index % self.world_size == self.rank)
@@ -211,7 +211,7 @@ class Trainer:
         if not self.is_main or time.monotonic() < self._next_stop_poll:
             return False
         self._next_stop_poll = time.monotonic() + _STOP_POLL_SECONDS
-        return self.run.stop_file(self.attempt).exists()
+        return self.run.stop_request(self.attempt) is not None
 
     def watch_numerics(self, loss: float, applied: bool) -> None:
         """A step whose gradients are not finite is skipped by ZeRO; several in a row mean that training is lost."""
@@ -232,8 +232,8 @@ class Trainer:
     def open_metrics(self) -> MetricsLog | None:
         if not self.is_main:
             return None
-        cut_torn_tail(self.run.metrics_file)
-        return MetricsLog(self.run.metrics_file, self.run.tensorboard if self.config.logging.tensorboard else None)
+        cut_torn_tail(self.run.metrics_path)
+        return MetricsLog(self.run.metrics_path, self.run.tensorboard_dir if self.config.logging.tensorboard else None)
 
     def evaluate(self, metrics: MetricsLog | None) -> None:
         if not self.config.data.evaluation or self.last_evaluated == self.step:

@@ -1,0 +1,121 @@
+"""A rank of the engine tests: trains a tiny model on fixed batches, as torchrun starts it.
+
+    torchrun ... engine_program.py JOB.json
+
+JOB: {"model": folder, "output": folder, "cases": [{"name", "stage", "dtype", "micro_batch_size", "steps", ...}]}.
+"steps": [first, last]; "load", "save": run folders. Rank 0 writes OUTPUT/NAME.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer import checkpoint, collectives
+from trainer.config.schema import ModelConfig, OptimizerConfig
+from trainer.data.sample import PackedSequence, Sample
+from trainer.engine import Engine, init_distributed
+from trainer.forward import LanguageModelLoss
+from trainer.model import build_model, build_optimizer
+from trainer.rundir import RunDirectory
+
+GLOBAL_BATCH_SIZE = 5  # sequences: not divisible by 2 or 3 ranks
+VOCABULARY = 61
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
+MAX_GRAD_NORM = 0.5
+
+
+def global_batch(step: int) -> list[PackedSequence]:
+    """The sequences of a step: packs of one to three samples of differing lengths, some without any target."""
+    random = np.random.default_rng([7, step])
+    sequences = []
+    for _ in range(GLOBAL_BATCH_SIZE):
+        samples = []
+        for _ in range(random.integers(1, 4)):
+            length = int(random.integers(2, 14))
+            targets = random.random(length) < 0.6
+            targets[0] = False
+            samples.append(Sample(random.integers(0, VOCABULARY, length).astype(np.int32), targets))
+        sequences.append(PackedSequence(tuple(samples)))
+    return sequences
+
+
+def target_tokens(sequences: list[PackedSequence]) -> int:
+    return sum(int(sample.targets.sum()) for sequence in sequences for sample in sequence.samples)
+
+
+def deepspeed_config(case: dict[str, Any], world_size: int) -> dict[str, Any]:
+    micro = case["micro_batch_size"]
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": -(-GLOBAL_BATCH_SIZE // (micro * world_size)),
+        "gradient_clipping": MAX_GRAD_NORM,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "zero_optimization": {
+            "stage": case["stage"],
+            "overlap_comm": False,
+            "stage3_param_persistence_threshold": case.get("persistence_threshold", 0),
+        },
+    }
+    if case["dtype"] == "bfloat16":
+        config["bf16"] = {"enabled": True}
+        config["communication_data_type"] = "fp32"
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) -> None:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    config = deepspeed_config(case, world_size)
+    model_config = ModelConfig(path=model_folder, dtype=case["dtype"], freeze=tuple(case.get("freeze", ())))
+    import transformers
+
+    model = build_model(model_config, transformers.AutoModelForCausalLM, config, "sdpa", seed=0)
+    loss = LanguageModelLoss(model, None, "sdpa", torch.device("cpu"))
+    engine = Engine(model, build_optimizer(model, OPTIMIZER), config)
+    if case.get("load"):
+        source = RunDirectory(Path(case["load"]))
+        checkpoint.load(source.checkpoints_dir / checkpoint.folder_name(case["steps"][0] - 1), engine)
+    engine.train()
+    micro = case["micro_batch_size"]
+    count = config["gradient_accumulation_steps"]
+    results = []
+    for step in range(case["steps"][0], case["steps"][1] + 1):
+        sequences = global_batch(step)
+        targets = target_tokens(sequences)
+        share = 0.0
+        for turn in range(count):
+            index = rank + turn * world_size
+            micro_loss, _ = loss(engine.forward, sequences[index * micro : (index + 1) * micro])
+            engine.backward(micro_loss * world_size / targets)
+            share += float(micro_loss.detach())
+        outcome = engine.step(OPTIMIZER.learning_rate)
+        total = collectives.sum_step(group, share, 0, 0, False)[0]
+        results.append({"step": step, "loss": total / targets, "grad_norm": outcome.grad_norm})
+    if case.get("save"):
+        saver = checkpoint.Saver(RunDirectory(Path(case["save"])), engine, 2, lambda *_: None)
+        saver.save(case["steps"][1], {"data": {}, "progress": 0.0})
+        saver.wait()
+        assert not collectives.any_rank(group, saver.error is not None), saver.error
+    if rank == 0:
+        (output / f"{case['name']}.json").write_text(json.dumps(results))
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(1)
+    init_distributed("cpu", 300.0)
+    group = collectives.new_group(300.0)
+    for case in job["cases"]:
+        run_case(case, job["model"], Path(job["output"]), group)
+
+
+if __name__ == "__main__":
+    main()
