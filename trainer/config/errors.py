@@ -54,7 +54,12 @@ def dotted(path: Sequence[str | int]) -> str:
 def is_secret(path: Sequence[str | int]) -> bool:
     """Whether a value at this path must not be shown: environment variables, and names that look like secrets."""
     names = [part for part in path if isinstance(part, str)]
-    return "environment" in names or any(_SECRET.search(name) for name in names[-1:])
+    return "environment" in names or any(is_secret_name(name) for name in names[-1:])
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a variable or key of this name is likely to hold a secret."""
+    return _SECRET.search(name) is not None
 
 
 def found(value: Any, path: Sequence[str | int] = ()) -> str:
@@ -80,7 +85,10 @@ def expected(annotation: Any, metadata: Sequence[Any] = (), description: str | N
         flat = [item for part in extra for item in (part.metadata if isinstance(part, FieldInfo) else [part])]
         return expected(inner, [*metadata, *flat], description)
     if origin in (Union, types.UnionType):
-        return " or ".join(expected(item) for item in get_args(annotation) if item is not type(None))
+        options = [item for item in get_args(annotation) if item is not type(None)]
+        if len(options) == 1:
+            return expected(options[0], metadata, description)
+        return " or ".join(expected(item) for item in options)
     if origin is Literal:
         return " or ".join(json.dumps(value) for value in get_args(annotation))
     if origin is tuple:

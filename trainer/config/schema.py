@@ -7,9 +7,12 @@ allowed where dsft can compute a better value. Loading (files, ``extends``, ``--
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from trainer.config.errors import is_secret_name
 
 Auto = Literal["auto"]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
@@ -173,6 +176,84 @@ class LocalCluster(Section):
     environment: dict[str, str] = Field(default_factory=dict, description="Variables set for every rank")
 
 
+class SlurmContainer(Section):
+    """The container that agents run in; the supervisor stays outside, where SLURM's commands are."""
+
+    runtime: Literal["apptainer", "pyxis"] = Field(
+        description="apptainer: `apptainer exec` inside srun; pyxis: srun's --container-image (Enroot)"
+    )
+    image: str = Field(description="A .sif or .sqsh file on shared storage, or what the runtime can pull")
+    mounts: tuple[str, ...] = Field((), description="source[:target[:options]]; the run directory is always mounted")
+    arguments: tuple[str, ...] = Field((), description="Further arguments of the runtime, taken as they are")
+
+
+class SlurmCluster(Section):
+    """A SLURM allocation. Options are called as in sbatch; further ones go into `sbatch`."""
+
+    backend: Literal["slurm"]
+    nodes: PositiveInt = 1
+    spare_nodes: NonNegativeInt = Field(0, description="Asked for in addition, taken when a node fails")
+    gpus_per_node: NonNegativeInt = 0
+    processes_per_node: PositiveInt | None = Field(None, description="Default: `gpus_per_node`, else 1")
+    cpus_per_task: PositiveInt | None = Field(None, description="CPUs of a node; there is one SLURM task a node")
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: str | None = Field(
+        None,
+        pattern=r"^(\d+|\d+:\d+|(\d+-)?\d+:\d+:\d+|\d+-\d+(:\d+)?)$",
+        description='Time limit as sbatch takes it: "24:00:00", "2-00:00:00" or minutes',
+    )
+    memory: str | None = Field(
+        None, pattern=r"^\d+[KMGT]?$", description='Memory of a node as sbatch takes it: "64G"; "0": all of it'
+    )
+    exclusive: Flag = False
+    nodelist: str | None = None
+    exclude: str | None = None
+    dependency: str | None = None
+    reservation: str | None = None
+    mail_user: str | None = None
+    mail_type: tuple[Literal["BEGIN", "END", "FAIL", "REQUEUE", "TIME_LIMIT", "TIME_LIMIT_80", "ALL"], ...] = ()
+    array: str | None = Field(
+        None,
+        pattern=r"^\d+-\d+%1$",
+        description='A chain of jobs, "1-10%1": each goes on with the run where the last one stopped',
+    )
+    requeue: Flag = Field(True, description="Requeue the job until the run is done; off: chain jobs with `array`")
+    grace_seconds: Annotated[int, Field(ge=60, strict=True)] = Field(
+        300, description="Before the time limit: the stop request, which SLURM may deliver a minute late"
+    )
+    network_interface: str | None = Field(None, description="Default: where the route to the first node leads")
+    python: str | None = Field(None, description="Python of the jobs; default: the one that runs dsft")
+    setup: tuple[str, ...] = Field(
+        (), description='Shell lines run first, "module load cuda"; the environment they leave reaches every node'
+    )
+    environment: dict[str, str] = Field(default_factory=dict, description="Variables set for every rank")
+    pass_environment: tuple[str, ...] = Field(
+        (), description="Names of variables taken from the launching shell, such as tokens; never written down"
+    )
+    container: SlurmContainer | None = None
+    sbatch: dict[str, str | int | Flag] = Field(
+        default_factory=dict, description='Further sbatch options: {"switches": 1, "contiguous": true}'
+    )
+
+    @model_validator(mode="after")
+    def _names_of_variables(self) -> SlurmCluster:
+        for name in (*self.environment, *self.pass_environment):
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"{name!r} cannot be the name of an environment variable; use letters, digits and _")
+        if secret := next((name for name in self.environment if is_secret_name(name)), None):
+            raise ValueError(
+                f"`environment` would write {secret} into the job script; name it in `pass_environment` instead, "
+                "and set it in the shell that runs `dsft launch`"
+            )
+        return self
+
+
+Cluster = Annotated[LocalCluster | SlurmCluster, Field(discriminator="backend")]
+
+
 class ResilienceConfig(Section):
     """What happens when something fails."""
 
@@ -200,5 +281,10 @@ class LaunchConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
     logging: LoggingConfig = LoggingConfig()
-    cluster: LocalCluster = LocalCluster()
+    cluster: Cluster = LocalCluster()
     resilience: ResilienceConfig = ResilienceConfig()
+
+    @field_validator("cluster", mode="before")
+    @classmethod
+    def _local_unless_said(cls, value: Any) -> Any:
+        return {"backend": "local", **value} if isinstance(value, dict) else value
