@@ -102,6 +102,12 @@ class Lease:
             except OSError:  # storage away for a while: whether the lock was lost shows when it is back
                 continue
 
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
     def release(self) -> None:
         """Let the next contender in at once."""
         self._end.set()

@@ -1,0 +1,106 @@
+"""This machine: one agent, started as a child that dies with the launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import site
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import launcher
+from trainer.failures import node_name
+from trainer.processes import RUN_VARIABLE, kill_run
+from trainer.rundir import RunDirectory
+
+_KILL_SECONDS = 10.0
+
+
+def package_root() -> Path:
+    """The folder that holds `launcher` and `trainer`."""
+    return Path(launcher.__file__).resolve().parent.parent
+
+
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of processes that import `trainer`: this very package first, nothing from the user's folder."""
+    environment = dict(os.environ) | dict(extra or {})
+    root = str(package_root())
+    # site-packages on PYTHONPATH would come before the standard library; it is found without
+    if root not in [*site.getsitepackages(), site.getusersitepackages()]:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+    environment["PYTHONSAFEPATH"] = "1"
+    return environment
+
+
+def agent_command(run_dir: str | Path, attempt: int | str, processes: int) -> list[str]:
+    """The command line of the agent; a person may run it, or `torchrun` with the same arguments, by hand."""
+    return [
+        *(sys.executable, "-P", "-m", "trainer.agent", "--run-dir", str(run_dir), "--attempt", str(attempt)),
+        *("--", "--nnodes", "1", "--nproc-per-node", str(processes), "--node-rank", "0"),
+        *("--master-addr", "127.0.0.1", "--master-port", "0"),
+    ]
+
+
+@dataclass
+class LocalAttempt:
+    """A started attempt."""
+
+    run: RunDirectory
+    process: subprocess.Popen[str]
+    node: str = field(default_factory=node_name)
+
+    def release(self) -> None:
+        """Let the held agent start its ranks."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has died already: `poll` tells
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+
+    def poll(self) -> dict[str, int] | None:
+        """Exit code of each node's agent once all have ended (negative: the signal that killed it), else None."""
+        code = self.process.poll()
+        return None if code is None else {self.node: code}
+
+    def kill(self) -> list[int]:
+        """Kill everything that belongs to the run on this machine; returns pids that would not die."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, 9)
+        left = kill_run(self.run.path)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_KILL_SECONDS)
+        if self.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+        return left
+
+
+@dataclass(frozen=True)
+class LocalBackend:
+    """Starts attempts on this machine. Call it from the main thread: the agent dies with the thread that started it."""
+
+    run: RunDirectory
+    processes: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+    worker_module: str = "trainer.worker"
+
+    def start(self, attempt: int) -> LocalAttempt:
+        """Start the agent of `attempt` in a session of its own; its ranks wait for `release`."""
+        command = agent_command(self.run.path, attempt, self.processes)
+        cut = command.index("--")
+        own = ["--parent-pid", str(os.getpid()), "--hold", "--worker-module", self.worker_module]
+        log = self.run.agent_log_path(attempt, node_name())
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as output:
+            process = subprocess.Popen(
+                [*command[:cut], *own, *command[cut:]],
+                env=child_environment(self.environment) | {RUN_VARIABLE: str(self.run.path)},
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                text=True,
+            )
+        return LocalAttempt(self.run, process)

@@ -1,0 +1,59 @@
+"""What state a run is in: from its ledger and its lock, never from logs."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trainer.lease import LEASE_SECONDS, Holder, read_holder
+from trainer.rundir import RunDirectory, read_lines
+
+State = Literal["pending", "running", "finished", "failed", "stopped"]
+
+# For showing only (taking over trusts no clock): a lock of another host that is older than this is shown as dead.
+_STALE_SECONDS = 3 * LEASE_SECONDS
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The state, why, and who runs it (only while `running`)."""
+
+    state: State
+    reason: str = ""
+    holder: Holder | None = None
+
+
+def run_state(run: RunDirectory) -> RunState:
+    """Derive the state. A launcher that died without a word leaves `failed`."""
+    told = ("submitted", "attempt", "finished", "failed", "stopped")
+    events = [event for event in read_lines(run.events_dir / "supervisor.jsonl") if event["event"] in told]
+    last: dict[str, Any] = events[-1] if events else {"event": "submitted"}
+    if last["event"] == "finished":
+        return RunState("finished")
+    holder = read_holder(run.lock_dir)
+    if holder is not None and not holder.is_gone() and (holder.is_here() or _is_fresh(run, holder)):
+        return RunState("running", holder=holder)
+    match last["event"]:
+        case "failed":
+            return RunState("failed", str(last.get("reason", "")))
+        case "stopped":
+            return RunState("stopped", str(last.get("reason", "")))
+        case "attempt":
+            return RunState("failed", "the launcher died without a word (killed, or its machine went down)")
+    return RunState("pending")
+
+
+def _is_fresh(run: RunDirectory, holder: Holder) -> bool:
+    try:
+        renewed = os.stat(run.lock_dir / f"holder-{holder.generation:08d}").st_mtime
+    except FileNotFoundError:  # just released or taken over: somebody is at it
+        return True
+    return time.time() - renewed < _STALE_SECONDS
+
+
+def failures(run: RunDirectory) -> list[dict[str, Any]]:
+    """Every failure of the run: {attempt, class, rank, node, step, message, victims, action}, oldest first."""
+    keys = ("attempt", "class", "rank", "node", "step", "message", "victims", "action")
+    return [{key: verdict.get(key) for key in keys} for verdict in run.verdicts() if verdict["outcome"] == "failed"]
