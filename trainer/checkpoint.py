@@ -232,7 +232,7 @@ class Slices:
 
     def _open(self, rank: int) -> tuple[Any, dict[str, int]]:
         if rank not in self._files:
-            file = safe_open(self._folder / _rank_file(rank, self._world_size), framework="pt")
+            file: Any = safe_open(self._folder / _rank_file(rank, self._world_size), framework="pt")
             sharding = json.loads(file.metadata()["DCP_SHARDING_INFO"])
             offsets = {key: int(entry["saved_offsets"][0]) for key, entry in sharding.items()}
             self._files[rank] = (file, offsets)

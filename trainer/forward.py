@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.data.sample import PackedSequence
+from trainer.data.sample import PackedSequence, Sample
+from trainer.failures import UserError
 from trainer.loss import LabelledPositions, cross_entropy_sum
 
 _PAD_TO = 8  # tokens; matrix kernels like multiples of 8
@@ -78,6 +79,8 @@ class LanguageModelLoss:
     """Runs a causal language model on micro-batches and sums the loss of their target tokens."""
 
     def __init__(self, model: Any, pad_id: int | None, attention: str, device: torch.device) -> None:
+        self._model = model
+        self._attention = attention
         self._head = LabelledPositions(model)
         self._pad_id = 0 if pad_id is None else pad_id  # never attended to, never a label: any id will do
         self._one_row = attention.startswith("flash_attention")
@@ -89,3 +92,26 @@ class LanguageModelLoss:
         with self._head.only(batch.positions):
             output = forward(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
         return cross_entropy_sum(output.logits, batch.labels), batch.padded_tokens
+
+    def check_isolation(self, engine: Any) -> None:
+        """Prove on the model itself that packed samples do not see one another.
+
+        The loss of the second of two packed samples must not move when the first one changes. Some architectures ignore
+        restarting position ids and would mix samples in silence.
+
+        Raises:
+            UserError: they are mixed.
+        """
+        second = Sample(np.arange(1, 9, dtype=np.int32), np.arange(8) > 0)
+        losses = []
+        engine.eval()
+        with torch.no_grad():
+            for token in (1, 2):
+                first = Sample(np.full(7, token, dtype=np.int32), np.zeros(7, dtype=bool))
+                losses.append(float(self(engine.forward, [PackedSequence((first, second))])[0]))
+        engine.train()
+        if abs(losses[0] - losses[1]) > 1e-6 * abs(losses[0]):
+            raise UserError(
+                f"{type(self._model).__name__} with {self._attention} attention lets packed samples attend to one "
+                "another: set data.packing to false, or choose another model.attention"
+            )

@@ -18,17 +18,16 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _NORM = re.compile(r"(^|[._])(ln|norm|layernorm|rmsnorm)", re.IGNORECASE)
 
 
-def choose_attention(requested: str, device: torch.device) -> tuple[str, str]:
-    """The attention implementation for transformers, and the reason for it."""
+def choose_attention(requested: str, device: torch.device) -> str | None:
+    """The attention implementation to ask of transformers; None leaves the choice to it (SDPA where the model can)."""
     if requested != "auto":
-        return requested, "as configured"
-    if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
-        return "flash_attention_2", "flash_attn is installed and there is a GPU"
-    return "sdpa", "no GPU" if device.type != "cuda" else "flash_attn is not installed"
+        return requested
+    flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if flash else None
 
 
 def build_model(
-    config: ModelConfig, auto_class: Any, deepspeed_config: dict[str, Any], attention: str, seed: int
+    config: ModelConfig, auto_class: Any, deepspeed_config: dict[str, Any], attention: str | None, seed: int
 ) -> torch.nn.Module:
     """The model of a config, on this rank.
 
@@ -40,7 +39,7 @@ def build_model(
         config: the config's `model` section.
         auto_class: for example ``transformers.AutoModelForCausalLM``.
         deepspeed_config: the whole DeepSpeed JSON.
-        attention: a transformers attention implementation.
+        attention: a transformers attention implementation, or None for its default.
         seed: of random weights.
 
     Raises:
@@ -95,7 +94,8 @@ def freeze(model: torch.nn.Module, patterns: tuple[str, ...]) -> None:
 
 def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW over the trained parameters; weight decay on matrices only, not on biases, norms and other vectors."""
-    decayed, others = [], []
+    decayed: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             matrix = len(whole_shape(parameter)) >= 2 and not _NORM.search(name)

@@ -34,7 +34,12 @@ _STOP_POLL_SECONDS = 0.5
 
 def train(run: RunDirectory, attempt: int) -> None:
     """Train, evaluate, checkpoint and export one run, from its newest checkpoint on if there is one."""
-    Trainer(run, attempt).run_to_end()
+    trainer = Trainer(run, attempt)
+    try:
+        trainer.run_to_end()
+    except Exception as error:
+        error.step = trainer.step  # type: ignore[attr-defined]  # for the failure record
+        raise
 
 
 class Trainer:
@@ -55,17 +60,17 @@ class Trainer:
 
         tokenizer = load_tokenizer(self.config.model)
         self.task = get_task(self.config, tokenizer)
-        attention, reason = choose_attention(self.config.model.attention, self.device)
-        print(f"attention: {attention} ({reason})", flush=True)
         import transformers
 
         model = build_model(
             self.config.model,
             transformers.AutoModelForCausalLM,
             self.plan["deepspeed"],
-            attention,
+            choose_attention(self.config.model.attention, self.device),
             self.config.training.seed,
         )
+        attention = str(getattr(model.config, "_attn_implementation", "unknown"))
+        print(f"{type(model).__name__}, attention: {attention}", flush=True)
         self.loss = LanguageModelLoss(model, tokenizer.pad_id, attention, self.device)
         optimizer = build_optimizer(model, self.config.training.optimizer)
         self.engine = Engine(model, optimizer, self.plan["deepspeed"])
@@ -83,6 +88,8 @@ class Trainer:
 
     def run_to_end(self) -> None:
         self.resume()
+        if self.config.data.packing:
+            self.loss.check_isolation(self.engine)
         metrics = self.open_metrics()
         self.engine.train()
         stopped = False

@@ -1,0 +1,122 @@
+"""Collation of packed sequences, and the loss at labelled positions alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from trainer.data.sample import PackedSequence, Sample
+from trainer.failures import UserError
+from trainer.forward import LanguageModelLoss, collate
+
+CPU = torch.device("cpu")
+SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def sample(tokens: list[int], targets: list[int]) -> Sample:
+    return Sample(np.array(tokens, dtype=np.int32), np.array(targets, dtype=bool))
+
+
+SEQUENCES = [
+    PackedSequence((sample([5, 6, 7], [0, 1, 1]), sample([8, 9], [0, 1]))),
+    PackedSequence((sample([10, 11, 12, 13, 14, 15, 16, 17, 18], [0, 0, 0, 0, 1, 0, 0, 0, 1]),)),
+]
+
+
+def test_rows_are_padded_and_positions_restart() -> None:
+    batch = collate(SEQUENCES, 0, False, CPU)
+    assert batch.input_ids.shape == (2, 16)
+    assert batch.input_ids[0].tolist() == [5, 6, 7, 8, 9] + [0] * 11
+    assert batch.position_ids[0].tolist() == [0, 1, 2, *range(13)]
+    assert batch.position_ids[1].tolist() == list(range(16))
+    assert batch.positions.tolist() == [0, 1, 3, 16 + 3, 16 + 7]
+    assert batch.labels.tolist() == [6, 7, 9, 14, 18]
+    assert batch.padded_tokens == 32 - 14
+
+
+def test_one_row_has_no_padding() -> None:
+    batch = collate(SEQUENCES, 0, True, CPU)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, *range(10, 19)]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, *range(9)]]
+    assert batch.positions.tolist() == [0, 1, 3, 5 + 3, 5 + 7]
+    assert batch.padded_tokens == 0
+
+
+@pytest.mark.parametrize("one_row", [False, True])
+def test_a_batch_without_work_still_has_a_row(one_row: bool) -> None:
+    batch = collate([], 0, one_row, CPU)
+    assert batch.input_ids.shape == (1, 8)
+    assert batch.padded_tokens == 8
+    assert len(batch.labels) == len(batch.positions) == 0
+
+
+def llama(attention: str) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**SMALL, attn_implementation=attention))
+
+
+def gemma2(attention: str) -> Any:
+    # it scales and soft-caps its logits and has sliding windows: the hook before the head must not disturb any of it
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    return Gemma2ForCausalLM(
+        Gemma2Config(**SMALL, head_dim=8, sliding_window=4, final_logit_softcapping=2.0, attn_implementation=attention)
+    )
+
+
+@pytest.mark.parametrize(("build", "attention"), [(llama, "sdpa"), (llama, "eager"), (gemma2, "eager")])
+def test_packed_loss_and_gradients_equal_one_sample_at_a_time(build: Callable[[str], Any], attention: str) -> None:
+    torch.manual_seed(0)
+    model = build(attention).train()
+    expected = torch.zeros(())
+    for row in SEQUENCES:
+        for one in row.samples:
+            ids = torch.from_numpy(one.tokens.astype("int64"))
+            labels = torch.where(torch.from_numpy(one.targets), ids, -100)
+            logits = model(input_ids=ids[None], use_cache=False).logits[0]
+            expected = expected + functional.cross_entropy(logits[:-1], labels[1:], reduction="sum")
+    expected.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    loss, _ = LanguageModelLoss(model, None, attention, CPU)(model, SEQUENCES)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+class Plain:
+    """The part of an engine that the isolation check uses."""
+
+    def __init__(self, model: Any) -> None:
+        self.forward, self.eval, self.train = model, model.eval, model.train
+
+
+def test_isolation_holds_for_a_model_that_honours_positions() -> None:
+    model = llama("sdpa")
+    LanguageModelLoss(model, None, "sdpa", CPU).check_isolation(Plain(model))
+
+
+def test_a_model_that_mixes_packed_samples_is_refused() -> None:
+    model = llama("sdpa")
+
+    def mixing(**inputs: Any) -> Any:  # an all-ones mask switches off transformers' detection of packed sequences
+        return model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
+
+    engine = Plain(model)
+    engine.forward = mixing
+    with pytest.raises(UserError, match=r"data\.packing"):
+        LanguageModelLoss(model, None, "sdpa", CPU).check_isolation(engine)
