@@ -1,0 +1,123 @@
+"""The DeepSpeed JSON of a run: a pure function of the config and the plan's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.config.schema import DeepSpeedConfig
+from trainer.failures import UserError
+
+# Elements, not bytes. Smaller than DeepSpeed's defaults (5e8, 5e8, 1e9), which cost 4 GB for buckets alone; buckets of
+# 5e7 elements already keep NCCL at full bandwidth.
+REDUCE_BUCKET = 50_000_000
+PREFETCH_BUCKET = 50_000_000
+PERSISTENCE_THRESHOLD = 100_000
+MAX_LIVE_PARAMETERS = 1_000_000_000
+SUB_GROUP = 1_000_000_000
+
+_INSTEAD = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
+    "gradient_clipping": "training.max_grad_norm",
+    "optimizer": "training.optimizer",
+    "scheduler": "training.schedule",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "amp": "model.dtype",
+    "torch_autocast": "model.dtype",
+    "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
+    "zero_optimization.cpu_offload": "deepspeed.offload_optimizer",
+    "managed_gradient_accumulation": "nothing: dsft relies on it",
+    "prescale_gradients": "nothing: dsft weights the loss exactly",
+    "gradient_predivide_factor": "nothing: dsft weights the loss exactly",
+    "data_efficiency": "nothing: dsft defines the order of the data",
+    "curriculum_learning": "nothing: dsft defines the order of the data",
+    "tensorboard": "logging.tensorboard",
+}
+
+
+def deepspeed_config(
+    config: DeepSpeedConfig, dtype: str, micro_batch_size: int, micro_batches_per_rank: int, max_grad_norm: float
+) -> dict[str, Any]:
+    """The complete DeepSpeed JSON. It has no optimizer or scheduler: dsft builds AdamW and sets the learning rate.
+
+    Args:
+        config: the config's `deepspeed` section; its raw `config` is merged in last.
+        dtype: ``bfloat16`` (with fp32 master weights, gradient accumulation and reduction) or ``float32``.
+        micro_batch_size: sequences.
+        micro_batches_per_rank: becomes ``gradient_accumulation_steps``.
+        max_grad_norm: 0 turns clipping off.
+
+    Raises:
+        UserError: a key of ``deepspeed.config`` contradicts the plan.
+    """
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": config.zero_stage == 3,
+        "reduce_scatter": True,
+        "reduce_bucket_size": REDUCE_BUCKET,
+    }
+    if config.zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": PREFETCH_BUCKET,
+            "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
+            "stage3_max_live_parameters": MAX_LIVE_PARAMETERS,
+            "stage3_max_reuse_distance": MAX_LIVE_PARAMETERS,
+            "sub_group_size": SUB_GROUP,
+        }
+    else:
+        zero["allgather_bucket_size"] = REDUCE_BUCKET
+    if config.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": config.offload_optimizer, "pin_memory": True}
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": micro_batches_per_rank,
+        "gradient_clipping": max_grad_norm,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW serves on the CPU as well
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+    if dtype == "bfloat16":
+        result |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    refused = []
+    for path, value in _leaves(config.config):
+        keys = [".".join(path[:length]) for length in range(1, len(path) + 1)]
+        for key in keys:
+            if key in _INSTEAD and _planned(result, key) != value:
+                refused.append(
+                    f"  deepspeed.config.{'.'.join(path)}: contradicts the plan; set {_INSTEAD[key]} instead"
+                )
+                break
+    if refused:
+        raise UserError("\n".join(["deepspeed.config sets what dsft plans itself", *refused]))
+    return _merged(result, config.config)
+
+
+def _leaves(config: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def _planned(config: dict[str, Any], path: str) -> Any:
+    node: Any = config
+    for key in path.split("."):
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result

@@ -1,0 +1,147 @@
+"""What a rank keeps in memory, in bytes: an estimate from shapes, made before anything is started.
+
+The states follow Rajbhandari et al. 2020 (ZeRO, section 3) with DeepSpeed's buffers; the activations follow Korthikanti
+et al. 2022 (section 4), rewritten for gated MLPs, grouped queries and attention kernels that keep no scores.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from trainer.planning.model_facts import ModelFacts
+
+# A rank before any model: CUDA context, NCCL buffers and allocator slack; on the CPU, the libraries themselves.
+CUDA_OVERHEAD = 3 << 29
+CPU_OVERHEAD = 3 << 28
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one rank, on its device. ``host_offload`` lies in host memory instead and is not part of ``total``.
+
+    ``total`` counts what lives at the same time at the worst moment: states, overhead, and the larger of the
+    backward pass (gathered parameters, buckets, activations, logits) and the optimizer step (``step``).
+    """
+
+    parameters: int
+    gradients: int
+    master_weights: int
+    optimizer_states: int
+    gathered_parameters: int
+    communication_buffers: int
+    activations: int
+    logits: int
+    step: int
+    overhead: int
+    host_offload: int
+
+    @property
+    def total(self) -> int:
+        states = self.parameters + self.gradients + self.master_weights + self.optimizer_states + self.overhead
+        backward = self.gathered_parameters + self.communication_buffers + self.activations + self.logits
+        return states + max(backward, self.step)
+
+    def components(self) -> dict[str, int]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def to_json(self) -> dict[str, int]:
+        return {**asdict(self), "total": self.total}
+
+
+def estimate(
+    model: ModelFacts,
+    zero: dict[str, Any],
+    *,
+    world_size: int,
+    micro_batch_size: int,
+    sequence_length: int,
+    dtype: str,
+    checkpointing: bool,
+    attention: str,
+    device: str,
+) -> MemoryEstimate | None:
+    """The memory of a rank, or None where the model's counts or sizes are not known.
+
+    Args:
+        zero: the ``zero_optimization`` section of the DeepSpeed JSON; its buckets are in elements.
+        checkpointing: whether each layer keeps only its input and is computed again in the backward pass.
+        attention: ``eager`` keeps the scores, [heads, sequence, sequence] of each sequence; the others do not.
+        device: ``cuda`` or ``cpu``. On a CPU host and device are the same memory.
+    """
+    if model.parameters is None or model.trainable_parameters is None or model.hidden_size is None:
+        return None
+    width = 2 if dtype == "bfloat16" else 4
+    stage = int(zero["stage"])
+    everything, trained = model.parameters, model.trainable_parameters
+    share = math.ceil(trained / world_size)
+    whole = everything if stage < 3 else math.ceil(everything / world_size) + model.small_parameters
+    # Gradients are accumulated in fp32: stage 1 keeps whole ones, stages 2 and 3 each rank's share.
+    gradients = 4 * (trained if stage == 1 else share)
+    masters, moments = 4 * share, 8 * share
+    live = 0
+    if stage == 3:
+        # What was gathered stays until stage3_max_live_parameters is reached; a layer must fit in any case.
+        limit = max(int(zero["stage3_max_live_parameters"]), 2 * (model.largest_block or 0))
+        live = width * min(everything, limit + int(zero["stage3_prefetch_bucket_size"]))
+    # A bucket is filled in the model's dtype (twice, where it overlaps with the backward pass) and reduced in fp32.
+    bucket = min(trained, int(zero["reduce_bucket_size"]))
+    buffers = bucket * (width * (2 if zero.get("overlap_comm") else 1) + 4) if world_size > 1 else bucket * width
+    # The step flattens the gradients of a sub-group (fp32) and keeps as much for the update.
+    step = 8 * min(share, int(zero.get("sub_group_size", share)))
+    host = 0
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        host = masters + moments + gradients
+        if device == "cuda":
+            gradients, masters, moments, step = 0, 0, 0, 0
+        else:
+            host = 0
+    tokens = micro_batch_size * sequence_length
+    return MemoryEstimate(
+        parameters=width * whole,
+        gradients=gradients,
+        master_weights=masters,
+        optimizer_states=moments,
+        gathered_parameters=live,
+        communication_buffers=buffers,
+        activations=activation_bytes(model, tokens, sequence_length, width, checkpointing, attention),
+        logits=logit_bytes(model, tokens, width),
+        step=step,
+        overhead=CUDA_OVERHEAD if device == "cuda" else CPU_OVERHEAD,
+        host_offload=host,
+    )
+
+
+def layer_bytes_per_token(model: ModelFacts, width: int) -> int:
+    """Bytes that one layer keeps for its backward pass, per token, without attention scores.
+
+    In elements of h (hidden), q = heads * head_dim, k = kv_heads * head_dim and i (MLP): the inputs of two norms 2h and
+    their normalised fp32 copies (2h of 4 bytes), the inputs of the projections 2h, queries, keys and values q + 2k and their
+    rotated copies q + k, the attention's output q, two residual sums 2h, and in the MLP the two projections, the activation
+    and their product 4i (2i where it is not gated).
+    """
+    hidden = model.hidden_size or 0
+    head = model.head_dim or 0
+    queries, keys = (model.heads or 0) * head, (model.kv_heads or 0) * head
+    inner = model.intermediate_size or 4 * hidden
+    elements = 6 * hidden + 3 * queries + 3 * keys + (4 if model.gated else 2) * inner
+    return width * elements + 4 * 2 * hidden
+
+
+def activation_bytes(
+    model: ModelFacts, tokens: int, sequence_length: int, width: int, checkpointing: bool, attention: str
+) -> int:
+    """Bytes of activations of a micro-batch of ``tokens`` tokens; with checkpointing a layer's input each, and one layer."""
+    layers, hidden = model.layers or 0, model.hidden_size or 0
+    per_token = layer_bytes_per_token(model, width)
+    if attention == "eager":  # scores in the model's dtype, softmax in fp32 and its cast
+        per_token += (model.heads or 0) * sequence_length * (2 * width + 4)
+    kept = layers * hidden * width + per_token if checkpointing else layers * per_token
+    return tokens * (kept + 2 * hidden * width)  # the embeddings' output and the last norm's
+
+
+def logit_bytes(model: ModelFacts, tokens: int, width: int) -> int:
+    """Bytes of the logits when every token has a label (the worst case): the head's output and its gradient in the
+    model's dtype, log-probabilities and their gradient in fp32."""
+    return tokens * (model.vocabulary or 0) * (2 * width + 8)
