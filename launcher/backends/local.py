@@ -88,6 +88,7 @@ class LocalBackend:
 
     def start(self, attempt: int) -> LocalAttempt:
         """Start the agent of `attempt` in a session of its own; its ranks wait for `release`."""
+        kill_run(self.run.path)  # the lock is ours: what still runs is left of a launcher that was killed
         command = agent_command(self.run.path, attempt, self.processes)
         cut = command.index("--")
         own = ["--parent-pid", str(os.getpid()), "--hold", "--worker-module", self.worker_module]

@@ -1,0 +1,236 @@
+"""Shows how a run goes: a live view on a terminal, plain lines in a log. Reads the run directory and nothing else."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from trainer.rundir import Json, LineReader, RunDirectory
+
+_READ_SECONDS = 0.5
+_PLAIN_SECONDS = 5.0  # between two lines about steps in a log
+_RECENT_STEPS = 20  # rates are means over these
+
+
+@dataclass
+class Progress:
+    """The newest step and the rates over the last ones."""
+
+    epochs: float | None = None
+    last: Json | None = None
+    recent: deque[Json] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
+
+    def add(self, line: Json) -> None:
+        """Take in a step line of metrics.jsonl."""
+        if self.last is not None and line["step"] <= self.last["step"]:
+            self.recent.clear()  # a restart: the steps after it are timed anew
+        self.last = line
+        self.recent.append(line)
+
+    @property
+    def fraction(self) -> float | None:
+        """Done part of the training, 0 to 1; None where the line does not tell."""
+        if self.last is None:
+            return None
+        if total := self.last.get("total_steps"):
+            return min(1.0, float(self.last["step"]) / float(total))
+        if self.epochs and "progress" in self.last:
+            return min(1.0, float(self.last["progress"]) / self.epochs)
+        return None
+
+    def rate(self, key: str) -> float:
+        """Mean per second of a per-step count over recent steps."""
+        seconds = sum(float(line["step_seconds"]) for line in self.recent)
+        return sum(float(line.get(key, 0)) for line in self.recent) / seconds if seconds else 0.0
+
+    def eta_seconds(self) -> float | None:
+        """Time to the last step at the recent pace; without the last evaluation and the export."""
+        fraction = self.fraction
+        if self.last is None or not fraction or not self.recent:
+            return None
+        per_step = sum(float(line["step_seconds"]) for line in self.recent) / len(self.recent)
+        return per_step * float(self.last["step"]) * (1 - fraction) / fraction
+
+    def values(self) -> Iterator[tuple[str, str]]:
+        """(name, value) of everything there is to show about the newest step."""
+        line = self.last
+        if line is None:
+            return
+        yield "loss", number(line.get("loss"))
+        yield "lr", f"{line.get('learning_rate', math.nan):.3g}"
+        yield "grad norm", number(line.get("grad_norm"))
+        yield "target tokens/s", f"{self.rate('target_tokens'):,.0f}"
+        yield "tokens/s", f"{self.rate('tokens'):,.0f}"
+        if line.get("mfu") is not None:
+            yield "MFU", f"{100 * float(line['mfu']):.1f} %"
+        if line.get("memory_bytes"):
+            yield "memory", size(float(line["memory_bytes"]))
+        if (eta := self.eta_seconds()) is not None:
+            yield "ETA", duration(eta)
+
+    def position(self) -> str:
+        """`step 3/200`, or with epochs `step 3 (12 %)`."""
+        if self.last is None:
+            return "starting"
+        if total := self.last.get("total_steps"):
+            return f"step {self.last['step']}/{total}"
+        done = f" ({100 * self.fraction:.0f} %)" if self.fraction is not None else ""
+        return f"step {self.last['step']}{done}"
+
+
+class Watch:
+    """Follows a run; call `tick` often and `close` at the end. Output that cannot be written never stops a run."""
+
+    def __init__(self, run: RunDirectory, stream: TextIO, epochs: float | None = None) -> None:
+        self._run = run
+        self._stream: TextIO | None = stream
+        self._metrics = LineReader(run.metrics_path)
+        self._events: dict[str, LineReader] = {}
+        self.progress = Progress(epochs)
+        self._next_read = 0.0
+        self._next_plain = 0.0
+        self._printed_step: int | None = None
+        for _ in self._new_events():  # the past of a resumed run is not news
+            pass
+        for line in self._metrics.read():
+            if "loss" in line:
+                self.progress.last = line
+                self._printed_step = line["step"]
+        self._live: Any = None
+        if stream.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(console=Console(file=stream), auto_refresh=False, transient=True)
+            self._live.start()
+
+    def tick(self) -> None:
+        """Show what is new, at most twice a second."""
+        if time.monotonic() < self._next_read:
+            return
+        self._next_read = time.monotonic() + _READ_SECONDS
+        self._show()
+
+    def close(self) -> None:
+        """Show the rest and leave the terminal as it was."""
+        self._next_plain = 0.0
+        self._show()
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _show(self) -> None:
+        notes = [text for event in self._new_events() if (text := describe(event))]
+        try:
+            lines = self._metrics.read()
+        except OSError:  # storage away for a moment; the supervisor judges that
+            lines = []
+        for line in lines:
+            if "evaluation" in line:
+                notes.append(describe_evaluation(line))
+            elif "loss" in line:
+                self.progress.add(line)
+        for note in notes:
+            self._print(note)
+        if self._live is not None:
+            self._live.update(self._view(), refresh=True)
+        elif self.progress.last and self.progress.last["step"] != self._printed_step:
+            self._show_plain(self.progress.last)
+
+    def _show_plain(self, line: Json) -> None:
+        if time.monotonic() < self._next_plain:
+            return
+        self._next_plain = time.monotonic() + _PLAIN_SECONDS
+        self._printed_step = line["step"]
+        self._print(self.progress.position() + "".join(f"  {name} {value}" for name, value in self.progress.values()))
+
+    def _new_events(self) -> Iterator[Json]:
+        new: list[Json] = []
+        for path in sorted(self._run.events_dir.glob("*.jsonl")):
+            new += self._events.setdefault(path.name, LineReader(path)).read()
+        yield from sorted(new, key=lambda event: float(event.get("time", 0)))
+
+    def _print(self, text: str) -> None:
+        if self._stream is None:
+            return
+        try:
+            if self._live is not None:
+                self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, file=self._stream, flush=True)
+        except OSError:  # a closed pipe or terminal
+            self._stream = None
+
+    def _view(self) -> Any:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(self._run.name, style="bold"),
+            ProgressBar(total=1.0, completed=self.progress.fraction or 0.0, width=30),
+            Text(self.progress.position()),
+        )
+        values = Table.grid(padding=(0, 3))
+        shown = list(self.progress.values())
+        values.add_row(*(Text(name, style="dim") for name, _ in shown))
+        values.add_row(*(Text(value) for _, value in shown))
+        view = Table.grid()
+        view.add_row(head)
+        view.add_row(values)
+        return view
+
+
+def describe(event: Json) -> str | None:
+    """An event as a line for a person, or None if it is not worth one."""
+    match event["event"]:
+        case "attempt" if event.get("attempt", 1) > 1:
+            return f"attempt {event['attempt']} starts"
+        case "checkpoint":
+            return f"checkpoint of step {event['step']} written ({size(event['bytes'])} in {event['seconds']:.1f} s)"
+        case "exported":
+            return f"model exported to {event.get('path', 'export/')} in {event.get('seconds', 0.0):.1f} s"
+        case "failure":
+            what_next = "; trying again" if event.get("action") == "retry" else ""
+            return f"failure: {describe_failure(event)}{what_next}"
+    return None
+
+
+def describe_failure(failure: Json) -> str:
+    """`data error on rank 3 (node n1), step 12: message`."""
+    where = f" on rank {failure['rank']}" if failure.get("rank") is not None else ""
+    node = f" (node {failure['node']})" if failure.get("node") else ""
+    step = f", step {failure['step']}" if failure.get("step") is not None else ""
+    return f"{str(failure['class']).replace('_', ' ')} error{where}{node}{step}: {failure['message']}"
+
+
+def describe_evaluation(line: Json) -> str:
+    """`step 50: evaluation loss 2.31, perplexity 10.1`."""
+    scores = (f"{name} {number(value)}" for name, value in line["evaluation"].items() if isinstance(value, int | float))
+    return f"step {line['step']}: evaluation {', '.join(scores)}"
+
+
+def number(value: Any) -> str:
+    """Four significant digits; nan and inf are shown as they are."""
+    return "-" if value is None else f"{float(value):.4g}"
+
+
+def size(count: float) -> str:
+    """Bytes in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss, with days before it from one day on."""
+    days, rest = divmod(round(seconds), 86400)
+    text = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days} d {text}" if days else text
