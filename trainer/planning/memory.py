@@ -86,7 +86,9 @@ def estimate(
         limit = max(int(zero["stage3_max_live_parameters"]), 2 * (model.largest_block or 0))
         live = width * min(everything, limit + int(zero["stage3_prefetch_bucket_size"]))
     # A bucket is filled in the model's dtype (twice, where it overlaps with the backward pass) and reduced in fp32.
-    bucket = min(trained, int(zero["reduce_bucket_size"]))
+    bucket = int(zero["reduce_bucket_size"])
+    if device == "cpu":  # allocated whole, but memory that nothing touches costs nothing
+        bucket = min(trained, bucket)
     buffers = bucket * (width * (2 if zero.get("overlap_comm") else 1) + 4) if world_size > 1 else bucket * width
     # The step flattens the gradients of a sub-group (fp32) and keeps as much for the update.
     step = 8 * min(share, int(zero.get("sub_group_size", share)))
@@ -117,9 +119,9 @@ def layer_bytes_per_token(model: ModelFacts, width: int) -> int:
     """Bytes that one layer keeps for its backward pass, per token, without attention scores.
 
     In elements of h (hidden), q = heads * head_dim, k = kv_heads * head_dim and i (MLP): the inputs of two norms 2h and
-    their normalised fp32 copies (2h of 4 bytes), the inputs of the projections 2h, queries, keys and values q + 2k and their
-    rotated copies q + k, the attention's output q, two residual sums 2h, and in the MLP the two projections, the activation
-    and their product 4i (2i where it is not gated).
+    their normalised fp32 copies (2h of 4 bytes), the inputs of the projections 2h, queries, keys and values q + 2k and
+    their rotated copies q + k, the attention's output q, two residual sums 2h, and in the MLP the two projections, the
+    activation and their product 4i (2i where it is not gated).
     """
     hidden = model.hidden_size or 0
     head = model.head_dim or 0
@@ -132,7 +134,7 @@ def layer_bytes_per_token(model: ModelFacts, width: int) -> int:
 def activation_bytes(
     model: ModelFacts, tokens: int, sequence_length: int, width: int, checkpointing: bool, attention: str
 ) -> int:
-    """Bytes of activations of a micro-batch of ``tokens`` tokens; with checkpointing a layer's input each, and one layer."""
+    """Bytes of activations of a micro-batch of ``tokens`` tokens; checkpointing keeps layers' inputs and one layer."""
     layers, hidden = model.layers or 0, model.hidden_size or 0
     per_token = layer_bytes_per_token(model, width)
     if attention == "eager":  # scores in the model's dtype, softmax in fp32 and its cast

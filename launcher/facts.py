@@ -1,0 +1,137 @@
+"""What this machine has, gathered before planning: the plan itself is a pure function of the config and these facts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.config.schema import LaunchConfig
+from trainer.planning.model_facts import ModelFacts, model_facts
+
+NVIDIA_SMI_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as nvidia-smi names it; memory in bytes."""
+
+    name: str
+    memory: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """This machine and the config's model. Bytes throughout.
+
+    Attributes:
+        host: its short name.
+        gpus: those that ranks may use (CUDA_VISIBLE_DEVICES is heeded; none under DS_ACCELERATOR=cpu).
+        cores: CPUs that this process may use.
+        memory: host memory, or less where a cgroup limits it.
+        memory_available: what of it is free now.
+        disk_free: on the file system of `output_dir`.
+        model: facts of the config's model.
+    """
+
+    host: str
+    gpus: tuple[Gpu, ...]
+    cores: int
+    memory: int
+    memory_available: int
+    disk_free: int
+    model: ModelFacts
+
+
+def gather_facts(config: LaunchConfig) -> Facts:
+    """Look at this machine and at the model's files (headers only).
+
+    Raises:
+        UserError: the model's folder cannot be read.
+    """
+    environment = {**os.environ, **config.cluster.environment}
+    memory, available = host_memory()
+    return Facts(
+        host=socket.gethostname().split(".")[0],
+        gpus=find_gpus(environment),
+        cores=usable_cores(),
+        memory=memory,
+        memory_available=available,
+        disk_free=shutil.disk_usage(existing_parent(Path(config.output_dir))).free,
+        model=model_facts(config.model),
+    )
+
+
+def find_gpus(environment: Mapping[str, str]) -> tuple[Gpu, ...]:
+    """The GPUs that nvidia-smi reports and the environment allows; none where there is no nvidia-smi, or no answer."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if environment.get("DS_ACCELERATOR") == "cpu" or (visible is not None and visible.strip() in ("", "-1")):
+        return ()
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ()
+    query = [program, "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    found: dict[str, Gpu] = {}
+    for line in answer.splitlines():
+        index, uuid, name, mebibytes = (part.strip() for part in line.split(","))
+        if mebibytes.isdigit():
+            found[index] = found[uuid] = Gpu(name, int(mebibytes) << 20)
+    if visible is None:
+        return tuple(gpu for key, gpu in found.items() if key.isdigit())
+    chosen = []
+    for item in visible.split(","):  # CUDA stops at the first device that does not exist
+        gpu = next((gpu for key, gpu in found.items() if key == item or (len(item) > 4 and key.startswith(item))), None)
+        if gpu is None:
+            break
+        chosen.append(gpu)
+    return tuple(chosen)
+
+
+def usable_cores() -> int:
+    """CPUs of this process's affinity mask, or fewer where its cgroup has a quota."""
+    cores = len(os.sched_getaffinity(0))
+    for text in _cgroup_values("cpu.max"):
+        quota, period = text.split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def host_memory() -> tuple[int, int]:
+    """(bytes this process may use, bytes of them that are free), within the limits of its cgroups."""
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    total, available = (int(meminfo[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+    limits = [*_cgroup_values("memory.max"), *_cgroup_values("memory/memory.limit_in_bytes")]
+    total = min([total, *(int(limit) for limit in limits if limit.isdigit())])
+    return total, min(total, available)
+
+
+def _cgroup_values(name: str) -> list[str]:
+    """A control file's values in this process's cgroup and those above it (version 2, or version 1's mount)."""
+    try:
+        own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        own = "/"
+    root = Path("/sys/fs/cgroup")
+    values = []
+    folder = root / own.lstrip("/")
+    for place in [folder, *folder.parents]:
+        if place == root or root in place.parents:
+            try:
+                values.append((place / name).read_text().strip())
+            except OSError:
+                continue
+    return values
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
