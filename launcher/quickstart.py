@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import json
 import sysconfig
-import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,7 +43,11 @@ def functions(source: str) -> Iterator[tuple[str, str]]:
             continue
         if node.body[1].lineno <= docstring.end_lineno or docstring.lineno <= node.lineno:
             continue  # on one line with its docstring or signature
-        whole = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno])).splitlines(keepends=True)
+        whole = lines[node.lineno - 1 : node.end_lineno]
+        indent = whole[0][: node.col_offset]
+        if any(line.strip() and not line.startswith(indent) for line in whole):
+            continue  # a string inside reaches further left: cutting the indentation would change it
+        whole = [line.removeprefix(indent) for line in whole]
         cut = docstring.end_lineno - node.lineno + 1
         yield "".join(whole[:cut]), "".join(whole[cut:]).strip("\n") + "\n"
 

@@ -36,6 +36,11 @@ class Shape:
     def only_docstring(self):
         """Nothing to learn here."""
 
+    def outdented(self):
+        """Cutting the indentation would
+change this docstring."""
+        return 2
+
     def one_line(self): "A docstring on the line of def."; return 1
 
 
@@ -60,7 +65,7 @@ def test_this_library_gives_the_same_real_pairs_each_time() -> None:
     assert len(train) > 2000
     assert len(held_out) > 50
     assert not {pair.module for pair in train} & {pair.module for pair in held_out}, "a module is on one side only"
-    for pair in [*train[::50], *held_out]:
+    for pair in [*train, *held_out]:
         ast.parse(pair.prompt + pair.completion)
     assert any(pair.module == "json.decoder" for pair in train + held_out)
 
