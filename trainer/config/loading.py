@@ -90,6 +90,7 @@ class _Loader:
         if layer is None:
             self.incomplete = True
             return
+        layer.pop("$schema", None)  # for editors
         base = layer.pop("extends", None)
         if isinstance(base, str):
             base_path = Path(_absolute(base, path.parent))

@@ -1,0 +1,60 @@
+"""The `dsft` command. A verb's module is imported only when it is chosen, so that `dsft --help` costs nothing."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from launcher import __version__
+from trainer.failures import EXIT_INTERRUPTED, DsftError
+
+# verb -> help; launcher/commands/<verb>.py has add_arguments(parser) and run(arguments) -> exit code
+VERBS = {
+    "init": "write a starter config for a task",
+    "plan": "show what a config will run: ranks, batches, memory, commands",
+    "launch": "run a config to its end, or go on with a run that stopped",
+    "status": "how a run is doing",
+    "logs": "what the ranks of a run wrote",
+    "report": "what became of a run: steps, evaluation, goodput, failures",
+    "cancel": "stop a run, after a last checkpoint",
+    "resume": "go on with a stopped run from its last checkpoint",
+    "schema": "print the JSON Schema of the config, for editors",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `dsft`; returns its exit code (see trainer.failures)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    verb = next((item for item in given if not item.startswith("-")), None)
+    try:
+        parser = _parser(verb)
+        options = parser.parse_args(given)
+        code: int = importlib.import_module(f"launcher.commands.{options.verb}").run(options)
+        sys.stdout.flush()
+        return code
+    except DsftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `dsft logs | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+
+
+def _parser(verb: str | None) -> argparse.ArgumentParser:
+    """The parser with every verb's help, and the arguments of the chosen one."""
+    parser = argparse.ArgumentParser(
+        prog="dsft", description="One JSON config becomes DeepSpeed ZeRO-3 fine-tuning jobs, seen through to the end."
+    )
+    parser.add_argument("--version", action="version", version=f"dsft {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+    for name, text in VERBS.items():
+        subparser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == verb:
+            importlib.import_module(f"launcher.commands.{name}").add_arguments(subparser)
+    return parser

@@ -1,0 +1,149 @@
+"""`dsft plan CONFIG`: what would run, and whether it can."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.console import count, gib
+from trainer.failures import EXIT_DONE, EXIT_USER
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from launcher.plan import Plan
+
+BAR = 24
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG, --set, --json."""
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="a config file (JSON)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: training.max_steps=100"
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Show the plan; exit code 2 where it could not be launched as it is."""
+    from launcher.facts import gather_facts
+    from launcher.plan import make_plan
+    from launcher.preflight import preflight_problems
+    from trainer.config.loading import load_config
+
+    config = load_config(arguments.config, arguments.set)
+    facts = gather_facts(config)
+    plan = make_plan(config, facts)
+    problems = preflight_problems(config, plan, facts)
+    if arguments.json:
+        print(json.dumps({**plan.to_json(), "problems": problems}, indent=2))
+    else:
+        show(plan, problems)
+    return EXIT_USER if problems else EXIT_DONE
+
+
+def show(plan: Plan, problems: list[str] | None = None) -> None:
+    """Print a plan for people."""
+    from rich.console import Console
+    from rich.rule import Rule
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print()
+    console.print(_summary(plan))
+    if plan.memory is not None:
+        console.print(Rule("memory of a rank", align="left", style="dim"), _memory(plan))
+    console.print(Rule("DeepSpeed", align="left", style="dim"))
+    console.print(json.dumps(plan.deepspeed, indent=2), markup=False)
+    console.print(Rule("commands", align="left", style="dim"))
+    for node, command in enumerate(plan.commands()):
+        if plan.nodes > 1:
+            console.print(f"# node {node}", style="dim")
+        console.print(command, markup=False)
+    console.print()
+    for warning in plan.warnings:
+        console.print("[yellow]warning:[/yellow]", end=" ")
+        console.print(warning, markup=False)
+    for problem in problems or []:
+        console.print("[red]error:[/red]", end=" ")
+        console.print(problem, markup=False)
+
+
+def _grid(columns: int) -> Table:
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2))
+    for _ in range(columns):
+        grid.add_column(no_wrap=True, overflow="ignore")
+    return grid
+
+
+def _summary(plan: Plan) -> RenderableType:
+    batch, model = plan.batch, plan.model
+    rows: list[tuple[str, str]] = [("run", f"[bold]{_escape(plan.name)}[/bold]  {_escape(plan.run_dir)}")]
+    if model.parameters is None or model.trainable_parameters is None:
+        rows.append(("model", f"{_escape(model.model_type)}, size unknown"))
+    else:
+        frozen = model.parameters - model.trainable_parameters
+        text = f"{_escape(model.model_type)}, {count(model.parameters)} parameters"
+        rows.append(("model", text + (f", {count(frozen)} of them frozen" if frozen else "")))
+    device = plan.device_name or ("CPU" if plan.device == "cpu" else "GPU")
+    nodes = "1 node" if plan.nodes == 1 else f"{plan.nodes} nodes"
+    rows.append(
+        ("ranks", f"{plan.world_size} = {nodes} x {plan.processes_per_node} on {_escape(device)}, {plan.backend}")
+    )
+    idle = f", {batch.idle_micro_batches} of them idle" if batch.idle_micro_batches else ""
+    rows.append(
+        (
+            "batch",
+            f"{batch.global_batch} sequences = {plan.world_size} ranks x {batch.micro_batches_per_rank} micro-batches "
+            f"x {batch.micro_batch_size}{idle}; {batch.wasted_share:.0%} wasted",
+        )
+    )
+    rows.append(("", f"[dim]micro-batch size: {batch.reason}[/dim]"))
+    if batch.suggestions:
+        rows.append(("", f"[dim]less waste: {' or '.join(batch.suggestions)}[/dim]"))
+    if plan.checkpoint_bytes is not None:
+        rows.append(("checkpoint", gib(plan.checkpoint_bytes)))
+    if plan.flops_per_token is not None:
+        peak = f"; peak {plan.peak_flops / 1e12:.0f} TFLOP/s a GPU" if plan.peak_flops else ""
+        rows.append(("compute", f"{count(plan.flops_per_token)}FLOP a token{peak}"))
+    grid = _grid(1)
+    grid.add_column()
+    for name, text in rows:
+        grid.add_row(f"[cyan]{name}[/cyan]", text)
+    return grid
+
+
+def _memory(plan: Plan) -> RenderableType:
+    memory = plan.memory
+    assert memory is not None
+    grid = _grid(4)
+    scale = max(plan.device_memory or 0, memory.total)
+
+    def row(name: str, size: int, style: str, note: str = "") -> None:
+        filled = round(BAR * size / scale)
+        bar = f"[{style}]{'█' * filled}[/{style}][dim]{'·' * (BAR - filled)}[/dim]"
+        grid.add_row(f"[cyan]{name}[/cyan]", f"{gib(size):>9}", bar, f"[dim]{note}[/dim]")
+
+    notes: dict[str, Any] = {
+        "step": "after the backward pass",
+        "host_offload": "in host memory",
+        "logits": "if every token has a label",
+    }
+    for name, size in memory.components().items():
+        if size:
+            row(name.replace("_", " "), size, "blue", notes.get(name, ""))
+    what = "of what a rank has" if plan.device == "cpu" else "of the GPU's"
+    has = f"{memory.total / plan.device_memory:.0%} {what} {gib(plan.device_memory)}" if plan.device_memory else ""
+    row("at most", memory.total, "green", has)
+    return grid
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,20 @@
+"""How sizes and counts are written for people."""
+
+from __future__ import annotations
+
+
+def gib(size: float) -> str:
+    """Bytes in the unit that reads best: `1.5 GiB`, `820 MiB`."""
+    for unit, factor in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20)):
+        if size >= factor:
+            value = size / factor
+            return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+    return f"{size / 1024:.0f} KiB"
+
+
+def count(number: float) -> str:
+    """A count with three digits: `822 k`, `6.74 B`."""
+    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number:g}"

@@ -1,0 +1,85 @@
+"""What can be checked before a launch without torch: files, permissions, disk. Data and tokens: `trainer.check`."""
+
+from __future__ import annotations
+
+import glob
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher.console import gib
+from launcher.facts import Facts, existing_parent
+from launcher.plan import Plan
+from trainer.config.schema import LaunchConfig
+from trainer.failures import UserError
+
+
+def preflight(config: LaunchConfig, plan: Plan, facts: Facts) -> None:
+    """Refuse what cannot work. Raises UserError naming every problem there is."""
+    problems = preflight_problems(config, plan, facts)
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        raise UserError(
+            "\n".join([f"{len(problems)} things to change before this can run", *(f"  {p}" for p in problems)])
+        )
+
+
+def preflight_problems(config: LaunchConfig, plan: Plan, facts: Facts) -> list[str]:
+    """Every problem, in the config's order; empty where the run can start."""
+    return [*_output(config, plan, facts), *_tokenizer(config), *_data(config)]
+
+
+def _output(config: LaunchConfig, plan: Plan, facts: Facts) -> Iterator[str]:
+    parent = existing_parent(Path(plan.run_dir))
+    if not parent.is_dir():
+        yield f"output_dir: {parent} is a file, not a folder; choose another output_dir"
+        return
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        yield f"output_dir: no file can be written in {parent} ({error.strerror}); choose another output_dir"
+        return
+    if plan.checkpoint_bytes is None or plan.model.parameters is None:
+        return
+    # one more than is kept: the oldest goes only when the newest is whole
+    checkpoints = plan.checkpoint_bytes * (config.checkpoint.keep_last + 1)
+    dtype = config.model.dtype if config.export.dtype == "auto" else config.export.dtype
+    export = plan.model.parameters * (2 if dtype == "bfloat16" else 4) if config.export.enabled else 0
+    written = sum(file.stat().st_size for file in Path(plan.run_dir).glob("*/**/*") if file.is_file())
+    needed = checkpoints + export - written
+    if needed > facts.disk_free:
+        yield (
+            f"output_dir: the run needs {gib(needed)} more disk in {parent} ({config.checkpoint.keep_last + 1} checkpoints "
+            f"of {gib(plan.checkpoint_bytes)}, {gib(export)} for the export), and {gib(facts.disk_free)} are free; "
+            "free some, choose another output_dir, or lower checkpoint.keep_last"
+        )
+
+
+def _tokenizer(config: LaunchConfig) -> Iterator[str]:
+    path = config.model.tokenizer
+    if path is not None and os.path.isabs(path) and not os.path.exists(path):
+        yield f"model.tokenizer: {path} does not exist; expected a folder, a tokenizer.json or a SentencePiece .model"
+
+
+def _data(config: LaunchConfig) -> Iterator[str]:
+    for split in ("train", "evaluation"):
+        for index, source in enumerate(getattr(config.data, split)):
+            for key in ("path", "source_path", "target_path"):
+                path = getattr(source, key, None)
+                if path is not None and "://" not in path:
+                    yield from (f"data.{split}.{index}.{key}: {problem}" for problem in _source(path))
+
+
+def _source(path: str) -> Iterator[str]:
+    files = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    if not files:
+        pattern = any(mark in path for mark in "*?[")
+        yield f"no file matches {path}" if pattern else f"there is no file or folder {path}"
+    for file in files:
+        if not os.access(file, os.R_OK):
+            yield f"{file} cannot be read (permissions)"
+    if files and not any(os.path.isdir(file) or os.path.getsize(file) for file in files):
+        yield f"{path} is empty"
