@@ -1,0 +1,185 @@
+"""The supervisor's end of its links to the nodes of an attempt: one TCP connection a node, JSON lines both ways.
+
+node -> supervisor  {"token", "node", "port", "step"} first; {"terminating": true}; {"exit": code of the agent}
+supervisor -> node  {"start": agent arguments, "environment": {...}}; {"go": true}; {"end": true}
+
+A closed link, whichever side closes it, means that nothing of the attempt may go on running on that node. Nothing
+here waits for shared storage, and a node that has lost its power is noticed within LOST_SECONDS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import secrets
+import selectors
+import socket
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+LOST_SECONDS = 20
+_KEEP_ALIVE_SECONDS = 5
+_LARGEST_LINE = 1 << 16
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """Have the kernel notice, within LOST_SECONDS, that the other end is gone without a word."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_ALIVE_SECONDS)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEP_ALIVE_SECONDS)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, LOST_SECONDS // _KEEP_ALIVE_SECONDS - 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * LOST_SECONDS)
+
+
+def address_towards(nodes: Sequence[str]) -> str:
+    """The IP address by which other hosts reach this one: that of the interface which leads to `nodes`.
+
+    This host's own name often resolves to 127.0.1.1, so it is the routing table that is asked.
+    """
+    for node in nodes:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((node, 9))  # sends nothing
+            address = str(probe.getsockname()[0])
+            if not address.startswith("127."):
+                return address
+    return "127.0.0.1"
+
+
+@dataclass
+class NodeLink:
+    """What is known of one node of the attempt."""
+
+    name: str
+    connection: socket.socket | None = None
+    address: str = ""
+    port: int = 0  # a free port of the node, for the rendezvous
+    step: str = ""  # SLURM's step, to be cancelled
+    started: bool = False
+    terminating: bool = False
+    lost: bool = False
+    code: int | None = None  # the agent's exit code
+
+
+class Links:
+    """Waits for `nodes`, starts their agents when all are there, and lets them go on `release`.
+
+    Reads in a thread of its own, so that agents start while the supervisor is busy; `nodes` may be read at any time.
+    """
+
+    def __init__(self, nodes: Sequence[str], agent_arguments: Sequence[str], environment: dict[str, str]) -> None:
+        self.token = secrets.token_hex(16)
+        self.nodes = {name: NodeLink(name) for name in nodes}
+        self._agent_arguments = list(agent_arguments)
+        self._environment = environment
+        self._released = False
+        self._lock = threading.Lock()
+        self._listener = socket.create_server(("", 0), backlog=len(nodes))
+        self.port = int(self._listener.getsockname()[1])
+        self._wake, self._woken = socket.socketpair()
+        self._closed = False
+        self._buffers: dict[socket.socket, bytes] = {}
+        self._thread = threading.Thread(target=self._serve, name="links", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Let every agent start its ranks, now or as soon as it is there."""
+        with self._lock:
+            self._released = True
+            for link in self.nodes.values():
+                if link.started:
+                    self._send(link, {"go": True})
+
+    def end(self) -> None:
+        """Tell every agent that still runs to kill its ranks, report and end."""
+        with self._lock:
+            for link in self.nodes.values():
+                if link.code is None:
+                    self._send(link, {"end": True})
+
+    def close(self) -> None:
+        """Close all links: whatever still runs on the nodes is killed."""
+        self._closed = True
+        self._wake.send(b"x")
+        self._thread.join()
+        for connection in [*self._buffers, self._listener, self._wake, self._woken]:
+            connection.close()
+
+    def _serve(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._listener, selectors.EVENT_READ)
+            selector.register(self._woken, selectors.EVENT_READ)
+            while not self._closed:
+                for key, _ in selector.select():
+                    connection = key.fileobj
+                    if connection is self._listener:
+                        with contextlib.suppress(OSError):
+                            new, _ = self._listener.accept()
+                            new.settimeout(LOST_SECONDS)
+                            keep_alive(new)
+                            self._buffers[new] = b""
+                            selector.register(new, selectors.EVENT_READ)
+                    elif isinstance(connection, socket.socket) and connection is not self._woken:
+                        with self._lock:
+                            alive = self._read(connection)
+                        if not alive:
+                            selector.unregister(connection)
+                            connection.close()
+                            del self._buffers[connection]
+
+    def _read(self, connection: socket.socket) -> bool:
+        """Take in what a node says; False if the link has ended."""
+        link = next((link for link in self.nodes.values() if link.connection is connection), None)
+        try:
+            data = connection.recv(4096)
+        except OSError:
+            data = b""
+        *lines, rest = (self._buffers[connection] + data).split(b"\n")
+        self._buffers[connection] = rest
+        try:
+            for line in lines:
+                link = self._take(connection, link, json.loads(line))
+        except (ValueError, TypeError, KeyError):  # not one of ours
+            data = b""
+        if data and len(rest) < _LARGEST_LINE:
+            return True
+        if link is not None:
+            link.lost = link.code is None
+            link.connection = None
+        return False
+
+    def _take(self, connection: socket.socket, link: NodeLink | None, message: dict[str, Any]) -> NodeLink:
+        if link is None:
+            link = self.nodes[message["node"]]
+            if not hmac.compare_digest(message["token"], self.token) or link.connection is not None or link.lost:
+                raise ValueError("not a node of this attempt")
+            link.connection = connection
+            link.address, link.port = connection.getpeername()[0], int(message["port"])
+            link.step = str(message.get("step", ""))
+            if all(other.connection is not None for other in self.nodes.values()):
+                self._start()
+        link.terminating = link.terminating or "terminating" in message
+        if "exit" in message:
+            link.code = int(message["exit"])
+        return link
+
+    def _start(self) -> None:
+        """All are there: the first node's address and free port are the rendezvous of the attempt."""
+        first = next(iter(self.nodes.values()))
+        for rank, link in enumerate(self.nodes.values()):
+            arguments = [
+                *(*self._agent_arguments, "--nnodes", str(len(self.nodes)), "--node-rank", str(rank)),
+                *("--master-addr", first.address, "--master-port", str(first.port)),
+                *("--rdzv-id", self.token[:8]),
+            ]
+            link.started = True
+            self._send(link, {"start": arguments, "environment": self._environment})
+            if self._released:
+                self._send(link, {"go": True})
+
+    def _send(self, link: NodeLink, message: dict[str, Any]) -> None:
+        if link.connection is not None:
+            with contextlib.suppress(OSError):  # the link has ended: the reader notices
+                link.connection.sendall(json.dumps(message).encode() + b"\n")

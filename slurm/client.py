@@ -1,0 +1,187 @@
+"""Calls of SLURM's commands. Every call has a time limit; "SLURM does not answer" is never taken for "not there"."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurm.states import JobState, job_state
+from trainer.failures import EXIT_TEMPORARY, DsftError, UserError
+
+QUERY_SECONDS = 10.0  # without a controller the commands themselves give up only after half a minute
+SUBMIT_SECONDS = 60.0
+
+# What the commands say when the controller or the accounting daemon is away
+_NO_ANSWER = re.compile(
+    r"unable to contact|timed out|connection refused|communication (connection )?failure|not responding|"
+    r"unexpected message received|persistent connection|database connection|protocol authentication error|"
+    r"in backup mode|configuration source|connection reset|zero bytes were transmitted|munge",
+    re.IGNORECASE,
+)
+
+
+class SlurmUnavailable(DsftError):
+    """SLURM did not answer: nothing is known about what was asked."""
+
+    exit_code = EXIT_TEMPORARY
+
+
+class SlurmError(UserError):
+    """SLURM answered, and refused."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What SLURM knows of a job. `state` is dsft's word, `slurm_state` SLURM's own."""
+
+    job_id: str
+    state: JobState
+    slurm_state: str
+    reason: str = ""
+    node_list: str = ""
+    time_left: str = ""
+    start: str = ""
+    preempted: bool = False
+
+
+def available() -> bool:
+    """Whether SLURM's commands are installed here."""
+    return shutil.which("sbatch") is not None
+
+
+def submit(script: Path, folder: Path, environment: Mapping[str, str] | None = None) -> str:
+    """Submit a job script with `folder` as its working directory; returns the job id.
+
+    Raises SlurmError with SLURM's words if it refuses, SlurmUnavailable if it does not answer: the job may then have
+    been submitted all the same, and its name is the way to find out.
+    """
+    answer = _call(["sbatch", "--parsable", f"--chdir={folder}", str(script)], SUBMIT_SECONDS, environment)
+    return answer.strip().splitlines()[-1].split(";")[0]  # "id[;cluster]"
+
+
+def try_out(script: Path, folder: Path, environment: Mapping[str, str] | None = None) -> str:
+    """`sbatch --test-only`: SLURM's estimate of when and where the job would start. Raises as `submit` does."""
+    answer = _call(["sbatch", "--test-only", f"--chdir={folder}", str(script)], SUBMIT_SECONDS, environment, error=True)
+    return answer.strip().removeprefix("sbatch: ")
+
+
+def jobs(job_ids: Sequence[str]) -> dict[str, Job]:
+    """The jobs that SLURM knows, from the queue, then from the accounting. A job that is in neither is left out.
+
+    Raises SlurmUnavailable if the queue does not answer, or, for a job that is not in it, the accounting.
+    """
+    found = _queued(job_ids)
+    if missing := [job_id for job_id in job_ids if job_id not in found]:
+        found |= _accounted(missing)
+    return found
+
+
+def job(job_id: str) -> Job | None:
+    """One job; None if SLURM answers that it knows of none. Raises SlurmUnavailable."""
+    return jobs([job_id]).get(job_id)
+
+
+def is_preempted(job_id: str) -> bool:
+    """Whether the running job has been told to make room for another. Raises SlurmUnavailable."""
+    text = _call(["scontrol", "show", "job", "--oneliner", job_id], QUERY_SECONDS)
+    match = re.search(r" PreemptTime=(\S+)", text)
+    return match is not None and match[1] not in ("None", "Unknown")
+
+
+def cancel(job_id: str, signal: str | None = None, batch: bool = False) -> None:
+    """Cancel a job or a step (``12.0``), or only send it a signal (`batch`: the batch script alone gets it)."""
+    options = [*([f"--signal={signal}"] if signal else []), *(["--batch"] if batch else [])]
+    _call(["scancel", *options, job_id], QUERY_SECONDS)
+
+
+def _queued(job_ids: Sequence[str]) -> dict[str, Job]:
+    # %i would shorten an array to 7_[2-9]: -r prints one line for each of its jobs
+    command = ["squeue", "--noheader", "-r", "--states=all", "--format=%i|%T|%r|%N|%L|%S"]
+    try:
+        text = _call([*command, f"--jobs={','.join(job_ids)}"], QUERY_SECONDS)
+    except SlurmError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        if len(job_ids) == 1:
+            return {}
+        text = "".join(_lines_of(command, job_id) for job_id in job_ids)
+    found = {}
+    for line in text.splitlines():
+        job_id, state, reason, nodes, left, start = line.split("|")
+        found[job_id.strip()] = Job(job_id.strip(), job_state(state), state, reason, nodes, left, start)
+    return found
+
+
+def _lines_of(command: Sequence[str], job_id: str) -> str:
+    try:
+        return _call([*command, f"--jobs={job_id}"], QUERY_SECONDS)
+    except SlurmError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        return ""
+
+
+def _accounted(job_ids: Sequence[str]) -> dict[str, Job]:
+    command = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,State,NodeList,Start"]
+    try:
+        text = _call([*command, f"--jobs={','.join(job_ids)}"], QUERY_SECONDS)
+    except SlurmError as error:
+        if "disabled" in str(error):  # a site without accounting: the queue was all there is to ask
+            return {}
+        raise
+    found = {}
+    for line in text.splitlines():
+        job_id, state, nodes, start = line.split("|")
+        found[job_id] = Job(job_id, job_state(state), state, node_list=nodes, start=start)
+    return found
+
+
+def _call(
+    command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None, error: bool = False
+) -> str:
+    """Run a command of SLURM; returns its stdout (`error`: its stderr, where `--test-only` answers)."""
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=seconds,
+            text=True,
+            errors="replace",
+            env=None if environment is None else dict(environment),
+        )
+    except FileNotFoundError:
+        raise UserError(
+            f"`{command[0]}` is not installed here: run dsft on a login node of a SLURM cluster, or choose another "
+            "`cluster.backend`"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise SlurmUnavailable(
+            f"`{command[0]}` has not answered for {seconds:.0f} s; see `scontrol ping` and try again"
+        ) from None
+    if done.returncode == 0:
+        return done.stderr if error else done.stdout
+    message = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+    if _NO_ANSWER.search(message) or done.returncode < 0:
+        raise SlurmUnavailable(f"`{command[0]}` got no answer from SLURM: {message}; try again later")
+    raise SlurmError(f"SLURM refuses: {message}")
+
+
+def submission_environment(options: Sequence[str]) -> dict[str, str]:
+    """This process's environment without the SBATCH_* variables that would win over `options` of the job script."""
+    hidden = {_VARIABLES.get(option, "SBATCH_" + option.upper().replace("-", "_")) for option in options}
+    return {name: value for name, value in os.environ.items() if name not in hidden}
+
+
+# Options whose variable is not called after them ("INPUT ENVIRONMENT VARIABLES" of sbatch's manual page)
+_VARIABLES = {
+    "array": "SBATCH_ARRAY_INX",
+    "time": "SBATCH_TIMELIMIT",
+    "mem": "SBATCH_MEM_PER_NODE",
+    "job-name": "SBATCH_JOB_NAME",
+}
