@@ -7,11 +7,12 @@ import os
 import site
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import launcher
+from launcher.plan import torchrun_arguments
 from trainer.failures import node_name
 from trainer.processes import RUN_VARIABLE, kill_run
 from trainer.rundir import RunDirectory
@@ -35,12 +36,11 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return environment
 
 
-def agent_command(run_dir: str | Path, attempt: int | str, processes: int) -> list[str]:
-    """The command line of the agent; a person may run it, or `torchrun` with the same arguments, by hand."""
+def agent_command(run_dir: Path, attempt: int, worker_module: str, torchrun: Sequence[str]) -> list[str]:
+    """The agent's command line; `torchrun` are the arguments that a person would give to `torchrun`."""
     return [
         *(sys.executable, "-P", "-m", "trainer.agent", "--run-dir", str(run_dir), "--attempt", str(attempt)),
-        *("--", "--nnodes", "1", "--nproc-per-node", str(processes), "--node-rank", "0"),
-        *("--master-addr", "127.0.0.1", "--master-port", "0"),
+        *("--parent-pid", str(os.getpid()), "--hold", "--worker-module", worker_module, "--", *torchrun),
     ]
 
 
@@ -89,14 +89,13 @@ class LocalBackend:
     def start(self, attempt: int) -> LocalAttempt:
         """Start the agent of `attempt` in a session of its own; its ranks wait for `release`."""
         kill_run(self.run.path)  # the lock is ours: what still runs is left of a launcher that was killed
-        command = agent_command(self.run.path, attempt, self.processes)
-        cut = command.index("--")
-        own = ["--parent-pid", str(os.getpid()), "--hold", "--worker-module", self.worker_module]
+        # port 0: the agent takes a free one itself, which nobody can snatch in between
+        torchrun = torchrun_arguments(1, self.processes, 0, "127.0.0.1", 0)
         log = self.run.agent_log_path(attempt, node_name())
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             process = subprocess.Popen(
-                [*command[:cut], *own, *command[cut:]],
+                agent_command(self.run.path, attempt, self.worker_module, torchrun),
                 env=child_environment(self.environment) | {RUN_VARIABLE: str(self.run.path)},
                 stdin=subprocess.PIPE,
                 stdout=output,

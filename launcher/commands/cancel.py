@@ -1,0 +1,28 @@
+"""`dsft cancel RUN`: ask a run to save and stop."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    parser.add_argument("run", metavar="RUN", help="run directory or name")
+    parser.add_argument("--now", action="store_true", help="without a last checkpoint")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Leave the stop request where the ranks and the supervisor look; it does not wait for them."""
+    from launcher.registry import find_run
+    from launcher.state import run_state
+    from trainer.failures import UserError
+
+    found = find_run(options.run)
+    state = run_state(found).state
+    attempts = found.attempts()
+    if state != "running" or not attempts:
+        raise UserError(f"{found.path}: nothing to cancel, the run is {state}")
+    found.request_stop(attempts[-1], "cancel", now=options.now)
+    how = "it is being killed" if options.now else "it saves after its current step and ends"
+    print(f"asked {found.name} to stop: {how}; `dsft resume {found.path}` continues it")
+    return 0

@@ -1,0 +1,44 @@
+"""What may not change between launches of one run, once it has trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.failures import UserError
+from trainer.rundir import RunDirectory, read_json
+
+# Sections that make up what is trained, without the keys that change speed or memory but not the result
+_FIXED: dict[str, frozenset[str]] = {
+    "task": frozenset(),
+    "model": frozenset({"attention", "gradient_checkpointing", "trust_remote_code"}),
+    "data": frozenset({"evaluation"}),
+    "training": frozenset({"micro_batch_size", "deterministic"}),
+}
+
+
+def refuse_changes(run: RunDirectory, config: dict[str, Any]) -> None:
+    """Raise UserError if `config` (resolved) would train something else than `run` has begun to train."""
+    before = read_json(run.config_path)
+    if before is None or not (run.step_lines() or run.published_checkpoints()):
+        return
+    changes = [
+        f"  {path}: the run has {old!r}, the config {new!r}"
+        for section, free in _FIXED.items()
+        for path, old, new in _differences(section, before.get(section), config.get(section))
+        if path.removeprefix(f"{section}.").split(".")[0] not in free
+    ]
+    if changes:
+        raise UserError(
+            f"{run.path} has begun to train something else:\n"
+            + "\n".join(changes)
+            + "\nGive the new run another `name`, or undo the change to continue the old one"
+        )
+
+
+def _differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(f"{path}.{key}", old.get(key), new.get(key))
+    elif old != new:
+        yield path, old, new

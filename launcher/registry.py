@@ -1,0 +1,72 @@
+"""Finding a run by name: a small file per run this user has launched, under $XDG_STATE_HOME/dsft/runs."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+from trainer.failures import UserError
+from trainer.rundir import Json, RunDirectory, read_json, write_json
+
+
+def registry_dir() -> Path:
+    """Where the registry lives; it need not exist."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "dsft" / "runs"
+
+
+def register(run: RunDirectory) -> None:
+    """Remember `run`. A home that cannot be written costs the lookup by name, not the run."""
+    folder = registry_dir()
+    name = hashlib.sha256(str(run.path).encode()).hexdigest()[:20]
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{name}.json", {"path": str(run.path), "name": run.name, "time": time.time()})
+
+
+def known_runs() -> list[RunDirectory]:
+    """The runs that were registered and still are there, the newest launch first."""
+    entries: list[Json] = []
+    for path in registry_dir().glob("*.json"):
+        with contextlib.suppress(OSError, ValueError):  # a broken entry hides one run, not all
+            entries.append(read_json(path) or {})
+    entries = [entry for entry in entries if isinstance(entry.get("path"), str)]
+    runs = [RunDirectory(Path(e["path"])) for e in sorted(entries, key=lambda e: -float(e.get("time", 0)))]
+    return [run for run in runs if run.exists()]
+
+
+def find_run(text: str) -> RunDirectory:
+    """The run that `text` names: a run directory, or a name below the current output_dir, or one launched before.
+
+    Raises UserError, with what is known, if there is none.
+    """
+    candidate = RunDirectory(Path(text))
+    if candidate.exists():
+        return candidate
+    if os.sep not in text:
+        for folder in _output_dirs():
+            candidate = RunDirectory(folder / text)
+            if candidate.exists():
+                return candidate
+        for run in known_runs():
+            if run.name == text:
+                return run
+    names = sorted({run.name for run in known_runs()})
+    close = difflib.get_close_matches(text, names, n=3) or names[:5]
+    known = f"; known runs: {', '.join(close)}" if close else ""
+    raise UserError(f"no run {text!r}: give a run directory (it holds config.json) or the name of a run{known}")
+
+
+def _output_dirs() -> list[Path]:
+    """`output_dir` of ./config.json, then ./runs."""
+    folders = []
+    with contextlib.suppress(OSError, ValueError):
+        value = json.loads(Path("config.json").read_text(encoding="utf-8"))
+        if isinstance(value, dict) and isinstance(value.get("output_dir"), str):
+            folders.append(Path(value["output_dir"]))
+    return [*folders, Path("runs")]
