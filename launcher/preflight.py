@@ -51,9 +51,10 @@ def _output(config: LaunchConfig, plan: Plan, facts: Facts) -> Iterator[str]:
     written = sum(file.stat().st_size for file in Path(plan.run_dir).glob("*/**/*") if file.is_file())
     needed = checkpoints + export - written
     if needed > facts.disk_free:
+        number = config.checkpoint.keep_last + 1
         yield (
-            f"output_dir: the run needs {gib(needed)} more disk in {parent} ({config.checkpoint.keep_last + 1} checkpoints "
-            f"of {gib(plan.checkpoint_bytes)}, {gib(export)} for the export), and {gib(facts.disk_free)} are free; "
+            f"output_dir: the run needs {gib(needed)} more disk in {parent} ({number} checkpoints of "
+            f"{gib(plan.checkpoint_bytes)}, {gib(export)} for the export), and {gib(facts.disk_free)} are free; "
             "free some, choose another output_dir, or lower checkpoint.keep_last"
         )
 

@@ -130,15 +130,14 @@ def _memory(plan: Plan) -> RenderableType:
         grid.add_row(f"[cyan]{name}[/cyan]", f"{gib(size):>9}", bar, f"[dim]{note}[/dim]")
 
     notes: dict[str, Any] = {
-        "step": "after the backward pass",
+        "step": "after backward",
         "host_offload": "in host memory",
-        "logits": "if every token has a label",
+        "logits": "all tokens labelled",
     }
     for name, size in memory.components().items():
         if size:
             row(name.replace("_", " "), size, "blue", notes.get(name, ""))
-    what = "of what a rank has" if plan.device == "cpu" else "of the GPU's"
-    has = f"{memory.total / plan.device_memory:.0%} {what} {gib(plan.device_memory)}" if plan.device_memory else ""
+    has = f"{memory.total / plan.device_memory:.0%} of {gib(plan.device_memory)}" if plan.device_memory else ""
     row("at most", memory.total, "green", has)
     return grid
 
