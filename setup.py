@@ -30,7 +30,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["launcher*", "slurm*", "trainer*"]),
-    package_data={"": ["*.json", "*.sh", "*.j2", "*.html", "*.css", "*.js", "*.tmpl"]},
+    package_data={"": ["*.json", "*.html", "*.sbatch"]},
     cmdclass={"build_py": BuildWithConfigs},
     entry_points={"console_scripts": ["dsft = launcher.cli:main"]},
     install_requires=[

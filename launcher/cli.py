@@ -13,6 +13,7 @@ from trainer.failures import EXIT_INTERRUPTED, DsftError
 
 # verb -> help; launcher/commands/<verb>.py has add_arguments(parser) and run(arguments) -> exit code
 VERBS = {
+    "quickstart": "train a small model on this machine, from corpus to export, in minutes",
     "init": "write a starter config for a task",
     "plan": "show what a config will run: ranks, batches, memory, commands",
     "launch": "run a config to its end, or go on with a run that stopped",

@@ -34,7 +34,7 @@ class Pair:
 
 def functions(source: str) -> Iterator[tuple[str, str]]:
     """(prompt, completion) of every function of a module's source that has a docstring and a body after it."""
-    lines = source.splitlines(keepends=True)
+    lines = [line + "\n" for line in source.split("\n")]  # splitlines would also cut at form feeds
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or ast.get_docstring(node) is None:
             continue
