@@ -36,13 +36,11 @@ for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
   if new_enough "$candidate"; then python=$candidate; break; fi
 done
 new_enough "${python:-no-python}" ||
-  fail "no Python 3.11 or newer found" "install one (Debian: apt-get install python3 python3-venv python3-dev), or set PYTHON=/path/to/python3.11"
+  fail "no Python 3.11 or newer found" "install one (Debian: apt-get install python3 python3-venv), or set PYTHON=/path/to/python3.11"
 
 # The set-up is whole only when its stamp, written last, matches what it was made from.
 wanted=$(cat setup.py constraints.txt bootstrap.sh <(echo "$here" && "$python" -c 'import sys; print(sys.version, sys.base_prefix)') | sha256sum)
 if [ "$(cat "$venv/dsft-stamp" 2>/dev/null)" != "$wanted" ]; then
-  command -v g++ >/dev/null ||
-    fail "no C++ compiler (g++) found; DeepSpeed builds its CPU communication with one" "Debian: apt-get install g++ python3-dev"
   mkdir -p "$(dirname "$venv")"
   : >"$log"
   step "virtual environment in $venv" "Debian: apt-get install python3-venv" "$python" -m venv --clear "$venv"

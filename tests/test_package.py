@@ -96,7 +96,39 @@ def test_help(installed: Installation) -> None:
         assert verb in result.stdout
 
 
-def test_starter_configs_are_found(installed: Installation) -> None:
-    code = "from launcher.resources import starter_config as s; print(s('quickstart'))"
-    result = installed.run(installed.python, "-P", "-c", code)
-    assert "site-packages/launcher/_data/configs/quickstart.json" in result.stdout, result.stderr
+def test_init_and_plan(installed: Installation) -> None:
+    result = installed.run("dsft", "init", "causal-lm", "mine.json")
+    assert result.returncode == 0, result.stderr
+    assert (installed.folder / "mine.json").read_bytes() == (ROOT / "configs/causal-lm.json").read_bytes()
+    model = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    model |= {"num_attention_heads": 4, "vocab_size": 512}
+    override = ["--set", "model.path=null", "--set", f"model.config={json.dumps(model)}"]
+    (installed.folder / "tokenizer.json").write_text("{}")
+    for name in ("train", "evaluation"):
+        (installed.folder / f"{name}.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    command = ("dsft", "plan", "mine.json", *override, "--set", "model.tokenizer=tokenizer.json", "--json")
+    result = installed.run(*command)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["world_size"] >= 1
+
+
+def test_quickstart_runs_and_users_modules_do_not_shadow(installed: Installation) -> None:
+    """Everything at once from the wheel: corpus, launch on two ranks, export, sample; then a finished run stays so."""
+    command = ("dsft", "quickstart", "--set", "training.max_steps=12", "--set", "training.global_batch_size=4")
+    command += ("--set", "data.evaluation.0.limit=20", "--set", "training.schedule.warmup_steps=2")
+    result = installed.run(*command, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "was imported" not in result.stdout + result.stderr
+    run = installed.folder / "dsft-quickstart/runs/quickstart"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 12
+    assert sum(losses[-3:]) / 3 < losses[0] - 0.5, losses
+    assert (run / "export/model.safetensors").is_file()
+    assert "after training" in result.stdout
+    for place in (f"dsft report {run}", f"tensorboard --logdir {run}/tensorboard", f"{run}/export"):
+        assert place in result.stdout
+
+    again = installed.run(*command)
+    assert again.returncode == 0, again.stderr
+    assert "finished already" in again.stdout
