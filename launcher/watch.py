@@ -135,7 +135,7 @@ class Watch:
             elif "loss" in line:
                 self.progress.add(line)
         for note in notes:
-            self._print(note)
+            self.say(note)
         if self._live is not None:
             self._live.update(self._view(), refresh=True)
         elif self.progress.last and self.progress.last["step"] != self._printed_step:
@@ -146,7 +146,7 @@ class Watch:
             return
         self._next_plain = time.monotonic() + _PLAIN_SECONDS
         self._printed_step = line["step"]
-        self._print(self.progress.position() + "".join(f"  {name} {value}" for name, value in self.progress.values()))
+        self.say(self.progress.position() + "".join(f"  {name} {value}" for name, value in self.progress.values()))
 
     def _new_events(self) -> Iterator[Json]:
         new: list[Json] = []
@@ -154,7 +154,8 @@ class Watch:
             new += self._events.setdefault(path.name, LineReader(path)).read()
         yield from sorted(new, key=lambda event: float(event.get("time", 0)))
 
-    def _print(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """A line above the live view, or in the log."""
         if self._stream is None:
             return
         try:

@@ -1,0 +1,195 @@
+"""`dsft launch CONFIG`: run a config to its end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+    from launcher.gate import CheckProcess
+    from launcher.supervisor import Result
+    from trainer.config.schema import LaunchConfig
+    from trainer.failures import UserError
+    from trainer.lease import Holder, Lease
+    from trainer.rundir import RunDirectory
+
+# What `trainer.config.loading.redacted` leaves of a secret
+REDACTED = "***"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="config file (JSON)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the config"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show what would run; create nothing")
+    parser.add_argument("--json", action="store_true", help="print JSON: the plan of a dry run, else the final report")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Launch; returns the exit code (docs/architecture.md)."""
+    from launcher.commands import plan as plan_command
+    from launcher.facts import gather_facts
+    from launcher.plan import make_plan
+    from launcher.preflight import preflight_problems
+    from trainer.config.loading import load_config
+    from trainer.failures import UserError
+    from trainer.rundir import RunDirectory
+
+    if options.dry_run:
+        return plan_command.run(options)
+    config = load_config(options.config, options.set)
+    facts = gather_facts(config)
+    plan = make_plan(config, facts)
+    if problems := preflight_problems(config, plan, facts):
+        raise UserError("\n".join(problems))
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    gpus = [gpu.name for gpu in facts.gpus]
+    return launch(config, plan.to_json() | {"gpus": gpus}, RunDirectory(Path(plan.run_dir)), options.json)
+
+
+def launch(config: LaunchConfig, plan: dict[str, Any], target: RunDirectory, as_json: bool) -> int:
+    """Run `config` in `target` under its lock, show how it goes, and print the account at the end."""
+    from launcher.gate import CheckProcess
+    from trainer.config.loading import redacted
+    from trainer.failures import EXIT_DONE, StorageError, UserError
+    from trainer.lease import acquire
+
+    if config.cluster.backend != "local":
+        raise UserError(
+            f"cluster.backend is {config.cluster.backend!r}: `dsft launch` runs on this machine only, "
+            'with {"backend": "local"}; `dsft plan` shows what would run on the cluster'
+        )
+    environment = _rank_environment(config, plan)
+    resolved = redacted(config)
+    if _is_finished(target, resolved, as_json):
+        return EXIT_DONE
+    try:
+        lease = acquire(target.lock_dir, _tell_waiting)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    with lease:
+        if _is_finished(target, resolved, as_json):  # by the launch that was waited for
+            return EXIT_DONE
+        try:
+            _write_records(target, resolved, plan)
+        except OSError as error:
+            raise _cannot_write(target, error) from error
+        gate = CheckProcess(target.config_path)
+        try:
+            result = _supervise(config, plan, target, lease, gate, environment, sys.stderr if as_json else sys.stdout)
+        except OSError as error:
+            raise StorageError(f"{error.filename or target.path}: {error.strerror or error}") from error
+        finally:
+            gate.cancel()
+    _print_account(target, as_json)
+    return result.action.exit_code
+
+
+def _is_finished(target: RunDirectory, resolved: dict[str, Any], as_json: bool) -> bool:
+    """Say so if the run is finished; raises UserError if it is another run than the config describes."""
+    from launcher.consistency import refuse_changes
+    from launcher.state import run_state
+
+    refuse_changes(target, resolved)
+    if run_state(target).state != "finished":
+        return False
+    print(f"{target.path}: this run is finished already", file=sys.stderr if as_json else sys.stdout)
+    _print_account(target, as_json)
+    return True
+
+
+def _write_records(target: RunDirectory, resolved: dict[str, Any], plan: dict[str, Any]) -> None:
+    from launcher.backends.local import package_root
+    from launcher.environment import describe_environment
+    from launcher.registry import register
+    from trainer.rundir import write_json
+
+    write_json(target.config_path, resolved, indent=2)
+    write_json(target.plan_path, plan, indent=2)
+    write_json(target.environment_path, describe_environment(package_root(), plan.get("gpus")), indent=2)
+    register(target)
+
+
+def _supervise(
+    config: LaunchConfig,
+    plan: dict[str, Any],
+    target: RunDirectory,
+    lease: Lease,
+    gate: CheckProcess,
+    environment: dict[str, str],
+    stream: TextIO,
+) -> Result:
+    """The run itself, with its progress and its end told on `stream`."""
+    from launcher.backends.local import LocalBackend
+    from launcher.supervisor import Supervisor
+    from launcher.watch import Watch
+
+    watch = Watch(target, stream, config.training.epochs)
+    backend = LocalBackend(target, plan["processes_per_node"], environment)
+    watch.say(f"run {target.path}: {plan['world_size']} rank(s), checking data and tokenizer")
+    warned = False
+
+    def tick() -> None:
+        nonlocal warned
+        if gate.result and not warned:
+            warned = True
+            for warning in gate.result.get("warnings", ()):
+                watch.say(f"warning: {warning}")
+        watch.tick()
+
+    try:
+        result = Supervisor(target, backend, config.resilience, lease, gate, tick).supervise()
+    finally:
+        watch.close()
+    if result.action.reason:
+        watch.say(f"{result.verdict.outcome}: {result.action.reason}")
+    return result
+
+
+def _cannot_write(target: RunDirectory, error: OSError) -> UserError:
+    from trainer.failures import UserError
+
+    return UserError(
+        f"{error.filename or target.path}: {error.strerror or error}; the run directory must be writable: "
+        "change `output_dir`, or its permissions"
+    )
+
+
+def _rank_environment(config: LaunchConfig, plan: dict[str, Any]) -> dict[str, str]:
+    """Variables of every rank: the plan's, over them the user's own, over them the config's."""
+    from trainer.failures import UserError
+
+    variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(plan["threads_per_rank"]))}
+    if plan["device"] == "cpu":
+        variables["DS_ACCELERATOR"] = "cpu"
+    for name, value in config.cluster.environment.items():
+        if value != REDACTED:
+            variables[name] = value
+        elif name not in os.environ:  # a resumed run: its records do not hold secrets
+            raise UserError(f"cluster.environment.{name} is kept out of a run's records: export {name} and try again")
+    return variables
+
+
+def _tell_waiting(holder: Holder) -> None:
+    print(
+        f"waiting: the last launch (process {holder.pid} on {holder.node}) has left its lock behind; "
+        "is it still alive? A few seconds will tell",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _print_account(target: RunDirectory, as_json: bool) -> None:
+    from launcher.reporting import render_report, report
+
+    value = report(target)
+    print(json.dumps(value) if as_json else render_report(value), flush=True)

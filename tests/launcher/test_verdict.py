@@ -1,0 +1,153 @@
+"""Classification and actions as pure functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from launcher.verdict import Attempt, Snapshot, Verdict, classify, decide
+from trainer.failures import FailureClass
+
+
+def record(rank: int, failure_class: str, time: float, message: str = "m", step: int | None = None) -> dict[str, Any]:
+    return {
+        "class": failure_class,
+        "rank": rank,
+        "node": f"n{rank // 2}",
+        "step": step,
+        "message": message,
+        "traceback": "Traceback",
+        "time": time,
+    }
+
+
+def agent(node: str, codes: dict[int, int], ended: dict[int, float] | None = None, killed: tuple[int, ...] = ()) -> Any:
+    return {
+        "node": node,
+        "exit_codes": {str(rank): code for rank, code in codes.items()},
+        "ended": {str(rank): time for rank, time in (ended or {}).items()},
+        "killed_ranks": list(killed),
+        "class": None,
+        "message": None,
+        "time": 100.0,
+    }
+
+
+def test_the_earliest_record_is_the_cause() -> None:
+    verdict = classify(
+        Snapshot(
+            agents={"n0": 1, "n1": 1},
+            reports=[agent("n0", {0: 1, 1: 1}), agent("n1", {2: 1, 3: -9}, killed=(3,))],
+            records=[record(1, "unknown", 12.0), record(2, "numeric", 10.0, "nan", step=7), record(0, "unknown", 11.0)],
+        )
+    )
+    assert (verdict.failure_class, verdict.rank, verdict.node, verdict.step) == ("numeric", 2, "n1", 7)
+    assert verdict.victims == (0, 1, 3)
+
+
+def test_a_lost_connection_is_never_the_cause_if_there_is_another() -> None:
+    reports = [agent("n0", {0: 1, 1: -9}, {0: 10.0, 1: 10.2})]
+    snapshot = Snapshot({"n0": 1}, reports, [record(0, "communication", 9.0)], step=4)
+    verdict = classify(snapshot)
+    assert (verdict.failure_class, verdict.rank, verdict.step, verdict.victims) == ("unknown", 1, 4, (0,))
+    assert "SIGKILL" in verdict.message
+
+
+def test_with_nothing_but_lost_connections_the_first_is_named() -> None:
+    records = [record(3, "communication", 8.0), record(0, "communication", 9.0)]
+    verdict = classify(Snapshot({"n0": 1}, [agent("n0", {0: 1, 3: 1})], records))
+    assert (verdict.failure_class, verdict.rank) == ("communication", 3)
+
+
+def test_an_abort_follows_from_what_was_told() -> None:
+    reports = [agent("n0", {0: -6, 1: 1}, {0: 9.0, 1: 10.0})]
+    assert classify(Snapshot({"n0": 1}, reports, [record(1, "data", 9.5)])).rank == 1
+
+
+def test_a_kill_is_out_of_memory_only_with_the_kernels_word() -> None:
+    reports = [agent("n0", {0: -9, 1: -9}, {0: 9.0}, killed=(1,))]
+    assert classify(Snapshot({"n0": 137}, reports)).failure_class == "unknown"
+    verdict = classify(Snapshot({"n0": 137}, reports, oom_kills=1))
+    assert (verdict.failure_class, verdict.rank) == ("out_of_memory", 0)
+    assert verdict.evidence
+
+
+def test_an_agent_that_is_gone_without_a_report_is_its_nodes_failure() -> None:
+    verdict = classify(Snapshot({"n0": 1, "n1": -9}, [agent("n0", {0: 1})], [record(0, "communication", 9.0)]))
+    assert (verdict.failure_class, verdict.node, verdict.rank, verdict.victims) == ("node", "n1", None, (0,))
+
+
+def test_an_agents_own_failure_is_told() -> None:
+    report = agent("n0", {}) | {"class": "communication", "message": "address in use"}
+    verdict = classify(Snapshot({"n0": 75}, [report]))
+    assert (verdict.failure_class, verdict.message) == ("communication", "agent: address in use")
+
+
+def test_a_stop_request_explains_what_it_killed() -> None:
+    reports = [agent("n0", {0: 1, 1: -9}, killed=(1,))]
+    snapshot = Snapshot({"n0": 1}, reports, [record(0, "communication", 9.0)], stop_reason="cancel")
+    assert classify(snapshot).outcome == "stopped"
+
+
+def test_a_stop_request_that_came_too_late_does_not_undo_the_run() -> None:
+    assert (
+        classify(Snapshot({"n0": 0}, [agent("n0", {0: 0})], stop_reason="cancel", trained=True)).outcome == "finished"
+    )
+    assert classify(Snapshot({"n0": 0}, [agent("n0", {0: 0})], stop_reason="cancel")).outcome == "stopped"
+    assert classify(Snapshot({}, stop_reason="cancel", trained=True)).outcome == "stopped"  # killed in its export
+
+
+def failed(
+    failure_class: FailureClass, progress: tuple[int, int] = (0, 0), message: str = "m", step: int = 0
+) -> Attempt:
+    return Attempt(Verdict("failed", failure_class, step=step, message=message), progress)
+
+
+@pytest.mark.parametrize("failure_class", ["user", "data"])
+def test_user_and_data_errors_are_never_retried(failure_class: FailureClass) -> None:
+    action = decide([failed(failure_class)], max_restarts=10)
+    assert (action.kind, action.exit_code) == ("stop", 2)
+
+
+@pytest.mark.parametrize(
+    ("failure_class", "code"), [("node", 75), ("communication", 75), ("storage", 75), ("unknown", 1)]
+)
+def test_the_budget_ends(failure_class: FailureClass, code: int) -> None:
+    history = [failed(failure_class, (step, step), f"m{step}") for step in range(1, 4)]
+    assert decide(history[:2], max_restarts=2).kind == "retry"
+    action = decide(history, max_restarts=2)
+    assert (action.kind, action.exit_code) == ("stop", code)
+    assert "max_restarts" in action.reason
+
+
+def test_no_restart_is_allowed_where_none_is_configured() -> None:
+    assert decide([failed("node")], max_restarts=0).kind == "stop"
+
+
+def test_without_progress_it_backs_off_and_stops() -> None:
+    history = [failed("node", (50, 60)) for _ in range(4)]
+    delays = [decide(history[:n], max_restarts=99).delay_seconds for n in (1, 2, 3)]
+    assert delays == [0.0, 5.0, 10.0]
+    action = decide(history, max_restarts=99)
+    assert (action.kind, "without progress" in action.reason) == ("stop", True)
+
+
+def test_progress_clears_the_back_off() -> None:
+    history = [failed("node", (50, 60)), failed("node", (50, 60)), failed("node", (50, 61))]
+    action = decide(history, max_restarts=99)
+    assert (action.kind, action.delay_seconds) == ("retry", 0.0)
+
+
+def test_the_same_failure_at_the_same_step_is_not_tried_a_third_time() -> None:
+    again = [failed("unknown", step=7), failed("unknown", step=7)]
+    assert decide(again, max_restarts=9).kind == "stop"
+    assert decide([failed("unknown", step=7), failed("unknown", step=9)], max_restarts=9).kind == "retry"
+    assert decide([failed("node", step=7), failed("node", step=7)], max_restarts=9).kind == "retry"
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"), [("interrupt", 130), ("terminate", 143), ("cancel", 143), ("preemption", 75)]
+)
+def test_stops_end_with_the_code_of_their_reason(reason: str, code: int) -> None:
+    assert decide([Attempt(Verdict("stopped"), (0, 0))], 3, reason).exit_code == code
