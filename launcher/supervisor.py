@@ -62,15 +62,16 @@ class StopSignals:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
-        self.reason = self.reason or ("interrupt" if number == signal.SIGINT else "terminate")
+        reasons = {signal.SIGINT: "interrupt", signal.SIGUSR1: "time_limit"}  # USR1: from the batch shell
+        self.reason = self.reason or reasons.get(signal.Signals(number), "terminate")
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Catch INT, TERM and HUP (a lost terminal; not under nohup) while the context lasts."""
+    """Catch INT, TERM, USR1 and HUP (a lost terminal; not under nohup) while the context lasts."""
     signals = StopSignals()
     before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, signals.handle)
     try:

@@ -31,7 +31,6 @@ def main(arguments: Sequence[str] | None = None, train: Train | None = None) -> 
     """Run one rank to its end (`train`: by default `trainer.train.train`); returns its exit code."""
     agent = os.environ.get(AGENT_PID_VARIABLE)
     die_with_parent(int(agent) if agent else None)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which decides
     parser = argparse.ArgumentParser(prog="trainer.worker")
     parser.add_argument("--run-dir", type=Path, required=True)

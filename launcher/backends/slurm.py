@@ -1,0 +1,225 @@
+"""SLURM: submits the job of a run; inside a job, starts the agents of each attempt on its nodes with srun."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import site
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launcher.backends.links import Links, address_towards
+from launcher.backends.local import child_environment, package_root
+from launcher.backends.node import INTERFACE_VARIABLE, LINK_VARIABLE
+from slurm import client
+from slurm.hostlist import expand
+from slurm.job import Job, render, sbatch_options
+from trainer.config.schema import SlurmCluster
+from trainer.failures import EXIT_FAILED, DsftError, UserError
+from trainer.rundir import RunDirectory
+
+# SLURM may deliver the signal a minute late, and needs a little to end and requeue the job
+LATE_SECONDS = 75
+_START_SECONDS = 300.0  # for srun to have a process on every node
+_VICTIM_SECONDS = 2.0  # after the first failure: for the other agents to find theirs
+_END_SECONDS = 10.0
+
+
+# -- before the job ----------------------------------------------------------------------------------------------------
+
+
+def in_allocation() -> bool:
+    """Whether this process runs inside a job, on its first node or in the shell that salloc opened."""
+    return bool(os.environ.get("SLURM_JOB_ID") and os.environ.get("SLURM_JOB_NODELIST"))
+
+
+def job_of(run: RunDirectory, name: str, cluster: SlurmCluster) -> Job:
+    """The job of a run: `dsft launch` of its resolved config, inside the allocation."""
+    root = str(package_root())
+    installed = root in [*site.getsitepackages(), site.getusersitepackages()]
+    python = cluster.python or sys.executable
+    command = [python, "-P", "-m", "launcher", "launch", str(run.config_path)]
+    return Job(name, run.path, command, None if installed else root)
+
+
+def submit(job: Job, cluster: SlurmCluster) -> str:
+    """Write the job script into the run directory, have SLURM try it out, and submit it; returns the job id.
+
+    Raises UserError for what cannot work, SlurmUnavailable if SLURM does not answer.
+    """
+    script = render(job, cluster)
+    missing = [name for name in cluster.pass_environment if name not in os.environ]
+    if missing:
+        raise UserError(f"cluster.pass_environment names {', '.join(missing)}: export it here, then launch again")
+    check_syntax(script)
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    job.script_path.write_text(script)
+    environment = client.submission_environment(tuple(sbatch_options(job, cluster)))
+    client.try_out(job.script_path, job.run_dir, environment)
+    return client.submit(job.script_path, job.run_dir, environment)
+
+
+def check_syntax(script: str) -> None:
+    """Raise UserError if bash cannot read the script: setup lines are the user's own."""
+    bash = shutil.which("bash")
+    if bash is not None:
+        done = subprocess.run([bash, "-n"], input=script, text=True, capture_output=True)
+        if done.returncode != 0:
+            raise UserError(f"cluster.setup is not valid shell code: {' '.join(done.stderr.split())}")
+
+
+# -- inside the job ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SlurmAttempt:
+    """A started attempt: one srun step, and a link to each of its nodes."""
+
+    run: RunDirectory
+    attempt: int
+    links: Links
+    step: subprocess.Popen[bytes]
+    started: float = field(default_factory=time.monotonic)
+    _first_end: float | None = None
+    _ending: bool = False
+    _told: bool = False
+    _closed: bool = False
+
+    def release(self) -> None:
+        """Let the held agents start their ranks."""
+        self.links.release()
+
+    def poll(self) -> dict[str, int] | None:
+        """Node -> exit code of its agent (-9: the node or its link is gone) once no agent is left, else None."""
+        nodes = self.links.nodes.values()
+        if any(node.terminating for node in nodes) and not self._told:
+            self._told = True
+            self._request_stop()
+        if any(node.connection is None and not node.lost and node.code is None for node in nodes) and (
+            self.step.poll() is not None or time.monotonic() - self.started > _START_SECONDS
+        ):
+            # srun could not start them all: those that did not come are to blame
+            return {node.name: 0 if node.connection else self.step.poll() or EXIT_FAILED for node in nodes}
+        if all(node.code is not None or node.lost for node in nodes):
+            return self._codes()
+        if self._first_end is None:
+            if any(node.lost or node.code for node in nodes):
+                self._first_end = time.monotonic()
+        elif time.monotonic() - self._first_end > _VICTIM_SECONDS:
+            if not self._ending:
+                self._ending = True
+                self.links.end()
+            elif time.monotonic() - self._first_end > _VICTIM_SECONDS + _END_SECONDS:
+                return self._codes()
+        return None
+
+    def _codes(self) -> dict[str, int]:
+        # an agent that had to be killed is no cause of anything: 0
+        return {node.name: -9 if node.lost else node.code or 0 for node in self.links.nodes.values()}
+
+    def _request_stop(self) -> None:
+        """SLURM has sent TERM to the step: the job has to make room, or somebody cancels it."""
+        reason = "terminate"
+        with contextlib.suppress(DsftError):
+            if client.is_preempted(os.environ["SLURM_JOB_ID"]):
+                reason = "preemption"
+        if self.run.stop_request(self.attempt) is None:
+            self.run.request_stop(self.attempt, reason)
+
+    def kill(self) -> list[int]:
+        """Close the links, upon which every node kills what it has; then end the step."""
+        if self._closed:
+            return []
+        self._closed = True
+        steps = {node.step for node in self.links.nodes.values() if node.step}
+        self.links.close()
+        try:
+            self.step.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            for name in steps:
+                with contextlib.suppress(DsftError):
+                    client.cancel(name, signal="KILL")
+            self.step.kill()
+            self.step.wait()
+        return []
+
+
+@dataclass
+class SlurmBackend:
+    """Starts attempts inside the allocation that this process runs in."""
+
+    run: RunDirectory
+    cluster: SlurmCluster
+    processes: int
+    environment: Mapping[str, str]
+    worker_module: str = "trainer.worker"
+    _suspects: list[str] = field(default_factory=list)
+    _last: SlurmAttempt | None = None
+
+    def start(self, attempt: int) -> SlurmAttempt:
+        """Start a held agent on each of `cluster.nodes` nodes, on spares rather than on nodes lost before."""
+        allocated = expand(os.environ["SLURM_JOB_NODELIST"])
+        if len(allocated) < self.cluster.nodes:
+            raise UserError(
+                f"the allocation has {len(allocated)} node(s), cluster.nodes asks for {self.cluster.nodes}: "
+                f"allocate more, or launch with --set cluster.nodes={len(allocated)}"
+            )
+        if self._last is not None:
+            self._suspects += [node.name for node in self._last.links.nodes.values() if node.lost]
+        nodes = choose_nodes(allocated, self.cluster.nodes, self._suspects)
+        arguments = ["--run-dir", str(self.run.path), "--attempt", str(attempt)]
+        arguments += ["--worker-module", self.worker_module, "--", "--nproc-per-node", str(self.processes)]
+        links = Links(nodes, arguments, dict(self.environment))
+        variables = {LINK_VARIABLE: f"{address_towards(allocated)} {links.port} {links.token}"}
+        if self.cluster.network_interface:
+            variables[INTERFACE_VARIABLE] = self.cluster.network_interface
+        command = step_command(self.cluster, nodes, self.run.path, package_root())
+        try:
+            # srun reports on the job's own output; ranks and agents write to files of their own
+            step = subprocess.Popen(command, env=child_environment(variables), stdin=subprocess.DEVNULL)
+        except OSError as error:
+            links.close()
+            raise UserError(
+                f"srun cannot be started: {error.strerror}; is this the first node of a SLURM job?"
+            ) from None
+        self._last = SlurmAttempt(self.run, attempt, links, step)
+        return self._last
+
+
+def choose_nodes(allocated: Sequence[str], count: int, suspects: Sequence[str]) -> list[str]:
+    """`count` of the allocated nodes, in their order; nodes that were lost before only where there are no others."""
+    by_trust = sorted(allocated, key=lambda node: suspects.count(node))
+    chosen = set(by_trust[:count])
+    return [node for node in allocated if node in chosen]
+
+
+def step_command(cluster: SlurmCluster, nodes: Sequence[str], run_dir: Path, root: Path) -> list[str]:
+    """The srun that has `launcher.backends.node` run once on each of `nodes`."""
+    count = str(len(nodes))
+    command = [
+        *("srun", "--job-name=dsft", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1"),
+        f"--nodelist={','.join(nodes)}",
+        # the agent sees all that the job has of the node; since SLURM 22.05 srun takes no count from sbatch
+        *([f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []),
+        *("--cpu-bind=none", "--mpi=none", "--export=ALL", "--input=none"),
+        # the supervisor decides when the rest has to end
+        *("--no-kill", "--kill-on-bad-exit=0", "--wait=0"),
+    ]
+    python = cluster.python or sys.executable
+    task = [python, "-P", "-m", "launcher.backends.node"]
+    container = cluster.container
+    if container is None:
+        return [*command, *task]
+    mounts = [*container.mounts, str(run_dir), str(root)]
+    if container.runtime == "pyxis":
+        options = [f"--container-image={container.image}", "--no-container-mount-home"]
+        options.append("--container-mounts=" + ",".join(m if ":" in m else f"{m}:{m}" for m in mounts))
+        return [*command, *options, *container.arguments, *task]
+    gpus = ["--nv"] if cluster.gpus_per_node else []
+    binds = [part for mount in mounts for part in ("--bind", mount)]
+    return [*command, "apptainer", "exec", *gpus, *binds, *container.arguments, container.image, *task]

@@ -1,0 +1,69 @@
+"""A job for the tests: the supervisor over SLURM's backend, with ranks that all-reduce in place of training.
+
+`python reduced.py RUN_DIR NODES PROCESSES [SECONDS]` supervises; as `trainer.agent --worker-module reduced` it is a
+rank, which adds up the ranks' numbers over gloo, once and then every 50 ms until SECONDS have passed or a stop request.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from trainer.rundir import RunDirectory, append_line
+
+
+def supervise(folder: str, nodes: str, processes: str, seconds: str = "0") -> int:
+    from launcher.backends.slurm import SlurmBackend
+    from launcher.supervisor import Supervisor
+    from trainer.config.schema import ResilienceConfig, SlurmCluster
+    from trainer.lease import acquire
+
+    run = RunDirectory(Path(folder))
+    run.path.mkdir(parents=True, exist_ok=True)
+    cluster = SlurmCluster(backend="slurm", nodes=int(nodes))
+    environment = {"REDUCED_SECONDS": seconds, "OMP_NUM_THREADS": "1"}
+    backend = SlurmBackend(run, cluster, int(processes), environment, worker_module="reduced")
+    with acquire(run.lock_dir) as lease:
+        return Supervisor(run, backend, ResilienceConfig(), lease).supervise().action.exit_code
+
+
+def train(run: RunDirectory, attempt: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    done = run.path / "done"  # how many rounds have been made: a checkpoint of sorts
+    events = run.event_writer(f"rank{rank}", attempt)
+    deadline = time.monotonic() + float(os.environ["REDUCED_SECONDS"])
+    for step in range(int(done.read_text()) if done.exists() else 0, 10**9):
+        # sum of the ranks' numbers, and how many of them have seen a stop request or the end
+        ends = run.stop_request(attempt) is not None
+        value = torch.tensor([rank + 1.0, float(ends), float(time.monotonic() > deadline)])
+        dist.all_reduce(value)
+        assert value[0].item() == world_size * (world_size + 1) / 2
+        if step == 0 and rank == 0:
+            events.write("first_step", step=1)
+        if value[1] or value[2]:
+            dist.barrier()
+            if rank == 0:
+                done.write_text(str(step + 1))
+            events.write("stopped" if value[1] else "trained", rounds=step + 1)
+            break
+        time.sleep(0.05)
+    note = {"rank": rank, "node": os.environ["SLURMD_NODENAME"], "interface": os.environ["GLOO_SOCKET_IFNAME"]}
+    note |= {"master": os.environ["MASTER_ADDR"], "hostile": os.environ.get("HOSTILE", ""), "attempt": attempt}
+    append_line(run.path / f"notes{rank}.jsonl", note)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    if "--run-dir" in sys.argv:
+        from trainer.worker import main
+
+        sys.exit(main(train=train))
+    print(json.dumps(sys.argv[1:]))
+    sys.exit(supervise(*sys.argv[1:]))
