@@ -161,3 +161,12 @@ def test_constraints_pin_every_requirement() -> None:
     missing = set(requirements) - pinned - optional
     assert len(requirements) > 10
     assert not missing, f"add these to constraints.txt: {missing}"
+
+
+@pytest.mark.parametrize("document", ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+def test_documents_name_files_that_exist(document: str) -> None:
+    text = (ROOT / document).read_text()
+    links = {(ROOT / document).parent / link for link in re.findall(r"\]\(([^):#]+)[)#]", text)}
+    named = {ROOT / name for name in re.findall(r"`((?:tests|docs|configs|benchmarks)/[\w./-]+\.\w+)`", text)}
+    missing = [str(path) for path in sorted(links | named) if not path.exists()]
+    assert not missing, f"{document} names what is not there: {missing}"
