@@ -37,6 +37,7 @@ setup(
         "datasets>=5.0",
         "deepspeed>=0.19.6",  # managed_gradient_accumulation
         "numpy>=2.0",
+        "protobuf>=5.0",  # sentencepiece reads its models by it
         "pydantic>=2.10",
         "rich>=14.0",
         "safetensors>=0.6",
