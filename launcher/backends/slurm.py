@@ -19,9 +19,9 @@ from launcher.backends.node import INTERFACE_VARIABLE, LINK_VARIABLE
 from slurm import client
 from slurm.hostlist import expand
 from slurm.job import Job, render, sbatch_options
-from trainer.config.schema import SlurmCluster
+from trainer.config.schema import ResilienceConfig, SlurmCluster
 from trainer.failures import EXIT_FAILED, DsftError, UserError
-from trainer.rundir import RunDirectory
+from trainer.rundir import RunDirectory, read_lines
 
 # SLURM may deliver the signal a minute late, and needs a little to end and requeue the job
 LATE_SECONDS = 75
@@ -62,6 +62,28 @@ def submit(job: Job, cluster: SlurmCluster) -> str:
     environment = client.submission_environment(tuple(sbatch_options(job, cluster)))
     client.try_out(job.script_path, job.run_dir, environment)
     return client.submit(job.script_path, job.run_dir, environment)
+
+
+def refuse_second_job(run: RunDirectory) -> None:
+    """Raise UserError while a job of this run is in the queue, SlurmUnavailable if SLURM does not answer."""
+    job = job_in_queue(run)
+    if job is not None and job.state in ("pending", "running"):
+        raise UserError(
+            f"{run.path}: job {job.job_id} of this run is in the queue already ({job.slurm_state}); "
+            f"`dsft status` follows it, `dsft cancel` or `scancel {job.job_id}` ends it"
+        )
+
+
+def job_in_queue(run: RunDirectory) -> client.Job | None:
+    """What SLURM knows of the run's last job; None if it never had one, or SLURM has forgotten it."""
+    submitted = [event for event in read_lines(run.events_dir / "submission.jsonl") if event["event"] == "submitted"]
+    return client.job(str(submitted[-1]["job_id"])) if submitted else None
+
+
+def resilience_in_job(resilience: ResilienceConfig, cluster: SlurmCluster) -> ResilienceConfig:
+    """A last checkpoint may take as long as SLURM leaves between the signal and the time limit."""
+    grace = max(resilience.stop_grace_seconds, float(cluster.grace_seconds - LATE_SECONDS))
+    return resilience.model_copy(update={"stop_grace_seconds": grace})
 
 
 def check_syntax(script: str) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from typing import TextIO
 
     from launcher.gate import CheckProcess
-    from launcher.supervisor import Result
-    from trainer.config.schema import LaunchConfig
+    from launcher.supervisor import Backend, Result
+    from trainer.config.schema import LaunchConfig, ResilienceConfig, SlurmCluster
     from trainer.failures import UserError
     from trainer.lease import Holder, Lease
     from trainer.rundir import RunDirectory
@@ -60,14 +61,14 @@ def launch(config: LaunchConfig, plan: dict[str, Any], target: RunDirectory, as_
     """Run `config` in `target` under its lock, show how it goes, and print the account at the end."""
     from launcher.gate import CheckProcess
     from trainer.config.loading import redacted
-    from trainer.failures import EXIT_DONE, StorageError, UserError
+    from trainer.failures import EXIT_DONE, StorageError
     from trainer.lease import acquire
 
-    if config.cluster.backend != "local":
-        raise UserError(
-            f"cluster.backend is {config.cluster.backend!r}: `dsft launch` runs on this machine only, "
-            'with {"backend": "local"}; `dsft plan` shows what would run on the cluster'
-        )
+    if config.cluster.backend == "slurm":
+        from launcher.backends.slurm import in_allocation
+
+        if not in_allocation():
+            return _submit(config, config.cluster, plan, target, as_json)
     environment = _rank_environment(config, plan)
     resolved = redacted(config)
     if _is_finished(target, resolved, as_json):
@@ -92,6 +93,40 @@ def launch(config: LaunchConfig, plan: dict[str, Any], target: RunDirectory, as_
             gate.cancel()
     _print_account(target, as_json)
     return result.action.exit_code
+
+
+def _submit(
+    config: LaunchConfig, cluster: SlurmCluster, plan: dict[str, Any], target: RunDirectory, as_json: bool
+) -> int:
+    """Check everything, submit the job that will launch this run in its allocation, and print the job's id."""
+    from launcher.backends.slurm import job_of, refuse_second_job, submit
+    from launcher.gate import CheckProcess
+    from trainer.config.loading import redacted
+    from trainer.failures import EXIT_DONE
+
+    resolved = redacted(config)
+    if _is_finished(target, resolved, as_json):
+        return EXIT_DONE
+    refuse_second_job(target)
+    try:
+        target.path.mkdir(parents=True, exist_ok=True)
+        _write_records(target, resolved, plan)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    gate = CheckProcess(target.config_path)
+    try:
+        while not gate.poll():
+            time.sleep(0.05)
+    finally:
+        gate.cancel()
+    for warning in gate.result.get("warnings", ()):
+        print(f"warning: {warning}", file=sys.stderr)
+    job = job_of(target, config.name, cluster)
+    job_id = submit(job, cluster)
+    target.event_writer("submission").write("submitted", job_id=job_id, backend="slurm")
+    value = {"run": str(target.path), "job_id": job_id, "script": str(job.script_path), "log": str(job.log_path)}
+    print(json.dumps(value) if as_json else f"submitted job {job_id}: {job.script_path}, output in {job.log_path}")
+    return EXIT_DONE
 
 
 def _is_finished(target: RunDirectory, resolved: dict[str, Any], as_json: bool) -> bool:
@@ -129,12 +164,11 @@ def _supervise(
     stream: TextIO,
 ) -> Result:
     """The run itself, with its progress and its end told on `stream`."""
-    from launcher.backends.local import LocalBackend
     from launcher.supervisor import Supervisor
     from launcher.watch import Watch
 
     watch = Watch(target, stream, config.training.epochs)
-    backend = LocalBackend(target, plan["processes_per_node"], environment)
+    backend, resilience = _backend(config, plan, target, environment)
     watch.say(f"run {target.path}: {plan['world_size']} rank(s), checking data and tokenizer")
     warned = False
 
@@ -147,12 +181,26 @@ def _supervise(
         watch.tick()
 
     try:
-        result = Supervisor(target, backend, config.resilience, lease, gate, tick).supervise()
+        result = Supervisor(target, backend, resilience, lease, gate, tick).supervise()
     finally:
         watch.close()
     if result.action.reason:
         watch.say(f"{result.verdict.outcome}: {result.action.reason}")
     return result
+
+
+def _backend(
+    config: LaunchConfig, plan: dict[str, Any], target: RunDirectory, environment: dict[str, str]
+) -> tuple[Backend, ResilienceConfig]:
+    """Where the attempts run, and the resilience settings there."""
+    if config.cluster.backend == "slurm":
+        from launcher.backends.slurm import SlurmBackend, resilience_in_job
+
+        backend = SlurmBackend(target, config.cluster, plan["processes_per_node"], environment)
+        return backend, resilience_in_job(config.resilience, config.cluster)
+    from launcher.backends.local import LocalBackend
+
+    return LocalBackend(target, plan["processes_per_node"], environment), config.resilience
 
 
 def _cannot_write(target: RunDirectory, error: OSError) -> UserError:
