@@ -136,6 +136,7 @@ class _Loader:
                 node[step] = _absolute_at(keys, value, self.path.parent)
             elif isinstance(node, dict) and node.get(step) is None:
                 node[step] = {}
+                self._origins[keys[: depth + 1]] = ("--set", keys[: depth + 1])
             node = node[step]
         self._origins = {path: origin for path, origin in self._origins.items() if path[: len(keys)] != keys}
         self._origins[keys] = ("--set", written)

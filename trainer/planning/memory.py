@@ -121,13 +121,13 @@ def layer_bytes_per_token(model: ModelFacts, width: int) -> int:
     In elements of h (hidden), q = heads * head_dim, k = kv_heads * head_dim and i (MLP): the inputs of two norms 2h and
     their normalised fp32 copies (2h of 4 bytes), the inputs of the projections 2h, queries, keys and values q + 2k and
     their rotated copies q + k, the attention's output q, two residual sums 2h, and in the MLP the two projections, the
-    activation and their product 4i (2i where it is not gated).
+    activation and their product 4i (3i where it is not gated).
     """
     hidden = model.hidden_size or 0
     head = model.head_dim or 0
     queries, keys = (model.heads or 0) * head, (model.kv_heads or 0) * head
     inner = model.intermediate_size or 4 * hidden
-    elements = 6 * hidden + 3 * queries + 3 * keys + (4 if model.gated else 2) * inner
+    elements = 6 * hidden + 3 * queries + 3 * keys + (4 if model.gated else 3) * inner
     return width * elements + 4 * 2 * hidden
 
 

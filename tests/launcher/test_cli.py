@@ -1,0 +1,173 @@
+"""The `dsft` command as a process: light, clean errors, and torch out of reach."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from config_samples import complete, runnable, write
+
+from launcher.cli import VERBS
+from trainer.config.loading import load_config
+
+ROOT = Path(__file__).parents[2]
+
+# What a login node without them looks like: importing any of these is an error.
+BLOCKED = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "datasets", "deepspeed"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+@pytest.fixture
+def dsft(tmp_path):
+    """Runs `dsft` in a process that cannot import torch and its company."""
+    write(tmp_path / "blocked/sitecustomize.py", BLOCKED)
+    path = os.pathsep.join([str(tmp_path / "blocked"), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", "COLUMNS": "120"}
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "launcher", *map(str, arguments)],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run
+
+
+def test_the_block_blocks(tmp_path, dsft):
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "blocked")}
+    result = subprocess.run([sys.executable, "-c", "import torch"], env=environment, capture_output=True, text=True)
+    assert "torch is blocked" in result.stderr
+
+
+def test_plan_for_people(tmp_path, dsft):
+    result = dsft("plan", runnable(tmp_path))
+    assert (result.returncode, result.stderr) == (0, "")
+    for text in (
+        "gsm8k-sft",
+        "32 sequences = 2 ranks x 2 micro-batches x 8",
+        "optimizer states",
+        "torchrun --nnodes=1",
+    ):
+        assert text in result.stdout
+    shown = result.stdout
+    assert json.loads(shown[shown.index("{\n") : shown.rindex("\n}") + 2])["zero_optimization"]["stage"] == 3
+
+
+def test_plan_for_programs(tmp_path, dsft):
+    result = dsft("plan", runnable(tmp_path), "--json", "--set", "training.micro_batch_size=2", "--set", "name=other")
+    plan = json.loads(result.stdout)
+    assert (plan["name"], plan["batch"]["micro_batch_size"], plan["problems"]) == ("other", 2, [])
+    assert (plan["device"], plan["batch"]["micro_batches_per_rank"]) == ("cpu", 8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["training.max_stps=1"], "training.max_stps (--set): unknown key; did you mean `training.max_steps`?"),
+        (["cluster.processes_per_node=33"], "there are 33 ranks"),
+        (["data.train.0.path=gone.jsonl"], "data.train.0.path: there is no file"),
+        (["deepspeed.config.optimizer.type=Lamb"], "set training.optimizer instead"),
+        (["model.freeze=nothing"], "expected a list"),
+    ],
+)
+def test_user_errors_exit_with_2_and_no_traceback(tmp_path, dsft, overrides, text):
+    options = [word for item in overrides for word in ("--set", item)]
+    result = dsft("plan", runnable(tmp_path), *options)
+    assert result.returncode == 2
+    assert text in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_usage_errors(dsft):
+    assert dsft().returncode == 2
+    assert "invalid choice: 'lunch'" in dsft("lunch").stderr
+    assert dsft("plan").returncode == 2
+
+
+def test_help_and_version(dsft):
+    from launcher import __version__
+
+    assert dsft("--version").stdout == f"dsft {__version__}\n"
+    text = dsft("--help").stdout
+    assert all(verb in text and help_text in " ".join(text.split()) for verb, help_text in VERBS.items())
+    for verb in VERBS:
+        assert dsft(verb, "--help").returncode == 0, verb
+
+
+def test_a_reader_that_leaves_early(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launcher", "schema"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(30) == 141
+
+
+def test_the_launcher_imports_nothing_heavy(tmp_path):
+    """`dsft --help` loads neither pydantic nor rich, `dsft plan` not torch; this is what keeps them quick."""
+    program = "import sys, launcher.cli as c\ntry: c.main(sys.argv[1:])\nexcept SystemExit: pass\nprint(*sys.modules)"
+    for arguments, absent in (
+        (["--help"], {"pydantic", "rich", "torch", "asyncio"}),
+        (["plan", str(runnable(tmp_path))], {"torch", "transformers", "datasets", "numpy", "deepspeed"}),
+    ):
+        result = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert not absent & set(result.stdout.splitlines()[-1].split()), result.stderr
+
+
+def test_it_is_quick(tmp_path):
+    """`--help` costs at most 0.15 of `import torch`; plan at most a second. The best of three: other work disturbs."""
+
+    def seconds(*command):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, check=True)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert seconds("-m", "launcher", "--help") <= 0.15 * seconds("-c", "import torch")
+    assert seconds("-m", "launcher", "plan", str(runnable(tmp_path))) <= 1
+
+
+def test_schema_describes_what_loads(tmp_path, dsft):
+    schema = json.loads(dsft("schema").stdout)
+    assert schema["title"] == "dsft config"
+    assert "extends" in schema["properties"]
+    assert "Tokens per sequence" in schema["$defs"]["DataConfig"]["properties"]["sequence_length"]["description"]
+    jsonschema = pytest.importorskip("jsonschema")
+    validate = jsonschema.Draft202012Validator(schema).iter_errors
+    good = complete()
+    assert list(validate(good)) == []
+    assert list(validate({**good, "cluster": "site.json", "$schema": "x"})) == []
+    assert list(validate({"extends": "base.json", "name": "a"})) == []
+    assert [list(error.absolute_path) for error in validate({**good, "nam": 1})] == [[]]
+    assert list(validate({**good, "deepspeed": {"zero_stage": 5}}))
+
+
+def test_init_writes_a_config_that_loads_and_never_overwrites(tmp_path, dsft):
+    result = dsft("init", "causal-lm")
+    assert result.returncode == 0
+    path = tmp_path / "causal-lm.json"
+    assert load_config(path).task.type == "causal-lm"
+    path.write_text("mine")
+    again = dsft("init", "causal-lm")
+    assert again.returncode == 2
+    assert "does not overwrite" in again.stderr
+    assert path.read_text() == "mine"
+    assert dsft("init", "causal-lm", tmp_path / "other.json").returncode == 0
+    assert "there are:" in dsft("init", "nonsense").stderr

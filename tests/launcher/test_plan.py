@@ -1,0 +1,217 @@
+"""The plan as a whole: a pure function of a config and the facts of a machine."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+from config_samples import GIB, H100, LLAMA_8B, facts_of, runnable
+
+from launcher.facts import find_gpus, gather_facts, host_memory, usable_cores
+from launcher.plan import make_plan
+from launcher.preflight import preflight, preflight_problems
+from trainer.config.loading import load_config
+from trainer.failures import UserError
+
+
+def plan_of(tmp_path, *overrides, gpus=(), memory=64 * GIB):
+    config = load_config(runnable(tmp_path), overrides)
+    return make_plan(config, facts_of(config, gpus, memory))
+
+
+def large(*overrides):
+    return [f"model.config={json.dumps(LLAMA_8B)}", "model.freeze=[]", "data.sequence_length=4096", *overrides]
+
+
+def test_the_complete_config(tmp_path):
+    plan = plan_of(tmp_path)
+    assert (plan.device, plan.world_size, plan.nodes, plan.processes_per_node) == ("cpu", 2, 1, 2)
+    # 4096 tokens are 8 sequences of 512; 32 = 2 ranks x 2 x 8
+    assert (plan.batch.micro_batch_size, plan.batch.micro_batches_per_rank, plan.batch.wasted_share) == (8, 2, 0)
+    assert plan.deepspeed["gradient_accumulation_steps"] == 2
+    assert plan.threads_per_rank == 4
+    assert plan.warnings == ()
+    assert plan == plan_of(tmp_path)
+
+
+def test_json_holds_what_ranks_read(tmp_path):
+    plan = json.loads(json.dumps(plan_of(tmp_path).to_json()))
+    assert plan["batch"]["micro_batch_size"] == plan["deepspeed"]["train_micro_batch_size_per_gpu"]
+    assert plan["batch"]["micro_batches_per_rank"] == plan["deepspeed"]["gradient_accumulation_steps"]
+    assert (plan["device"], plan["world_size"], len(plan["config_hash"])) == ("cpu", 2, 64)
+    assert plan["memory"]["total"] > 0
+    assert plan["model"]["parameters"] > plan["model"]["trainable_parameters"] > 0
+    # 12 bytes for each trained parameter, 2 for a frozen one in bf16
+    trained, everything = plan["model"]["trainable_parameters"], plan["model"]["parameters"]
+    assert plan["checkpoint_bytes"] == 12 * trained + 2 * (everything - trained)
+
+
+def test_the_command_is_torchruns(tmp_path):
+    from torch.distributed.run import get_args_parser
+
+    (command,) = plan_of(tmp_path, "name=a.b").commands(attempt=3)
+    words = command.split()
+    assert words[:3] == ["PYTHONSAFEPATH=1", "OMP_NUM_THREADS=4", "DS_ACCELERATOR=cpu"]
+    options = get_args_parser().parse_args(words[4:])
+    assert (options.nnodes, options.nproc_per_node, options.node_rank, options.max_restarts) == ("1", "2", 0, 0)
+    assert (options.module, options.training_script) == (True, "trainer.worker")
+    assert options.training_script_args == ["--run-dir", str(tmp_path / "runs/a.b"), "--attempt", "3"]
+
+
+def test_gpus_are_used_where_there_are_some(tmp_path):
+    plan = plan_of(tmp_path, "cluster={}", gpus=(H100,) * 4)
+    assert (plan.device, plan.world_size, plan.device_name) == ("cuda", 4, H100.name)
+    assert plan.peak_flops == 989.4e12
+    assert "DS_ACCELERATOR" not in plan.commands()[0]
+    assert plan_of(tmp_path, "cluster={}", "cluster.gpus_per_node=2", gpus=(H100,) * 4).world_size == 2
+    assert plan_of(tmp_path, "cluster.gpus_per_node=0", gpus=(H100,)).device == "cpu"
+
+
+def test_too_few_gpus(tmp_path):
+    with pytest.raises(UserError, match=r"processes_per_node is 2, .* there is 1: set cluster.processes_per_node=1"):
+        plan_of(tmp_path, gpus=(H100,))
+    with pytest.raises(UserError, match="gpus_per_node is 2, but 0 GPUs are usable"):
+        plan_of(tmp_path, "cluster.gpus_per_node=2")
+
+
+def test_more_ranks_than_sequences(tmp_path):
+    with pytest.raises(UserError, match="global_batch_size is 32, but there are 33 ranks"):
+        plan_of(tmp_path, "cluster.processes_per_node=33", memory=1000 * GIB)
+
+
+def test_auto_takes_the_largest_micro_batch_that_fits(tmp_path):
+    settings = large("cluster={}", "training.global_batch_size=64", "model.gradient_checkpointing=false")
+    plan = plan_of(tmp_path, *settings, gpus=(H100,) * 8)
+    assert plan.memory.total <= plan.device_memory == H100.memory
+    assert "largest that fits" in plan.batch.reason
+    chosen = plan.batch.micro_batch_size
+    with pytest.raises(UserError, match=f"It fits with training.micro_batch_size={chosen}"):
+        plan_of(tmp_path, *settings, f"training.micro_batch_size={2 * chosen}", gpus=(H100,) * 8)
+
+
+def test_a_model_that_does_not_fit_and_what_would(tmp_path):
+    # 16 bytes a parameter of an 8B model on one GPU are 120 GiB
+    with pytest.raises(UserError) as caught:
+        plan_of(tmp_path, *large("cluster={}"), gpus=(H100,), memory=512 * GIB)
+    assert "a GPU has 80.0 GiB" in str(caught.value)
+    assert "deepspeed.offload_optimizer=cpu or 2 ranks instead of 1" in str(caught.value)
+    offload = large("cluster={}", "deepspeed.offload_optimizer=cpu")
+    offloaded = plan_of(tmp_path, *offload, gpus=(H100,), memory=512 * GIB)
+    assert offloaded.memory.total < H100.memory
+    with pytest.raises(UserError, match=r"offloaded optimizer needs .* of host memory"):
+        plan_of(tmp_path, *offload, gpus=(H100,), memory=64 * GIB)
+    with pytest.raises(UserError, match="a smaller model"):
+        plan_of(tmp_path, *large("cluster={}"), memory=32 * GIB)
+
+
+def test_a_model_that_cannot_be_sized_is_planned_and_said_so(tmp_path):
+    plan = plan_of(tmp_path, "model.freeze=[]", 'model.config={"model_type": "rwkv9"}')
+    assert plan.memory is None
+    assert "rwkv9" in plan.warnings[0]
+    assert plan.to_json()["checkpoint_bytes"] is None
+
+
+def test_a_cluster_that_cannot_be_seen(tmp_path):
+    plan = plan_of(tmp_path, 'cluster={"backend": "slurm", "nodes": 4, "gpus_per_node": 8}', memory=GIB)
+    assert (plan.device, plan.world_size, plan.device_memory) == ("cuda", 32, None)
+    assert len(plan.commands()) == 4
+    assert "--node-rank=3" in plan.commands()[3]
+    assert "not checked" in plan.warnings[0]
+
+
+def test_warnings(tmp_path):
+    warnings = plan_of(
+        tmp_path, "training.global_batch_size=3", "data.sequence_length=2048", "data.evaluation=[]"
+    ).warnings
+    assert any("max_position_embeddings 1024" in text for text in warnings)
+    assert any("names no data" in text for text in warnings)
+    assert any("training.global_batch_size=4" in text for text in warnings)
+
+
+# -- facts and preflight -----------------------------------------------------------------------------------------------
+
+
+def test_facts_of_this_machine(tmp_path):
+    facts = gather_facts(load_config(runnable(tmp_path), ["cluster.environment.DS_ACCELERATOR=cpu"]))
+    assert facts.gpus == ()
+    assert 1 <= facts.cores == usable_cores() <= os.cpu_count()
+    total, available = host_memory()
+    assert 0 < available <= total <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert facts.disk_free > 0
+
+
+def test_gpus_come_from_nvidia_smi(tmp_path):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '0, GPU-aaaa1, NVIDIA A, 1024'\necho '1, GPU-bbbb2, NVIDIA B, 2048'\n")
+    program.chmod(0o755)
+    from unittest.mock import patch
+
+    with patch.dict(os.environ, {"PATH": f"{tmp_path}:{os.environ['PATH']}"}):
+
+        def names(**environment):
+            return [(gpu.name, gpu.memory >> 20) for gpu in find_gpus(environment)]
+
+        assert names() == [("NVIDIA A", 1024), ("NVIDIA B", 2048)]
+        assert names(CUDA_VISIBLE_DEVICES="1,0") == [("NVIDIA B", 2048), ("NVIDIA A", 1024)]
+        assert names(CUDA_VISIBLE_DEVICES="GPU-bbbb") == [("NVIDIA B", 2048)]
+        assert names(CUDA_VISIBLE_DEVICES="0,7,1") == [("NVIDIA A", 1024)]
+        assert names(CUDA_VISIBLE_DEVICES="") == names(DS_ACCELERATOR="cpu") == []
+        program.write_text("#!/bin/sh\nexit 9\n")
+        assert names() == []
+
+
+def problems_of(tmp_path, *overrides, **facts):
+    config = load_config(runnable(tmp_path), overrides)
+    machine = replace(facts_of(config), **facts)
+    return preflight_problems(config, make_plan(config, machine), machine)
+
+
+def test_preflight_lets_the_complete_config_pass(tmp_path):
+    assert problems_of(tmp_path) == []
+
+
+def test_preflight_finds_every_missing_or_empty_file(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    problems = problems_of(
+        tmp_path,
+        "data.train.0.path=nowhere.jsonl",
+        "data.evaluation.0.path=*.txt",
+        "model.tokenizer=./none",
+    )
+    assert [problem.split(":")[0] for problem in problems] == [
+        "model.tokenizer",
+        "data.train.0.path",
+        "data.evaluation.0.path",
+    ]
+    assert "no file matches" in problems[2]
+    assert "is empty" in problems_of(tmp_path, "data.train.0.path=empty.jsonl")[0]
+    assert problems_of(tmp_path, "data.train.0.path=data/*.json", "data.evaluation.0.path=data") == []
+
+
+def test_preflight_finds_an_output_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    assert "is a file" in problems_of(tmp_path, "output_dir=file")[0]
+    assert "no file can be written" in problems_of(tmp_path, "output_dir=/proc/dsft")[0]
+
+
+def test_preflight_finds_a_disk_that_is_too_small(tmp_path):
+    config = load_config(runnable(tmp_path))
+    plan = make_plan(config, facts_of(config))
+    # three checkpoints while two are kept, and the export in bf16
+    needed = 3 * plan.checkpoint_bytes + 2 * plan.model.parameters
+    assert problems_of(tmp_path, disk_free=needed) == []
+    (problem,) = problems_of(tmp_path, disk_free=needed - 1)
+    assert "checkpoint.keep_last" in problem
+    old = tmp_path / "runs/gsm8k-sft/checkpoints/step-00000001/rank0.safetensors"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(bytes(10))
+    assert problems_of(tmp_path, disk_free=needed - 10) == []
+
+
+def test_preflight_raises_with_all_of_them(tmp_path):
+    config = load_config(runnable(tmp_path), ["data.train.0.path=a", "data.evaluation.0.path=b"])
+    facts = facts_of(config)
+    with pytest.raises(UserError, match="2 things to change") as caught:
+        preflight(config, make_plan(config, facts), facts)
+    assert "data.train.0.path" in str(caught.value)
+    assert "data.evaluation.0.path" in str(caught.value)

@@ -1,0 +1,150 @@
+"""Model facts without torch, held against the real models of transformers on the meta device."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trainer.config.schema import ModelConfig
+from trainer.failures import UserError
+from trainer.planning import memory
+from trainer.planning.model_facts import (
+    _FAMILIES,
+    facts_of_config,
+    model_facts,
+    parameter_shapes,
+    safetensors_shapes,
+)
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100, "pad_token_id": 0}
+VARIANTS = [
+    {},
+    {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2},
+    {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    {**SMALL, "num_key_value_heads": 4, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    {**SMALL, "num_key_value_heads": 1, "head_dim": 32, "attention_bias": False},
+]
+
+
+def real_parameters(config):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("model_type", sorted(_FAMILIES))
+def test_names_and_shapes_are_those_of_the_real_model(model_type):
+    for variant in VARIANTS:
+        config = {"model_type": model_type, **variant}
+        if model_type in ("gpt_neox", "phi3") and "head_dim" in variant:
+            continue  # these have no such setting
+        real = real_parameters(config)
+        assert dict(parameter_shapes(config)) == real, variant
+        facts = facts_of_config(config)
+        assert facts.parameters == facts.trainable_parameters == sum(torch.Size(s).numel() for s in real.values())
+
+
+def test_gpt2_under_its_own_names():
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16, "n_inner": 40}
+    assert dict(parameter_shapes(config)) == real_parameters(config)
+    assert facts_of_config(config).lookup_parameters == 16 * 32  # positions; the tied embedding is the head
+
+
+def test_frozen_parameters_are_counted():
+    config = {"model_type": "llama", **SMALL, "intermediate_size": 96}
+    layer = sum(torch.Size(s).numel() for n, s in real_parameters(config).items() if n.startswith("model.layers.0."))
+    facts = facts_of_config(config, ("model.layers.0",))
+    assert facts.parameters - facts.trainable_parameters == layer == facts.largest_block
+    with pytest.raises(UserError, match="matches no parameter"):
+        facts_of_config(config, ("model.layer.0",))
+    with pytest.raises(UserError, match="nothing is left"):
+        facts_of_config(config, ("*",))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "64"}, r'hidden_size: found "64"; expected a positive integer'),
+        ({"vocab_size": 0}, "vocab_size: found 0"),
+        ({"num_attention_heads": 5}, "not divisible"),
+        ({"model_type": "mistral"}, "num_key_value_heads 8 .the default"),
+    ],
+)
+def test_impossible_sizes(change, message):
+    with pytest.raises(UserError, match=message):
+        facts_of_config({"model_type": "llama", **SMALL, **change})
+
+
+def test_an_unknown_family_is_said_to_be_unknown():
+    facts = facts_of_config({"model_type": "rwkv9", "hidden_size": 8})
+    assert facts.parameters is None
+    assert facts.source == "unknown"
+    assert "rwkv9" in facts.note
+
+
+def test_an_unknown_family_is_counted_from_its_files(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "rwkv9", "hidden_size": 8}))
+    save_file({"a.0.w": torch.zeros(3, 4), "a.0.b": torch.zeros(4)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"a.1.w": torch.zeros(5, 4)}, tmp_path / "model-00002-of-00002.safetensors")
+    facts = model_facts(ModelConfig(path=str(tmp_path), freeze=("a.1",)))
+    assert (facts.parameters, facts.trainable_parameters, facts.largest_block) == (36, 16, 20)
+    assert facts.source == "safetensors"
+    assert safetensors_shapes(tmp_path)["a.0.w"] == (3, 4)
+    (tmp_path / "model-00003-of-00002.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        model_facts(ModelConfig(path=str(tmp_path)))
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(UserError, match="there is no folder"):
+        model_facts(ModelConfig(path=str(tmp_path / "nowhere")))
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        model_facts(ModelConfig(path=str(tmp_path)))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        model_facts(ModelConfig(path=str(tmp_path)))
+
+
+def test_a_hub_id_is_looked_up_in_the_cache_only(tmp_path, monkeypatch):
+    assert "hf download nobody/nothing" in model_facts(ModelConfig(path="nobody/nothing")).note
+    snapshot = tmp_path / "models--some--model/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--some--model/refs").mkdir()
+    (tmp_path / "models--some--model/refs/main").write_text("abc")
+    (snapshot / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL}))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert model_facts(ModelConfig(path="some/model")).hidden_size == 64
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "llama"},
+        {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 64},
+        {"model_type": "gemma", "num_key_value_heads": 1, "head_dim": 64},
+        {"model_type": "gpt2", "n_inner": 1024, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_activations_are_close_to_what_autograd_keeps(config, dtype):
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = {**sizes, "vocab_size": 1000, **config}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=getattr(torch, dtype))
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(2, 256, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = model.base_model(input_ids=ids, use_cache=False)
+    width = 2 if dtype == "bfloat16" else 4
+    estimated = memory.activation_bytes(facts_of_config(config), 512, 256, width, False, "sdpa")
+    assert 0.85 <= estimated / sum(kept.values()) <= 1.35, output.last_hidden_state.shape

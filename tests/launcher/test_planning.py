@@ -1,0 +1,200 @@
+"""The arithmetic of a plan: batches, the DeepSpeed JSON, memory, FLOPs."""
+
+import math
+
+import pytest
+from config_samples import LLAMA_8B
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.config.schema import DeepSpeedConfig
+from trainer.failures import UserError
+from trainer.planning.batches import choose_micro_batch, cut, plan_batches
+from trainer.planning.deepspeed_config import deepspeed_config
+from trainer.planning.flops import flops_per_token, peak_flops
+from trainer.planning.memory import CUDA_OVERHEAD, estimate
+from trainer.planning.model_facts import facts_of_config
+
+LLAMA = facts_of_config(LLAMA_8B)
+
+
+@given(st.integers(1, 500), st.integers(1, 64), st.integers(1, 64))
+def test_every_sequence_has_a_place_and_no_rank_makes_a_pass_too_many(global_batch, world_size, micro):
+    if world_size > global_batch:
+        with pytest.raises(UserError, match=f"{world_size} ranks"):
+            plan_batches(global_batch, world_size, micro)
+        return
+    plan = plan_batches(global_batch, world_size, micro)
+    slots = world_size * plan.micro_batches_per_rank * micro
+    assert slots >= global_batch > slots - world_size * micro
+    # deal the micro-batches out, one after the other, as a check on the closed form
+    used = math.ceil(global_batch / micro)
+    assert plan.idle_micro_batches == world_size * plan.micro_batches_per_rank - used >= 0
+    assert 0 <= plan.wasted_share < 1
+    assert (plan.wasted_share == pytest.approx(0)) == (plan.suggestions == ())
+    for suggestion in plan.suggestions:
+        key, value = suggestion.split("=")
+        if key == "training.global_batch_size":
+            better = cut(int(value), world_size, micro)[2]
+        else:
+            better = cut(global_batch, world_size, int(value))[2]
+        assert better < plan.wasted_share
+
+
+@given(st.integers(1, 300), st.integers(1, 32), st.integers(1, 64))
+def test_the_chosen_micro_batch_wastes_least(global_batch, world_size, largest):
+    if world_size > global_batch:
+        return
+    size = choose_micro_batch(global_batch, world_size, largest)
+    assert 1 <= size <= largest
+    least = min(cut(global_batch, world_size, other)[2] for other in range(1, largest + 1))
+    assert cut(global_batch, world_size, size)[2] <= least + 0.02
+    assert cut(global_batch, world_size, 1)[2] >= least
+
+
+def test_a_batch_by_hand():
+    plan = plan_batches(global_batch=20, world_size=3, micro_batch_size=4)
+    # 5 micro-batches on 3 ranks: two passes each, the sixth holds nothing; the busiest rank has 8 of 20 sequences
+    assert (plan.micro_batches_per_rank, plan.idle_micro_batches) == (2, 1)
+    assert plan.wasted_share == pytest.approx(1 - 20 / 24)
+    assert plan.suggestions == (
+        "training.global_batch_size=12",
+        "training.global_batch_size=24",
+        "training.micro_batch_size=1",
+    )
+
+
+# -- DeepSpeed ---------------------------------------------------------------------------------------------------------
+
+
+def ds(config=None, dtype="bfloat16", **section):
+    return deepspeed_config(DeepSpeedConfig(config=config or {}, **section), dtype, 2, 4, 1.0)
+
+
+def test_deepspeed_json():
+    config = ds()
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (2, 4)
+    assert config["gradient_clipping"] == 1.0
+    assert config["zero_optimization"]["stage"] == 3
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert config["communication_data_type"] == "fp32"
+    assert not {"optimizer", "scheduler", "train_batch_size"} & set(config)
+    assert "data_types" not in ds(dtype="float32")
+    assert ds(offload_optimizer="cpu")["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+
+
+def test_deepspeed_accepts_it():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for stage in (1, 2, 3):
+        for offload in ("none", "cpu"):
+            section = ds(zero_stage=stage, offload_optimizer=offload)["zero_optimization"]
+            known = set(DeepSpeedZeroConfig.model_fields)
+            known |= {field.alias for field in DeepSpeedZeroConfig.model_fields.values()}
+            assert set(section) <= known
+            assert DeepSpeedZeroConfig(**section).stage == stage
+
+
+def test_raw_deepspeed_config_is_merged():
+    config = ds({"zero_optimization": {"sub_group_size": 5, "stage": 3}, "comms_logger": {"enabled": True}})
+    assert config["zero_optimization"]["sub_group_size"] == 5
+    assert config["zero_optimization"]["reduce_bucket_size"] > 0
+    assert config["comms_logger"] == {"enabled": True}
+
+
+def test_what_contradicts_the_plan_is_refused_all_at_once():
+    raw = {
+        "train_batch_size": 9,
+        "optimizer": {"type": "Lamb"},
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": False},
+    }
+    with pytest.raises(UserError) as caught:
+        ds(raw)
+    for key in ("train_batch_size", "optimizer.type", "zero_optimization.stage", "bf16.enabled"):
+        assert f"deepspeed.config.{key}:" in str(caught.value)
+    assert "training.global_batch_size" in str(caught.value)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def memory(stage=3, world_size=8, micro=1, offload="none", dtype="bfloat16", checkpointing=True, **options):
+    zero = ds(zero_stage=stage, offload_optimizer=offload, dtype=dtype)["zero_optimization"]
+    return estimate(
+        LLAMA,
+        zero,
+        world_size=world_size,
+        micro_batch_size=micro,
+        sequence_length=options.get("length", 4096),
+        dtype=dtype,
+        checkpointing=checkpointing,
+        attention=options.get("attention", "sdpa"),
+        device=options.get("device", "cuda"),
+    )
+
+
+def test_states_follow_the_zero_paper():
+    """ZeRO, section 3, for N parameters on W ranks: 2N bf16 weights, fp32 gradients, 12N of masters and moments."""
+    number = LLAMA.parameters
+    one, two, three = memory(1), memory(2), memory(3)
+    assert one.parameters == two.parameters == 2 * number
+    assert three.parameters == pytest.approx(2 * number / 8, rel=0.01)
+    assert one.gradients == 4 * number
+    assert two.gradients == three.gradients == pytest.approx(4 * number / 8, abs=8)
+    for item in (one, two, three):
+        assert item.master_weights + item.optimizer_states == pytest.approx(12 * number / 8, abs=8)
+    assert memory(3, world_size=64).total < three.total < two.total < one.total
+
+
+def test_offload_moves_the_states_to_the_host():
+    plain, offloaded = memory(), memory(offload="cpu")
+    assert offloaded.optimizer_states == offloaded.master_weights == 0
+    assert offloaded.host_offload == plain.master_weights + plain.optimizer_states + plain.gradients
+    assert memory(offload="cpu", device="cpu").host_offload == 0  # the same memory
+
+
+def test_activations_grow_with_tokens_and_shrink_with_checkpointing():
+    assert memory(micro=4).activations == 4 * memory().activations
+    assert memory(checkpointing=False).activations > 8 * memory().activations
+    assert memory(attention="eager").activations > memory().activations
+    assert memory(dtype="float32").parameters == 2 * memory().parameters
+    # 4096 tokens x 128256 words x (2 + 2 + 4 + 4) bytes
+    assert memory().logits == 4096 * 128256 * 12
+
+
+def test_components_add_up():
+    item = memory()
+    states = item.parameters + item.gradients + item.master_weights + item.optimizer_states + CUDA_OVERHEAD
+    backward = item.gathered_parameters + item.communication_buffers + item.activations + item.logits
+    assert item.total == states + max(backward, item.step)
+    assert set(item.components()) == set(item.to_json()) - {"total"}
+
+
+# -- FLOPs -------------------------------------------------------------------------------------------------------------
+
+
+def test_flops_by_hand():
+    # PaLM 540B, table of appendix B's formula: 6 N + 12 L H Q T
+    assert flops_per_token(540_350_000_000, 118, 48 * 256, 2048) == 6 * 540.35e9 + 12 * 118 * 48 * 256 * 2048
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GB200", 2500),
+        ("AMD Instinct MI300X", 1307.4),
+    ],
+)
+def test_known_peaks(name, tera):
+    assert peak_flops(name) == tera * 1e12
+
+
+def test_no_peak_is_made_up():
+    assert peak_flops("Intel(R) Xeon(R) Platinum 8480+") is None
