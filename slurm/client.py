@@ -173,15 +173,26 @@ def _call(
 
 
 def submission_environment(options: Sequence[str]) -> dict[str, str]:
-    """This process's environment without the SBATCH_* variables that would win over `options` of the job script."""
-    hidden = {_VARIABLES.get(option, "SBATCH_" + option.upper().replace("-", "_")) for option in options}
-    return {name: value for name, value in os.environ.items() if name not in hidden}
+    """This process's environment for sbatch, which hands it on to the job.
+
+    Without the SBATCH_* variables that would win over `options` of the job script, and without what an allocation in
+    which this process may run says about itself.
+    """
+    hidden = {
+        "SBATCH_WAIT",
+        *(_VARIABLES.get(option, "SBATCH_" + option.upper().replace("-", "_")) for option in options),
+    }
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in hidden and (not name.startswith("SLURM_") or name == "SLURM_CONF")
+    }
 
 
 # Options whose variable is not called after them ("INPUT ENVIRONMENT VARIABLES" of sbatch's manual page)
 _VARIABLES = {
     "array": "SBATCH_ARRAY_INX",
-    "time": "SBATCH_TIMELIMIT",
     "mem": "SBATCH_MEM_PER_NODE",
-    "job-name": "SBATCH_JOB_NAME",
+    "switches": "SBATCH_REQ_SWITCH",
+    "time": "SBATCH_TIMELIMIT",
 }

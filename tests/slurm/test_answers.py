@@ -1,0 +1,119 @@
+"""SLURM's words: node lists, states, and the difference between no and no answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.backends.slurm import choose_nodes
+from slurm import client
+from slurm.hostlist import expand
+from slurm.states import job_state
+from trainer.failures import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "nodes"),
+    [
+        ("", []),
+        ("login", ["login"]),
+        ("n[1-3]", ["n1", "n2", "n3"]),
+        ("n[08-11]", ["n08", "n09", "n10", "n11"]),
+        ("n[1,3-4],gpu-2", ["n1", "n3", "n4", "gpu-2"]),
+        ("r[1-2]n[1-2]", ["r1n1", "r1n2", "r2n1", "r2n2"]),
+        ("n[1-2]-ib,x[009]", ["n1-ib", "n2-ib", "x009"]),
+    ],
+)
+def test_node_lists(text: str, nodes: list[str]) -> None:
+    assert expand(text) == nodes
+
+
+@pytest.mark.parametrize("text", ["n[1-", "n1]", "n[a-b]", "n[1-x]", "a,,b", "n[[1]]"])
+def test_what_is_no_node_list(text: str) -> None:
+    with pytest.raises(ValueError, match="node list"):
+        expand(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "state"),
+    [
+        ("PENDING", "pending"),
+        ("CONFIGURING", "pending"),
+        ("RUNNING", "running"),
+        ("COMPLETING", "running"),
+        ("COMPLETED", "finished"),
+        ("NODE_FAIL", "failed"),
+        ("OUT_OF_MEMORY", "failed"),
+        ("TIMEOUT", "stopped"),
+        ("CANCELLED by 1000", "stopped"),
+        ("CANCELLED+", "stopped"),
+        ("A_STATE_OF_THE_FUTURE", "unknown"),
+        ("", "unknown"),
+    ],
+)
+def test_states(text: str, state: str) -> None:
+    assert job_state(text) == state
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    """Put a program in the place of one of SLURM's."""
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return tmp_path
+
+
+NOT_THERE = 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1'
+DOWN = 'echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1'
+
+
+def test_a_job_that_has_left_the_queue_is_found_in_the_accounting(programs: Path) -> None:
+    program(programs, "squeue", NOT_THERE)
+    program(programs, "sacct", "echo '7|CANCELLED by 0|n[1-2]|2026-01-01T00:00:00'")
+    job = client.job("7")
+    assert job is not None
+    assert (job.state, job.slurm_state, job.node_list) == ("stopped", "CANCELLED by 0", "n[1-2]")
+
+
+def test_a_job_that_nobody_knows_is_not_there(programs: Path) -> None:
+    program(programs, "squeue", NOT_THERE)
+    program(programs, "sacct", 'echo "Slurm accounting storage is disabled" >&2; exit 1')
+    assert client.job("7") is None
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct"),
+    [(DOWN, "exit 0"), (NOT_THERE, DOWN), ("exec sleep 30", "exit 0")],
+    ids=["queue", "sacct", "mute"],
+)
+def test_no_answer_is_not_absence(squeue: str, sacct: str, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "QUERY_SECONDS", 0.3)
+    program(programs, "squeue", squeue)
+    program(programs, "sacct", sacct)
+    with pytest.raises(client.SlurmUnavailable):
+        client.job("7")
+
+
+def test_without_slurm_the_user_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="login node"):
+        client.job("7")
+
+
+def test_variables_that_would_win_over_the_script_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SBATCH_TIMELIMIT", "SBATCH_PARTITION", "SBATCH_ACCOUNT", "SLURM_MEM_PER_CPU", "SLURM_CONF"):
+        monkeypatch.setenv(name, "1")
+    left = client.submission_environment(["time", "partition"])
+    assert {name for name in left if name.startswith(("SBATCH_", "SLURM_"))} == {"SBATCH_ACCOUNT", "SLURM_CONF"}
+
+
+def test_spares_come_before_nodes_that_were_lost() -> None:
+    assert choose_nodes(["a", "b", "c", "d"], 3, []) == ["a", "b", "c"]
+    assert choose_nodes(["a", "b", "c", "d"], 3, ["b"]) == ["a", "c", "d"]
+    assert choose_nodes(["a", "b", "c"], 3, ["b"]) == ["a", "b", "c"]

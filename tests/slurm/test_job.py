@@ -1,0 +1,171 @@
+"""The rendered job script: as expected, valid bash, and unable to carry anything but what the config says."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.backends.slurm import check_syntax, step_command
+from slurm.job import Job, option_value, quote, render, sbatch_options
+from trainer.config.schema import SlurmCluster, SlurmContainer
+from trainer.failures import UserError
+
+GOLDEN = Path(__file__).parent / "job.golden"
+SLURM = Path(__file__).parents[2] / "slurm"
+JOB = Job(
+    "gsm8k", Path("/scratch/a team/runs/gsm8k"), ["/opt/python", "-P", "-m", "launcher", "launch", "c d"], "/opt/d"
+)
+TAIL = "# -- Run the supervisor"
+
+
+def cluster(**values: object) -> SlurmCluster:
+    return SlurmCluster.model_validate({"backend": "slurm", **values})
+
+
+def full() -> SlurmCluster:
+    """Every option once."""
+    return cluster(
+        nodes=4,
+        spare_nodes=1,
+        gpus_per_node=8,
+        cpus_per_task=96,
+        partition="gpu",
+        account="abc",
+        qos="high",
+        constraint="a100&nvlink",
+        time="1-12:00:00",
+        memory="0",
+        exclusive=True,
+        nodelist="n[1-8]",
+        exclude="n3",
+        dependency="afterok:12",
+        reservation="week",
+        mail_user="a@example.org",
+        mail_type=["END", "FAIL"],
+        array="1-10%1",
+        requeue=False,
+        grace_seconds=600,
+        setup=["module load cuda # 12", "source venv/bin/activate"],
+        environment={"NCCL_DEBUG": "INFO", "NOTE": "it's 1,2 $(id) `id`\nüñ"},
+        pass_environment=["HF_TOKEN"],
+        sbatch={"switches": 1, "contiguous": True, "comment": "a b"},
+    )
+
+
+def test_script_is_the_golden_one() -> None:
+    assert render(JOB, full()) == GOLDEN.read_text()
+
+
+@pytest.mark.parametrize("values", [{}, {"setup": ["true"]}, full().model_dump()])
+def test_scripts_pass_bash_and_shellcheck(values: dict[str, object], tmp_path: Path) -> None:
+    script = tmp_path / "job.sbatch"
+    script.write_text(render(JOB, cluster(**{**values, "setup": ["true"] if values.get("setup") else []})))
+    subprocess.run(["bash", "-n", script], check=True)
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_own_batch_lines_end_as_the_template_does() -> None:
+    template, own = (SLURM / "job.sbatch").read_text(), (SLURM / "dsft.sbatch").read_text()
+    assert own[own.index(TAIL) :] == template[template.index(TAIL) :]
+    if shutil.which("shellcheck") is not None:
+        subprocess.run(["shellcheck", SLURM / "dsft.sbatch"], check=True)
+
+
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
+def test_any_value_reaches_a_process_unchanged(value: str) -> None:
+    script = f"export V={quote(value, 'V')}\n"
+    assert script.count("\n") == 1
+    assert "\r" not in script
+    done = subprocess.run(["bash"], input=f"{script}printenv -0 V".encode(), capture_output=True, check=True)
+    assert done.stdout.decode() == value + "\0"
+
+
+@pytest.mark.parametrize("value", ["a\0b", "\ud800"])
+def test_values_that_no_process_can_have_are_refused(value: str) -> None:
+    with pytest.raises(UserError, match=r"cluster\.environment\.V"):
+        render(JOB, cluster(environment={"V": value}))
+
+
+@pytest.mark.parametrize("value", ["a\nb", "a\rb", "a\tb", "", "a\\b", "\"'", "a\u200bb"])
+def test_options_that_sbatch_would_misread_are_refused(value: str) -> None:
+    with pytest.raises(UserError, match="--comment"):
+        option_value(value, "comment")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("nodes", 3, "use cluster.nodes"),
+        ("signal", "USR1@9", "use cluster.grace_seconds"),
+        ("export", "A=b", "cluster.pass_environment"),
+        ("partition", "cpu", "gives this option already"),
+        ("--qos", "high", "without dashes"),
+        ("x\n#SBATCH --uid", "0", "without dashes"),
+    ],
+)
+def test_extras_that_contradict_are_refused(name: str, value: object, hint: str) -> None:
+    with pytest.raises(UserError, match=hint):
+        sbatch_options(JOB, cluster(partition="gpu", sbatch={name: value}))
+
+
+def test_file_names_are_not_expanded() -> None:
+    job = Job("a", Path("/scratch/50%j"), ["true"])
+    assert sbatch_options(job, cluster())["output"] == "/scratch/50%%j/job.log"
+
+
+@pytest.mark.parametrize("line", ["export HF_TOKEN=hf_abc", 'WANDB_API_KEY="abc" true', "a\r"])
+def test_secrets_and_line_ends_in_setup_are_refused(line: str) -> None:
+    with pytest.raises(UserError, match=r"line 1 of cluster\.setup"):
+        render(JOB, cluster(setup=[line]))
+
+
+def test_secrets_by_reference_pass() -> None:
+    script = render(JOB, cluster(setup=['export HF_TOKEN="$(cat ~/.hf)"'], pass_environment=["OTHER_TOKEN"]))
+    assert 'export HF_TOKEN="$(cat ~/.hf)"' in script
+    assert "${OTHER_TOKEN:?" in script
+
+
+def test_setup_that_is_no_shell_code_is_refused() -> None:
+    with pytest.raises(UserError, match=r"cluster\.setup"):
+        check_syntax(render(JOB, cluster(setup=["if true"])))
+
+
+@pytest.mark.parametrize(("line", "code"), [("false", 2), ("true", 0), ("(exit 3) # note", 2)])
+def test_a_failing_setup_line_ends_the_job(line: str, code: int) -> None:
+    job = Job("a", Path("/r"), ["true"])
+    done = subprocess.run(["bash"], input=render(job, cluster(setup=[line])), text=True, capture_output=True)
+    assert done.returncode == code
+    assert ("line 1 of cluster.setup failed" in done.stderr) == (code == 2)
+
+
+def test_one_task_a_node() -> None:
+    command = step_command(cluster(nodes=2, cpus_per_task=8), ["n1", "n3"], Path("/run"), Path("/code"))
+    assert {"--nodes=2", "--ntasks=2", "--nodelist=n1,n3", "--cpus-per-task=8"} < set(command)
+    assert command[-2:] == ["-m", "launcher.backends.node"]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "words"),
+    [
+        (
+            "apptainer",
+            ["apptainer", "exec", "--nv", "--bind", "/data:/d", "--bind", "/run", "--bind", "/code", "i.sif"],
+        ),
+        ("pyxis", ["--container-image=i.sif", "--container-mounts=/data:/d,/run:/run,/code:/code"]),
+    ],
+)
+def test_containers_hold_the_agents(runtime: str, words: list[str]) -> None:
+    container = SlurmContainer.model_validate({"runtime": runtime, "image": "i.sif", "mounts": ["/data:/d"]})
+    command = step_command(
+        cluster(gpus_per_node=1, container=container, python="/usr/bin/python3"), ["n1"], Path("/run"), Path("/code")
+    )
+    assert [word for word in command if word in words] == words
+    assert command[-4:] == ["/usr/bin/python3", "-P", "-m", "launcher.backends.node"]
