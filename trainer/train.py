@@ -184,6 +184,7 @@ class Trainer:
             micro_batch_size=self.plan["batch"]["micro_batch_size"],
             gather=self.gather,
             state=self.data_state,
+            limit=None if limit is None else limit - self.step,
         )
         for batch in stream:
             yield batch

@@ -1,0 +1,109 @@
+"""Preflight of the data: `python -P -m trainer.check CONFIG_JSON`, run by the launcher before any rank starts.
+
+Loads the tokenizer, opens every source, encodes a part of each as training would, and looks for what fails in silence:
+masks that leave nothing to learn, ids beyond the model's vocabulary. Prints one JSON line: ok, class, errors,
+warnings, statistics.
+Never imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.config.schema import DataSource, LaunchConfig
+from trainer.data.sources import open_source
+from trainer.data.windows import OUTCOMES, Options, SourceStream
+from trainer.failures import EXIT_DONE, EXIT_USER, DsftError
+from trainer.tasks import Task, get_task
+from trainer.tokenizer import load_tokenizer
+
+_FIRST, _SPREAD = 200, 100  # records looked at: the first ones, and others over the whole source
+
+
+def check(config: LaunchConfig) -> dict[str, Any]:
+    """Everything that is wrong with a config's data and tokenizer, and figures of its data."""
+    report: dict[str, Any] = {"ok": True, "errors": [], "warnings": [], "statistics": []}
+    try:
+        tokenizer = load_tokenizer(config.model)
+    except DsftError as error:
+        return {**report, "ok": False, "class": error.failure_class, "errors": [str(error)]}
+    vocabulary = model_vocabulary(config)
+    if vocabulary is not None and tokenizer.vocab_size > vocabulary:
+        report["errors"].append(
+            f"the tokenizer has {tokenizer.vocab_size} ids and the model's vocab_size is {vocabulary}: use the model's own "
+            "tokenizer, or raise model.config.vocab_size"
+        )
+    if tokenizer.eos_id is None:
+        report["warnings"].append("the tokenizer has no end-of-text token: the model will not learn where to stop")
+    task = get_task(config, tokenizer)
+    for part, sources in (("train", config.data.train), ("evaluation", config.data.evaluation)):
+        for index, source in enumerate(sources):
+            try:
+                statistics = look_at(source, task, config)
+            except DsftError as error:
+                report["class"] = error.failure_class
+                report["errors"].append(f"data.{part}[{index}]: {error}")
+                continue
+            report["statistics"].append({"source": f"data.{part}[{index}]", "path": source.path, **statistics})
+            if statistics["target_tokens"] == 0:
+                report["errors"].append(
+                    f"data.{part}[{index}]: none of {statistics['looked_at']} records leaves a token to learn from; check "
+                    "`columns`, and data.sequence_length where prompts are long"
+                )
+            elif statistics["nothing_to_learn"]:
+                report["warnings"].append(
+                    f"data.{part}[{index}]: {statistics['nothing_to_learn']} of {statistics['looked_at']} records leave "
+                    "nothing to learn and will be skipped"
+                )
+    if report["errors"]:
+        report["ok"] = False
+        report.setdefault("class", "data")
+    return report
+
+
+def look_at(source: DataSource, task: Task, config: LaunchConfig) -> dict[str, Any]:
+    """Encode the first records of a source and some over its whole length; figures of these."""
+    data = config.data
+    options = Options(data.sequence_length, True, 0, False, 1.0, data.on_long, data.on_bad_record, 1, 0, 1)
+    opened = open_source(source)
+    stream = SourceStream(0, opened, task, options, lambda rows: [rows], None)
+    spread = np.linspace(0, opened.records - 1, _SPREAD).astype(np.int64)
+    numbers = np.unique(np.concatenate([np.arange(min(_FIRST, opened.records)), spread]))
+    samples, outcomes = stream.encode(numbers, range(len(numbers)))
+    lengths = [len(sample.tokens) for made in samples.values() for sample in made]
+    counted = np.bincount([outcome for _, outcome in outcomes], minlength=len(OUTCOMES))
+    return {
+        "records": opened.records,
+        "looked_at": len(numbers),
+        "mean_tokens": sum(lengths) / max(len(samples), 1),
+        "longest_sample": max(lengths, default=0),
+        "tokens": sum(lengths),
+        "target_tokens": int(sum(sample.targets.sum() for made in samples.values() for sample in made)),
+        **dict(zip(OUTCOMES, map(int, counted), strict=True)),
+    }
+
+
+def model_vocabulary(config: LaunchConfig) -> int | None:
+    """`vocab_size` of the model's config, where it can be read here."""
+    values: Any = config.model.config
+    if config.model.path:
+        path = Path(config.model.path) / "config.json"
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    size = (values or {}).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def main() -> int:
+    config = LaunchConfig.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    report = check(config)
+    print(json.dumps(report))
+    return EXIT_DONE if report["ok"] else EXIT_USER
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""Global batches: the same for every number of ranks, for every micro-batch size, after every restart.
+
+Global batch k is sequences [kG, (k+1)G) of one order that depends on the data and the seed alone (see `order` and
+`windows`). Its micro-batch i holds sequences [i m, (i+1) m); rank r takes micro-batches r, r+W, r+2W, ... and runs
+empty ones where there are none left, so that all ranks make the same number of forward passes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from trainer.config.schema import DataSource, LaunchConfig
+from trainer.data.order import next_source
+from trainer.data.sample import PackedSequence
+from trainer.data.sources import open_source
+from trainer.data.windows import OUTCOMES, Encoder, Gather, Options, SourceStream, Window
+
+_PREFETCH = 4  # global batches
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Micro-batch ``index`` of its global batch; without sequences where a rank has less work than others."""
+
+    index: int
+    sequences: tuple[PackedSequence, ...]
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One rank's share of a global batch.
+
+    Attributes:
+        micro_batches: ceil(G / (W m)) of them on every rank.
+        sequences: of the whole global batch; fewer than G only in the last one of a run with `epochs`.
+        target_tokens: of the whole global batch.
+        tokens: of the whole global batch, without padding.
+        digest: this rank's share; the sum over ranks mod 2**63 is the digest of the global batch.
+        progress: epochs of the data consumed after this batch.
+        state: position after this batch, equal on all ranks, valid at any number of ranks.
+    """
+
+    micro_batches: tuple[MicroBatch, ...]
+    sequences: int
+    target_tokens: int
+    tokens: int
+    digest: int
+    progress: float
+    state: dict[str, Any]
+
+
+class BatchStream:
+    """Iterates over a rank's shares of global batches, prepared in a background thread.
+
+    Args:
+        sources: the data, with weights in their configs.
+        task: encodes records.
+        options: how documents become sequences.
+        global_batch_size: sequences of a global batch, over all ranks.
+        micro_batch_size: sequences of a micro-batch.
+        gather: all-gather of int64 arrays over ranks; called in the background thread alone.
+        state: of the batch after which to go on, or None.
+        limit: number of batches after which to end, or None. All ranks then make the same calls of ``gather``.
+    """
+
+    def __init__(
+        self,
+        sources: tuple[DataSource, ...],
+        task: Encoder,
+        options: Options,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        gather: Gather,
+        state: dict[str, Any] | None = None,
+        limit: int | None = None,
+    ) -> None:
+        states = state["sources"] if state else [None] * len(sources)
+        self._streams = [
+            SourceStream(index, open_source(source), task, options, gather, states[index])
+            for index, source in enumerate(sources)
+        ]
+        self._weights = [source.weight for source in sources]
+        self._drawn: list[int] = list(state["drawn"]) if state else [0] * len(sources)
+        self._options, self._limit = options, limit
+        self._global, self._micro = global_batch_size, micro_batch_size
+
+    @property
+    def records(self) -> int:
+        """Records of all sources."""
+        return sum(stream.source.records for stream in self._streams)
+
+    def counts(self) -> dict[str, int]:
+        """What became of records so far, over all ranks: bad, skipped_long, nothing_to_learn, split, truncated."""
+        total = sum((stream.counts for stream in self._streams), np.zeros(len(OUTCOMES), dtype=np.int64))
+        return dict(zip(OUTCOMES, map(int, total), strict=True))
+
+    def __iter__(self) -> Iterator[GlobalBatch]:
+        yield from _in_background(self._batches)
+
+    def _batches(self) -> Iterator[GlobalBatch]:
+        made = 0
+        while self._limit is None or made < self._limit:
+            references = self._draw()
+            if not references:
+                return
+            yield self._share(references)
+            made += 1
+
+    def _draw(self) -> list[tuple[SourceStream, Window, int]]:
+        """The sequences of the next global batch: fewer than G at the end of the data, none after it."""
+        references: list[tuple[SourceStream, Window, int]] = []
+        is_open = [True] * len(self._streams)
+        while len(references) < self._global:
+            index = next_source(self._drawn, self._weights, is_open)
+            if index is None:
+                break
+            found = self._streams[index].next()
+            if found is None:
+                is_open[index] = False
+                continue
+            self._drawn[index] += 1
+            references.append((self._streams[index], *found))
+        return references
+
+    def _share(self, references: list[tuple[SourceStream, Window, int]]) -> GlobalBatch:
+        rank, world_size, micro = self._options.rank, self._options.world_size, self._micro
+        turns = -(-self._global // (micro * world_size))
+        indices = [rank + turn * world_size for turn in range(turns)]
+        mine = [i for index in indices for i in range(index * micro, min((index + 1) * micro, len(references)))]
+        sequences = self._materialise(references, mine)
+        micro_batches = tuple(
+            MicroBatch(index, tuple(sequences[i] for i in range(index * micro, (index + 1) * micro) if i in sequences))
+            for index in indices
+        )
+        done = sum(stream.documents_done() for stream in self._streams)
+        return GlobalBatch(
+            micro_batches,
+            len(references),
+            int(sum(window.targets[number] for _, window, number in references)),
+            int(sum(window.lengths[number] for _, window, number in references)),
+            sum(digest(i, sequence) for i, sequence in sequences.items()) % (1 << 63),
+            done / self.records,
+            {"sources": [stream.state() for stream in self._streams], "drawn": list(self._drawn)},
+        )
+
+    def _materialise(
+        self, references: list[tuple[SourceStream, Window, int]], mine: list[int]
+    ) -> dict[int, PackedSequence]:
+        """Place in the global batch -> sequence, tokenising a window's documents in one call."""
+        by_window: dict[int, list[int]] = {}
+        for i in mine:
+            by_window.setdefault(id(references[i][1]), []).append(i)
+        result: dict[int, PackedSequence] = {}
+        for places in by_window.values():
+            stream, window, _ = references[places[0]]
+            result.update(zip(places, stream.sequences(window, [references[i][2] for i in places]), strict=True))
+        return result
+
+
+def digest(place: int, sequence: PackedSequence) -> int:
+    """63-bit BLAKE2b of a sequence at its place in the global batch: tokens, targets and where samples begin."""
+    state = hashlib.blake2b(place.to_bytes(8, "little"), digest_size=8)
+    for sample in sequence.samples:
+        state.update(len(sample.tokens).to_bytes(8, "little"))
+        state.update(np.ascontiguousarray(sample.tokens, dtype="<i4").tobytes())
+        state.update(np.packbits(sample.targets).tobytes())
+    return int.from_bytes(state.digest(), "little") >> 1
+
+
+def _in_background(produce: Callable[[], Iterator[GlobalBatch]]) -> Iterator[GlobalBatch]:
+    """Run a generator in a thread, a few items ahead; its exceptions surface here."""
+    items: queue.Queue[GlobalBatch | BaseException | None] = queue.Queue(maxsize=_PREFETCH)
+    closed = threading.Event()
+
+    def put(item: GlobalBatch | BaseException | None) -> bool:
+        while not closed.is_set():
+            try:
+                items.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def run() -> None:
+        try:
+            for item in produce():
+                if not put(item):
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    threading.Thread(target=run, name="data", daemon=True).start()
+    try:
+        while (item := items.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        closed.set()
+
+
+def _options(config: LaunchConfig, rank: int, world_size: int) -> Options:
+    data = config.data
+    return Options(
+        sequence_length=data.sequence_length,
+        packing=data.packing,
+        seed=data.seed,
+        shuffle=True,
+        epochs=config.training.epochs,
+        on_long=data.on_long,
+        on_bad_record=data.on_bad_record,
+        window_documents=data.window_documents,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def build_training_stream(
+    config: LaunchConfig,
+    task: Encoder,
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    gather: Gather,
+    state: dict[str, Any] | None = None,
+    limit: int | None = None,
+) -> BatchStream:
+    """The training data of a config, from a state on; for ever unless `epochs` or a limit ends it."""
+    return BatchStream(
+        config.data.train,
+        task,
+        _options(config, rank, world_size),
+        global_batch_size=config.training.global_batch_size,
+        micro_batch_size=micro_batch_size,
+        gather=gather,
+        state=state,
+        limit=limit,
+    )
+
+
+def build_evaluation_stream(
+    config: LaunchConfig, task: Encoder, *, rank: int, world_size: int, micro_batch_size: int, gather: Gather
+) -> BatchStream:
+    """One pass over the evaluation data, in the order of the files."""
+    return BatchStream(
+        config.data.evaluation,
+        task,
+        replace(_options(config, rank, world_size), shuffle=False, epochs=1.0),
+        global_batch_size=micro_batch_size * world_size,
+        micro_batch_size=micro_batch_size,
+        gather=gather,
+    )

@@ -1,0 +1,238 @@
+"""One source as a sequence of packed windows: which documents, in which order, in which sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from trainer.data.order import document_order, sequence_order, window_order
+from trainer.data.packing import pack
+from trainer.data.sample import PackedSequence, Sample
+from trainer.data.sources import Source
+from trainer.failures import DataError
+
+Gather = Callable[[np.ndarray], list[np.ndarray]]
+
+WINDOW_BYTES = 8 << 20  # bounds memory, and the time to the first batch, where documents are long
+
+# What became of a record that gives no sample, or more than one; counted over all ranks.
+BAD, LONG_SKIPPED, NOTHING_TO_LEARN, SPLIT, TRUNCATED = range(5)
+OUTCOMES = ("bad", "skipped_long", "nothing_to_learn", "split", "truncated")
+
+
+class Encoder(Protocol):
+    """The part of a task that the data needs."""
+
+    def columns(self, source_columns: dict[str, str], record: dict[str, Any]) -> dict[str, str]: ...
+
+    def encode(self, records: Sequence[dict[str, Any]]) -> list[Sample]: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """How documents become sequences, the same for every source of a stream."""
+
+    sequence_length: int
+    packing: bool
+    seed: int
+    shuffle: bool
+    epochs: float | None  # None: for ever
+    on_long: str
+    on_bad_record: str
+    window_documents: int
+    rank: int
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """A packed window: (document position, piece) pairs of each sequence, and its tokens and targets."""
+
+    documents: np.ndarray  # int64 [documents]: record numbers, in their shuffled order
+    sequences: list[list[tuple[int, int]]]
+    lengths: np.ndarray
+    targets: np.ndarray
+    cache: dict[int, list[Sample]] = field(default_factory=dict)
+
+
+class SourceStream:
+    """The sequences of one source from a position on. Every rank walks it alike; opening a window is collective."""
+
+    def __init__(
+        self, index: int, source: Source, task: Encoder, options: Options, gather: Gather, state: dict[str, int] | None
+    ) -> None:
+        self.source, self._index, self._task, self._options, self._gather = source, index, task, options, gather
+        self._bounds = source.windows(options.window_documents, WINDOW_BYTES)
+        self._columns = self._find_columns()
+        self.epoch, self.window, self.offset = (
+            (state["epoch"], state["window"], state["offset"]) if state else (0, 0, 0)
+        )
+        self.counts = np.zeros(len(OUTCOMES), dtype=np.int64)
+        self._order, self._starts = self._epoch_order()
+        self._open: Window | None = None
+
+    # -- walking -------------------------------------------------------------------------------------------------
+
+    def next(self) -> tuple[Window, int] | None:
+        """The next sequence as (its window, its number in it), or None at the end."""
+        while True:
+            if self.window >= len(self._order):
+                self.epoch, self.window, self.offset = self.epoch + 1, 0, 0
+                self._order, self._starts = self._epoch_order()
+            if not len(self._order):
+                return None
+            if self._open is None:
+                self._open = self._prepare(self.epoch, self.window)
+            window = self._open
+            if self.offset < len(window.sequences):
+                self.offset += 1
+                if self.offset == len(window.sequences):  # the state then points at the next window's start
+                    number = self.offset - 1
+                    self.window, self.offset, self._open = self.window + 1, 0, None
+                    return window, number
+                return window, self.offset - 1
+            self.window, self.offset, self._open = self.window + 1, 0, None  # a window without anything to learn
+
+    def state(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "window": self.window, "offset": self.offset}
+
+    def documents_done(self) -> float:
+        """Documents consumed so far, over all epochs; within a window in proportion to its sequences."""
+        done = float(self.epoch * self.source.records + self._starts[min(self.window, len(self._order))])
+        if self._open is not None and self.window < len(self._order):
+            size = self._starts[self.window + 1] - self._starts[self.window]
+            done += float(size) * self.offset / max(len(self._open.sequences), 1)
+        return done
+
+    def _epoch_order(self) -> tuple[np.ndarray, np.ndarray]:
+        """(windows of this epoch in order, documents before each of them); cut short in a last part of an epoch."""
+        options, windows = self._options, len(self._bounds) - 1
+        order = window_order(windows, options.seed, self._index, self.epoch) if options.shuffle else np.arange(windows)
+        starts = np.concatenate([[0], np.cumsum((self._bounds[1:] - self._bounds[:-1])[order])])
+        if options.epochs is not None:
+            left = round(options.epochs * self.source.records) - self.epoch * self.source.records
+            order = order[: int(np.searchsorted(starts, max(left, 0)))]
+            starts = np.minimum(starts[: len(order) + 1], max(left, 0))
+        return order, starts
+
+    # -- windows -------------------------------------------------------------------------------------------------
+
+    def _prepare(self, epoch: int, place: int) -> Window:
+        options, number = self._options, int(self._order[place])
+        documents = np.arange(self._bounds[number], self._bounds[number + 1])
+        if options.shuffle:
+            documents = documents[document_order(len(documents), options.seed, self._index, epoch, number)]
+        documents = documents[: int(self._starts[place + 1] - self._starts[place])]
+
+        # this rank's share; what the others need of it is a row for each piece: (document, piece, tokens, targets), and
+        # for what is to be counted (document, -1, outcome, 0)
+        share = range(options.rank, len(documents), options.world_size)
+        pieces, outcomes = self.encode(documents, share)
+        rows = [(p, i, len(s.tokens), int(s.targets.sum())) for p, made in pieces.items() for i, s in enumerate(made)]
+        rows += [(position, -1, outcome, 0) for position, outcome in outcomes]
+        gathered = self._gather(np.array(rows, dtype=np.int64).reshape(-1, 4))
+        table = np.concatenate(gathered)
+        counted = table[table[:, 1] < 0]
+        self.counts += np.bincount(counted[:, 2], minlength=len(OUTCOMES))
+        table = table[table[:, 1] >= 0]
+        table = table[np.lexsort((table[:, 1], table[:, 0]))]
+
+        alone = [[item] for item in range(len(table))]
+        bins = pack(table[:, 2], options.sequence_length) if options.packing else alone
+        if options.shuffle:
+            bins = [bins[i] for i in sequence_order(len(bins), options.seed, self._index, epoch, number)]
+        return Window(
+            documents,
+            [[(int(table[item, 0]), int(table[item, 1])) for item in members] for members in bins],
+            np.array([table[members, 2].sum() for members in bins], dtype=np.int64),
+            np.array([table[members, 3].sum() for members in bins], dtype=np.int64),
+            pieces,
+        )
+
+    def sequences(self, window: Window, numbers: Sequence[int]) -> list[PackedSequence]:
+        """Sequences of a window with their tokens; documents that other ranks have tokenised are tokenised here."""
+        needed = {position for number in numbers for position, _ in window.sequences[number]}
+        missing = sorted(needed - window.cache.keys())
+        if missing:
+            window.cache.update(self.encode(window.documents, missing)[0])
+        return [
+            PackedSequence(tuple(window.cache[position][piece] for position, piece in window.sequences[number]))
+            for number in numbers
+        ]
+
+    def encode(
+        self, documents: np.ndarray, positions: Iterable[int]
+    ) -> tuple[dict[int, list[Sample]], list[tuple[int, int]]]:
+        """(position -> samples, [(position, outcome)]) of the documents at these positions of a window."""
+        positions = list(positions)
+        outcomes: list[tuple[int, int]] = []
+        records, kept = [], []
+        for position, (record, problem) in zip(positions, self.source.read(documents[positions].tolist()), strict=True):
+            if problem is None and record is not None:
+                problem = self._column_problem(record, int(documents[position]))
+            if problem is not None:
+                if self._options.on_bad_record == "error":
+                    raise DataError(f'{problem} (data.on_bad_record: "skip" counts such records instead)')
+                outcomes.append((position, BAD))
+                continue
+            assert record is not None
+            records.append({name: record[column] for name, column in self._columns.items()})
+            kept.append(position)
+        pieces = {}
+        for position, sample in zip(kept, self._task.encode(records) if records else [], strict=True):
+            pieces[position], found = self._cut(sample, int(documents[position]))
+            outcomes += [(position, outcome) for outcome in found]
+        return pieces, outcomes
+
+    def _cut(self, sample: Sample, number: int) -> tuple[list[Sample], list[int]]:
+        """Samples that fit, with at least one target each, and what is to be counted."""
+        limit, on_long = self._options.sequence_length, self._options.on_long
+        pieces, outcomes = [sample], []
+        if len(sample.tokens) > limit:
+            if on_long == "error":
+                raise DataError(
+                    f"{self.source.where(number)}: {len(sample.tokens)} tokens are more than data.sequence_length "
+                    f"({limit}): raise it, or set data.on_long to split, truncate or skip"
+                )
+            if on_long == "skip":
+                return [], [LONG_SKIPPED]
+            outcomes.append(SPLIT if on_long == "split" else TRUNCATED)
+            # pieces overlap by a token: the last of one is what the first target of the next is predicted from
+            starts = range(0, len(sample.tokens) - 1, limit - 1) if on_long == "split" else (0,)
+            pieces = [_piece(sample, start, start + limit) for start in starts]
+        pieces = [piece for piece in pieces if piece.targets.any()]
+        return pieces, outcomes if pieces else [*outcomes, NOTHING_TO_LEARN]
+
+    def _find_columns(self) -> dict[str, str]:
+        """Task column -> column of this source, from its first readable record."""
+        problem: str | None = None
+        for number in range(min(self.source.records, 100)):
+            record, found = self.source.read([number])[0]
+            problem = problem or found
+            if record is not None:
+                try:
+                    return self._task.columns(self.source.config.columns, record)
+                except DataError as error:
+                    raise DataError(f"{self.source.where(number)}: {error}") from None
+            if self._options.on_bad_record == "error":
+                break
+        raise DataError(problem or f"{self.source.config.path}: no records")
+
+    def _column_problem(self, record: dict[str, Any], number: int) -> str | None:
+        for column in self._columns.values():
+            if column not in record:
+                found = ", ".join(map(repr, record)) or "none"
+                return f"{self.source.where(number)}: no column {column!r}; the record has {found}"
+            if not isinstance(record[column], str):
+                kind = "null" if record[column] is None else type(record[column]).__name__
+                return f"{self.source.where(number)}: column {column!r} is {kind}, expected a string"
+        return None
+
+
+def _piece(sample: Sample, start: int, end: int) -> Sample:
+    targets = sample.targets[start:end].copy()
+    targets[0] = False
+    return Sample(sample.tokens[start:end], targets)

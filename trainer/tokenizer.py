@@ -1,0 +1,266 @@
+"""One interface over a Hugging Face folder, a tokenizer.json and a SentencePiece model.
+
+Light libraries (`tokenizers`, `sentencepiece`) do the work; transformers, which takes two seconds to import, is used
+only for folders that hold neither file. Encoding never adds special tokens: tasks place BOS and EOS themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.config.schema import ModelConfig
+from trainer.failures import DataError
+
+_SAMPLE = "Hello, world.\n\n  def f(x):\n\treturn 'é ½ 日本語 🙂'  # 3.14 "
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A loaded tokenizer.
+
+    Attributes:
+        origin: where it came from.
+        vocab_size: largest id + 1.
+        bos_id: the token that begins every text, None where the tokenizer does not begin texts with one.
+        eos_id: the token that ends a text, or None.
+        pad_id: the padding token, or None.
+        chat_template: Jinja template of the tokenizer, or None.
+    """
+
+    origin: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    chat_template: str | None
+    _encode: Callable[[list[str]], list[list[int]]]
+    _decode: Callable[[list[int]], str]
+    _save: Callable[[Path], None]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, int32, without special tokens."""
+        return [np.asarray(ids, dtype=np.int32) for ids in self._encode(list(texts))]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return self._decode([int(i) for i in ids])
+
+    def save(self, folder: Path) -> None:
+        """Write what `AutoTokenizer.from_pretrained(folder)` needs to give the same ids."""
+        self._save(folder)
+
+
+def load_tokenizer(config: ModelConfig) -> Tokenizer:
+    """The tokenizer of a config.
+
+    Raises:
+        DataError: it is not there, or cannot be read.
+    """
+    origin = config.tokenizer or config.path or ""
+    path = Path(origin)
+    try:
+        if path.is_file():
+            return _sentencepiece(path) if path.suffix == ".model" else _fast(path, {}, None)
+        if path.is_dir():
+            return _folder(path, config.trust_remote_code)
+        return _transformers(origin, config.trust_remote_code)
+    except DataError:
+        raise
+    except Exception as error:  # the libraries raise bare Exception, RuntimeError, OSError, ...
+        raise DataError(
+            f"model.tokenizer {origin!r} cannot be loaded: {error}; it has to be a Hugging Face folder or hub id, a "
+            "tokenizer.json or a SentencePiece .model"
+        ) from error
+
+
+def _folder(path: Path, trust_remote_code: bool) -> Tokenizer:
+    if (path / "tokenizer.json").is_file():
+        settings: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (path / name).is_file():
+                settings |= json.loads((path / name).read_text(encoding="utf-8"))
+        return _fast(path / "tokenizer.json", settings, path)
+    models = sorted(path.glob("*.model"))
+    if len(models) == 1 and not (path / "tokenizer_config.json").is_file():
+        return _sentencepiece(models[0])
+    return _transformers(str(path), trust_remote_code)
+
+
+def _fast(path: Path, settings: dict[str, Any], folder: Path | None) -> Tokenizer:
+    import tokenizers
+
+    fast = tokenizers.Tokenizer.from_file(str(path))
+    fast.no_truncation()
+    fast.no_padding()
+
+    def token_id(*names: str) -> int | None:
+        for name in names:
+            token = settings.get(name, name if name.startswith("<") or name.startswith("[") else None)
+            token = token.get("content") if isinstance(token, dict) else token
+            found: int | None = fast.token_to_id(token) if token else None
+            if found is not None:
+                return found
+        return None
+
+    eos = token_id("eos_token", *(() if settings else ("</s>", "<|endoftext|>", "<eos>", "<|im_end|>")))
+    bos = token_id("bos_token", *(() if settings else ("<s>", "<bos>")))
+    pad = token_id("pad_token", *(() if settings else ("<pad>", "[PAD]")))
+    begins = fast.encode("a").ids[:1] == [bos]  # what the tokenizer itself does with a text
+
+    def save(target: Path) -> None:
+        if folder is not None:
+            for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, target / name)
+        else:
+            _save_fast(fast, target, eos, bos if begins else None, pad)
+
+    template = settings.get("chat_template")
+    if folder is not None and (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    return Tokenizer(
+        str(folder or path),
+        max(fast.get_vocab(with_added_tokens=True).values()) + 1,
+        bos if begins else None,
+        eos,
+        pad,
+        template if isinstance(template, str) else None,
+        lambda texts: [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)],
+        lambda ids: str(fast.decode(ids)),
+        save,
+    )
+
+
+def _save_fast(fast: Any, target: Path, eos: int | None, bos: int | None, pad: int | None, **more: Any) -> None:
+    fast.save(str(target / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,
+        **more,
+    }
+    for name, token in (("eos_token", eos), ("bos_token", bos), ("pad_token", pad)):
+        if token is not None:
+            settings[name] = fast.id_to_token(token)
+    (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def _sentencepiece(path: Path) -> Tokenizer:
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+    def optional(token: int) -> int | None:
+        return token if token >= 0 else None
+
+    bos, eos, pad = optional(model.bos_id()), optional(model.eos_id()), optional(model.pad_id())
+
+    def save(target: Path) -> None:
+        fast = fast_from_sentencepiece(path)
+        if fast.encode(_SAMPLE, add_special_tokens=False).ids != model.encode(_SAMPLE):
+            raise DataError(f"{path}: this SentencePiece model has no exact fast form")
+        if bos is not None:
+            from tokenizers.processors import TemplateProcessing
+
+            name = fast.id_to_token(bos)
+            fast.post_processor = TemplateProcessing(
+                single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, bos)]
+            )
+        _save_fast(fast, target, eos, bos, pad, unk_token=model.id_to_piece(model.unk_id()))
+        shutil.copyfile(path, target / "tokenizer.model")
+
+    return Tokenizer(
+        str(path),
+        model.get_piece_size(),
+        bos,
+        eos,
+        pad,
+        None,
+        lambda texts: list(model.encode(texts)),
+        lambda ids: str(model.decode([i for i in ids if not model.is_control(i)])),
+        save,
+    )
+
+
+def fast_from_sentencepiece(path: Path) -> Any:
+    """The `tokenizers.Tokenizer` that gives the ids of a SentencePiece model (unigram or BPE).
+
+    Raises:
+        DataError: the model is of another type.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers
+    from tokenizers import Tokenizer as Fast
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(path.read_bytes())
+    trainer, rules = proto.trainer_spec, proto.normalizer_spec
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    if trainer.model_type == trainer.UNIGRAM:
+        fast = Fast(models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
+    elif trainer.model_type == trainer.BPE:
+        ids = {piece: index for index, (piece, _) in enumerate(pieces)}
+        merges = [
+            (piece[:cut], piece[cut:], index)
+            for piece, index in ids.items()
+            for cut in range(1, len(piece))
+            if piece[:cut] in ids and piece[cut:] in ids
+        ]
+        # SentencePiece joins the pair whose result has the best score; ids of BPE models fall with the score
+        merges.sort(key=lambda merge: (-pieces[merge[2]][1], merge[2]))
+        fast = Fast(
+            models.BPE(
+                ids,
+                [(left, right) for left, right, _ in merges],
+                unk_token=trainer.unk_piece,
+                fuse_unk=True,
+                byte_fallback=trainer.byte_fallback,
+            )
+        )
+    else:
+        raise DataError(f"{path}: only unigram and BPE SentencePiece models can be used")
+    steps: list[Any] = []
+    if rules.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
+    if rules.remove_extra_whitespaces:
+        # spaces alone: other white space that the character map has left is text to SentencePiece
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if rules.add_dummy_prefix:
+        steps.append(normalizers.Prepend(" "))
+    steps.append(normalizers.Replace(" ", "▁"))
+    fast.normalizer = normalizers.Sequence(steps)
+    last = [decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else []
+    fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last])
+    special = [
+        AddedToken(piece.piece, normalized=False, special=piece.type == piece.CONTROL)
+        for piece in proto.pieces
+        if piece.type in (piece.CONTROL, piece.USER_DEFINED)
+    ]
+    fast.add_tokens(special)
+    return fast
+
+
+def _transformers(origin: str, trust_remote_code: bool) -> Tokenizer:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(origin, trust_remote_code=trust_remote_code)
+    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    template = getattr(tokenizer, "chat_template", None)
+    return Tokenizer(
+        origin,
+        max(tokenizer.get_vocab().values()) + 1,
+        tokenizer.bos_token_id if begins else None,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        template if isinstance(template, str) else None,
+        lambda texts: list(tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else [],
+        lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+        lambda target: tokenizer.save_pretrained(target),
+    )
