@@ -50,6 +50,7 @@ setup(
     extras_require={
         "test": [
             "hypothesis>=6.100",
+            "jsonschema>=4.20",
             "mypy>=1.18",
             "pytest>=9.0",
             "pytest-timeout>=2.4",

@@ -69,7 +69,7 @@ class Plan:
 
     def commands(self, attempt: int = 1, address: str | None = None, port: int = DEFAULT_PORT) -> list[str]:
         """What a person could type on each node to run an attempt; launch does the same through `trainer.agent`."""
-        address = address or ("127.0.0.1" if self.nodes == 1 else "<first node>")
+        address = address or ("127.0.0.1" if self.nodes == 1 else "$MASTER_ADDR")
         accelerator = ["DS_ACCELERATOR=cpu"] if self.device == "cpu" else []
         lines = []
         for node in range(self.nodes):
