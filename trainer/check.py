@@ -35,8 +35,8 @@ def check(config: LaunchConfig) -> dict[str, Any]:
     vocabulary = model_vocabulary(config)
     if vocabulary is not None and tokenizer.vocab_size > vocabulary:
         report["errors"].append(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the model's vocab_size is {vocabulary}: use the model's own "
-            "tokenizer, or raise model.config.vocab_size"
+            f"the tokenizer has {tokenizer.vocab_size} ids and the model's vocab_size is {vocabulary}: use the model's "
+            "own tokenizer, or raise model.config.vocab_size"
         )
     if tokenizer.eos_id is None:
         report["warnings"].append("the tokenizer has no end-of-text token: the model will not learn where to stop")
@@ -52,13 +52,13 @@ def check(config: LaunchConfig) -> dict[str, Any]:
             report["statistics"].append({"source": f"data.{part}[{index}]", "path": source.path, **statistics})
             if statistics["target_tokens"] == 0:
                 report["errors"].append(
-                    f"data.{part}[{index}]: none of {statistics['looked_at']} records leaves a token to learn from; check "
-                    "`columns`, and data.sequence_length where prompts are long"
+                    f"data.{part}[{index}]: none of {statistics['looked_at']} records leaves a token to learn from; "
+                    "check `columns`, and data.sequence_length where prompts are long"
                 )
             elif statistics["nothing_to_learn"]:
                 report["warnings"].append(
-                    f"data.{part}[{index}]: {statistics['nothing_to_learn']} of {statistics['looked_at']} records leave "
-                    "nothing to learn and will be skipped"
+                    f"data.{part}[{index}]: {statistics['nothing_to_learn']} of {statistics['looked_at']} records "
+                    "leave nothing to learn and will be skipped"
                 )
     if report["errors"]:
         report["ok"] = False

@@ -18,8 +18,6 @@ import numpy as np
 from trainer.config.schema import ModelConfig
 from trainer.failures import DataError
 
-_SAMPLE = "Hello, world.\n\n  def f(x):\n\treturn 'é ½ 日本語 🙂'  # 3.14 "
-
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -156,23 +154,22 @@ def _sentencepiece(path: Path) -> Tokenizer:
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    # its exact fast form does the work, here and in the export, so that the two cannot differ
+    fast = fast_from_sentencepiece(path)
 
     def optional(token: int) -> int | None:
         return token if token >= 0 else None
 
     bos, eos, pad = optional(model.bos_id()), optional(model.eos_id()), optional(model.pad_id())
+    if bos is not None:
+        from tokenizers.processors import TemplateProcessing
+
+        name = fast.id_to_token(bos)
+        fast.post_processor = TemplateProcessing(
+            single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, bos)]
+        )
 
     def save(target: Path) -> None:
-        fast = fast_from_sentencepiece(path)
-        if fast.encode(_SAMPLE, add_special_tokens=False).ids != model.encode(_SAMPLE):
-            raise DataError(f"{path}: this SentencePiece model has no exact fast form")
-        if bos is not None:
-            from tokenizers.processors import TemplateProcessing
-
-            name = fast.id_to_token(bos)
-            fast.post_processor = TemplateProcessing(
-                single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, bos)]
-            )
         _save_fast(fast, target, eos, bos, pad, unk_token=model.id_to_piece(model.unk_id()))
         shutil.copyfile(path, target / "tokenizer.model")
 
@@ -183,14 +180,16 @@ def _sentencepiece(path: Path) -> Tokenizer:
         eos,
         pad,
         None,
-        lambda texts: list(model.encode(texts)),
-        lambda ids: str(model.decode([i for i in ids if not model.is_control(i)])),
+        lambda texts: [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)],
+        lambda ids: str(fast.decode(ids)),
         save,
     )
 
 
 def fast_from_sentencepiece(path: Path) -> Any:
     """The `tokenizers.Tokenizer` that gives the ids of a SentencePiece model (unigram or BPE).
+
+    Where a unigram model has several segmentations of the same score, the two may choose different ones of them.
 
     Raises:
         DataError: the model is of another type.

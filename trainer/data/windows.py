@@ -73,6 +73,7 @@ class SourceStream:
         self.counts = np.zeros(len(OUTCOMES), dtype=np.int64)
         self._order, self._starts = self._epoch_order()
         self._open: Window | None = None
+        self._gave = state is not None  # whether this epoch has given a sequence
 
     # -- walking -------------------------------------------------------------------------------------------------
 
@@ -80,14 +81,19 @@ class SourceStream:
         """The next sequence as (its window, its number in it), or None at the end."""
         while True:
             if self.window >= len(self._order):
+                if self._options.epochs is not None and self.epoch + 1 >= self._options.epochs:
+                    return None
+                if not self._gave:
+                    raise DataError(f"{self.source.config.path}: a whole epoch has left nothing to learn from")
+                self._gave = False
                 self.epoch, self.window, self.offset = self.epoch + 1, 0, 0
                 self._order, self._starts = self._epoch_order()
-            if not len(self._order):
-                return None
+                continue
             if self._open is None:
                 self._open = self._prepare(self.epoch, self.window)
             window = self._open
             if self.offset < len(window.sequences):
+                self._gave = True
                 self.offset += 1
                 if self.offset == len(window.sequences):  # the state then points at the next window's start
                     number = self.offset - 1

@@ -1,0 +1,125 @@
+"""Records by position: indices, formats, globs, caches and their errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainer.config.schema import DataSource
+from trainer.data import sources
+from trainer.data.packing import pack
+from trainer.data.sources import Source, open_source
+from trainer.failures import DataError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def open_path(path: Path, **more: Any) -> Source:
+    return open_source(DataSource(path=str(path), **more))
+
+
+def all_records(source: Source) -> list[Any]:
+    return [record for record, _ in source.read(range(source.records))]
+
+
+def test_jsonl_with_blank_lines_crlf_bom_and_no_last_newline(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n  \n{"a": "\xc3\xa9"}\n{"a": 3}')
+    assert all_records(open_path(path)) == [{"a": 1}, {"a": "é"}, {"a": 3}]
+
+
+def test_index_over_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_BLOCK", 7)
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"n": n}) + "\n" * (1 + n % 3) for n in range(50)))
+    assert all_records(open_path(path)) == [{"n": n} for n in range(50)]
+
+
+def test_records_in_any_order_over_many_files(tmp_path: Path) -> None:
+    for name, numbers in (("b", range(3, 5)), ("a", range(3)), ("c", range(5, 6))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"n": n}) + "\n" for n in numbers))
+    for path in (tmp_path, tmp_path / "*.jsonl"):
+        source = open_path(path)
+        assert source.records == 6
+        assert [record for record, _ in source.read([5, 0, 3])] == [{"n": 5}, {"n": 0}, {"n": 3}]
+        assert source.where(4) == f"{tmp_path / 'b.jsonl'}, line 2"
+    assert open_path(tmp_path, limit=4).records == 4
+
+
+def test_text_is_paragraphs(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\nOne\ntwo\n\n\nThree\n \nFour\n")
+    assert all_records(open_path(path)) == [{"text": "\nOne\ntwo"}, {"text": "Three"}, {"text": "Four\n"}]
+
+
+def test_the_cached_index_is_used_until_the_file_changes(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"n": 1}\n')
+    open_path(path)
+    (index,) = cache.rglob("*.npy")
+    np.save(index, np.array([[0, 0], [8, 8]]))
+    assert all_records(open_path(path)) == [{"n": 1}, {"n": 1}]
+    path.write_text('{"n": 1}\n{"n": 2}\n{"n": 3}\n')
+    assert all_records(open_path(path)) == [{"n": 1}, {"n": 2}, {"n": 3}]
+
+
+def test_a_broken_or_forbidden_cache_only_costs_a_scan(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"n": 1}\n')
+    open_path(path)
+    (index,) = cache.rglob("*.npy")
+    index.write_bytes(b"garbage")
+    assert all_records(open_path(path)) == [{"n": 1}]
+    index.unlink()
+    index.parent.rmdir()
+    index.parent.write_text("a file where the folder should be")
+    assert all_records(open_path(path)) == [{"n": 1}]
+
+
+@pytest.mark.parametrize("content", ["", "\n \n\n"])
+def test_empty_data_is_an_error(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match="no records in it"):
+        open_path(path)
+
+
+def test_missing_unknown_and_unreadable(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no such file"):
+        open_path(tmp_path / "missing.jsonl")
+    with pytest.raises(DataError, match="no file in this folder"):
+        open_path(tmp_path)
+    (tmp_path / "a.parquet").write_text("x")
+    with pytest.raises(DataError, match="set `format`"):
+        open_path(tmp_path / "a.parquet")
+    source_path = tmp_path / "a.jsonl"
+    source_path.write_text("{}\n{}\n")
+    source = open_path(source_path)
+    source_path.unlink()
+    with pytest.raises(DataError, match=r"a\.jsonl cannot be read"):
+        source.read([1])
+
+
+def test_windows_are_bounded_by_documents_and_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"t": "x" * n}) + "\n" for n in (1, 1, 1, 500, 1, 1)))
+    source = open_path(path)
+    assert source.windows(2, 1 << 20).tolist() == [0, 2, 4, 6]
+    assert source.windows(100, 60).tolist() == [0, 3, 4, 6]
+
+
+def test_packing_fills_sequences() -> None:
+    lengths = np.random.default_rng(0).integers(20, 400, 4096)
+    bins = pack(lengths, 2048)
+    assert sorted(item for members in bins for item in members) == list(range(4096))
+    assert max(lengths[members].sum() for members in bins) <= 2048
+    assert lengths.sum() / (len(bins) * 2048) > 0.99
+    assert pack(np.array([5, 5, 5]), 10) == [[0, 1], [2]]
