@@ -96,7 +96,7 @@ def sbatch_options(job: Job, cluster: SlurmCluster) -> dict[str, str | None]:
         "open-mode": "append",
         "export": "ALL",
         "nodes": f"{cluster.nodes}-{most}" if cluster.spare_nodes else cluster.nodes,
-        "ntasks-per-node": 1,
+        # no number of tasks: with one, sbatch gives no spare nodes
         "no-kill": bool(cluster.spare_nodes),
         "requeue": cluster.requeue,
         "no-requeue": not cluster.requeue,

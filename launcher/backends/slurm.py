@@ -20,7 +20,7 @@ from slurm import client
 from slurm.hostlist import expand
 from slurm.job import Job, render, sbatch_options
 from trainer.config.schema import ResilienceConfig, SlurmCluster
-from trainer.failures import EXIT_FAILED, DsftError, UserError
+from trainer.failures import EXIT_FAILED, EXIT_TEMPORARY, DsftError, UserError
 from trainer.rundir import RunDirectory, read_lines
 
 # SLURM may deliver the signal a minute late, and needs a little to end and requeue the job
@@ -28,6 +28,13 @@ LATE_SECONDS = 75
 _START_SECONDS = 300.0  # for srun to have a process on every node
 _VICTIM_SECONDS = 2.0  # after the first failure: for the other agents to find theirs
 _END_SECONDS = 10.0
+
+
+class NodesLost(DsftError):
+    """Too few nodes are left in the allocation."""
+
+    failure_class = "node"
+    exit_code = EXIT_TEMPORARY
 
 
 # -- before the job ----------------------------------------------------------------------------------------------------
@@ -193,6 +200,7 @@ class SlurmBackend:
             )
         if self._last is not None:
             self._suspects += [node.name for node in self._last.links.nodes.values() if node.lost]
+            allocated = self._still_allocated(allocated)
         nodes = choose_nodes(allocated, self.cluster.nodes, self._suspects)
         arguments = ["--run-dir", str(self.run.path), "--attempt", str(attempt)]
         arguments += ["--worker-module", self.worker_module, "--", "--nproc-per-node", str(self.processes)]
@@ -211,6 +219,18 @@ class SlurmBackend:
             ) from None
         self._last = SlurmAttempt(self.run, attempt, links, step)
         return self._last
+
+    def _still_allocated(self, allocated: list[str]) -> list[str]:
+        """SLURM takes nodes that are down out of a running job. Raises NodesLost if too few are left."""
+        with contextlib.suppress(client.SlurmUnavailable):
+            if (job := client.job(os.environ["SLURM_JOB_ID"])) is not None and job.node_list:
+                allocated = expand(job.node_list)
+        if len(allocated) < self.cluster.nodes:
+            raise NodesLost(
+                f"{len(allocated)} node(s) are left of the allocation, and the run needs {self.cluster.nodes}: the job "
+                "has to be requeued; with `cluster.spare_nodes` it goes on in the same allocation"
+            )
+        return allocated
 
 
 def choose_nodes(allocated: Sequence[str], count: int, suspects: Sequence[str]) -> list[str]:

@@ -55,7 +55,7 @@ def train(run: RunDirectory, attempt: int) -> None:
             break
         time.sleep(0.05)
     note = {"rank": rank, "node": os.environ["SLURMD_NODENAME"], "interface": os.environ["GLOO_SOCKET_IFNAME"]}
-    note |= {"master": os.environ["MASTER_ADDR"], "hostile": os.environ.get("HOSTILE", ""), "attempt": attempt}
+    note |= {name: os.environ.get(name) for name in ("MASTER_ADDR", "HOSTILE", "PASSED_TOKEN")} | {"attempt": attempt}
     append_line(run.path / f"notes{rank}.jsonl", note)
     dist.destroy_process_group()
 

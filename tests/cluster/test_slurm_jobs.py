@@ -1,0 +1,180 @@
+"""Real jobs on a real cluster: what reaches the ranks, how they find each other, and what ends them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Cluster, read_json_lines
+
+from launcher.backends.slurm import submit
+from slurm import client
+from slurm.hostlist import expand
+from slurm.job import Job
+from trainer.config.schema import SlurmCluster
+from trainer.failures import UserError
+from trainer.rundir import RunDirectory
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = Path(__file__).parent / "reduced.py"
+HOSTILE = " a,b 'c' \"d\" $(id) `id` ${HOME} \\n \t#!\n#SBATCH --nodes=1\r\n;& ü漢\u200b\x1b[0m %j *"
+
+
+@pytest.fixture(autouse=True)
+def _commands(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def start(run: RunDirectory, processes: int = 1, seconds: float = 0.3, **values: object) -> str:
+    """Submit a job whose ranks all-reduce for so many seconds; returns its id."""
+    config = SlurmCluster.model_validate({"backend": "slurm", "nodes": 3, **values})
+    command = [sys.executable, "-P", str(PROGRAM), str(run.path), "3", str(processes), str(seconds)]
+    environment = {"PYTHONPATH": str(PROGRAM.parent), **config.environment}
+    config = config.model_copy(update={"environment": environment})
+    return submit(Job("reduced", run.path, command, str(ROOT)), config)
+
+
+def notes(run: RunDirectory, rank: int) -> list[dict[str, object]]:
+    return read_json_lines(run.path / f"notes{rank}.jsonl")
+
+
+def wait_for_rounds(cluster: Cluster, run: RunDirectory, attempt: int = 1) -> None:
+    def stepped() -> bool:
+        return any(e["event"] == "first_step" and e["attempt"] == attempt for e in run.merged_events())
+
+    cluster.wait(stepped, f"first step of attempt {attempt}")
+
+
+def log(run: RunDirectory) -> str:
+    return (run.path / "job.log").read_text()
+
+
+def test_six_ranks_on_three_nodes_reduce(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder with a difficult name; the environment reaches every rank unchanged, secrets unwritten."""
+    monkeypatch.setenv("PASSED_TOKEN", "s3cret")
+    run = RunDirectory(tmp_path / "a dir,with 'ü' 50%j")
+    job = start(run, processes=2, environment={"HOSTILE": HOSTILE}, pass_environment=["PASSED_TOKEN"])
+    cluster.wait_for_state(job, "COMPLETED", "FAILED", "CANCELLED")
+    assert cluster.state(job) == "COMPLETED", log(run)
+    found = [notes(run, rank)[0] for rank in range(6)]
+    assert [note["node"] for note in found] == ["n1", "n1", "n2", "n2", "n3", "n3"]
+    assert {note["interface"] for note in found} == {"eth0"}
+    assert {note["MASTER_ADDR"] for note in found} == {"10.77.0.11"}
+    assert {note["HOSTILE"] for note in found} == {HOSTILE}
+    assert {note["PASSED_TOKEN"] for note in found} == {"s3cret"}
+    for path in run.path.rglob("*"):
+        if path.is_file() and not path.name.startswith("notes"):
+            assert b"s3cret" not in path.read_bytes(), path
+    verdict = json.loads(run.verdict_path(1).read_text())
+    assert (verdict["outcome"], verdict["exit_code"]) == ("finished", 0)
+
+
+def test_signal_before_the_time_limit_leads_to_a_stop_a_requeue_and_the_end(cluster: Cluster, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    job = start(run, seconds=6)
+    wait_for_rounds(cluster, run)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait(lambda: bool(run.verdicts()), "a verdict")
+    assert run.stop_request(1) is not None
+    assert run.stop_request(1)["reason"] == "time_limit"  # type: ignore[index]
+    assert run.verdicts()[0]["exit_code"] == 75
+    cluster.wait_for_state(job, "COMPLETED", "FAILED", seconds=90)
+    assert cluster.state(job) == "COMPLETED", log(run)
+    first, second = notes(run, 0)
+    assert (first["attempt"], second["attempt"]) == (1, 2)
+    rounds = [e["rounds"] for e in run.merged_events() if e["event"] in ("stopped", "trained") and "rounds" in e]
+    assert rounds[0] < rounds[-1]
+    assert "Restarts=1" in cluster.run("scontrol", "show", "job", job).stdout
+    assert log(run).count('["') == 2  # the output of both incarnations
+
+
+def test_a_user_error_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    """Three nodes are asked for, and the allocation has two."""
+    run = RunDirectory(tmp_path / "run")
+    job = start(run, nodes=2)
+    cluster.wait_for_state(job, "FAILED", "COMPLETED")
+    text = cluster.run("scontrol", "show", "job", job).stdout
+    assert "JobState=FAILED" in text
+    assert "Restarts=0" in text
+
+
+def test_a_lost_node_ends_the_attempt_and_a_spare_takes_its_place(cluster: Cluster, tmp_path: Path) -> None:
+    """Two nodes and a spare; the processes of one node are killed all at once."""
+    run = RunDirectory(tmp_path / "run")
+    command = [sys.executable, "-P", str(PROGRAM), str(run.path), "2", "1", "2"]
+    config = SlurmCluster(backend="slurm", nodes=2, spare_nodes=1, environment={"PYTHONPATH": str(PROGRAM.parent)})
+    job = submit(Job("reduced", run.path, command, str(ROOT)), config)
+    wait_for_rounds(cluster, run)
+    cluster("fail", "n2")
+    try:
+        cluster.wait_for_state(job, "COMPLETED", "FAILED", seconds=120)
+        assert cluster.state(job) == "COMPLETED", log(run)
+        assert run.verdicts()[0]["outcome"] == "failed"
+        assert (run.verdicts()[0]["class"], run.verdicts()[0]["node"]) == ("node", "n2")
+        assert [note["node"] for note in notes(run, 1)] == ["n3"]
+        assert "Restarts=0" in cluster.run("scontrol", "show", "job", job).stdout
+    finally:
+        cluster("boot", "n2")
+
+
+def test_a_failed_rank_ends_the_others_on_all_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    job = start(run, seconds=60)
+    wait_for_rounds(cluster, run)
+    cluster("exec", "n3", "pkill", "-KILL", "-f", "[r]educed --run-dir")
+    cluster.wait(lambda: bool(run.verdicts()), "a verdict")
+    verdict = run.verdicts()[0]
+    assert (verdict["outcome"], verdict["rank"], verdict["node"]) == ("failed", 2, "n3")
+    assert "SIGKILL" in verdict["message"]
+    cluster.run("scancel", job)
+    cluster.wait_for_state(job, "CANCELLED")
+    for node in ("n1", "n2", "n3"):  # the cluster's processes are all there is on its nodes
+        gone = ["exec", node, "sh", "-c", "! pgrep -f '[t]rainer.agent|[r]educed --run-dir|[b]ackends.node'"]
+        cluster.wait(lambda gone=gone: cluster(*gone) == "", f"nothing left on {node}")  # type: ignore[misc]
+
+
+def test_what_cannot_run_is_refused_before_it_is_submitted(cluster: Cluster, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(UserError, match="SLURM refuses"):
+        start(run, nodes=4)
+    with pytest.raises(UserError, match=r"SLURM refuses: .*partition"):
+        start(run, partition="nowhere")
+    with pytest.raises(UserError, match="MY_TOKEN"):
+        start(run, pass_environment=["MY_TOKEN"])
+    assert cluster.run("squeue", "--noheader").stdout == ""
+
+
+def test_options_reach_slurm(cluster: Cluster, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    comment = "a, 'b' #c $(id) %j ü"
+    job = start(run, nodes=1, spare_nodes=1, time="0:30:00", sbatch={"comment": comment, "hold": True}, gpus_per_node=2)
+    text = cluster.run("scontrol", "show", "job", job).stdout
+    assert f"Comment={comment}" in text
+    for part in ("TimeLimit=00:30:00", "NumNodes=1-2", "Requeue=1", "TresPerNode=gres:gpu:2", "JobState=PENDING"):
+        assert part in text
+    script = cluster.run("scontrol", "write", "batch_script", job, "-").stdout
+    assert script.strip() == (run.path / "job.sbatch").read_text().strip()
+
+
+def test_node_lists_are_those_of_scontrol(cluster: Cluster) -> None:
+    for text in ("n[1-3]", "n[08-11],x", "r[1-2]n[1-3]", "a[1,3-4],b[009-011]"):
+        assert expand(text) == cluster.run("scontrol", "show", "hostnames", text).stdout.split()
+
+
+def test_a_job_unknown_to_slurm_is_not_there(cluster: Cluster) -> None:
+    assert client.job("999999") is None
+
+
+def test_a_mute_controller_is_no_answer(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "QUERY_SECONDS", 1.0)
+    cluster("linkdown", "ctl")
+    try:
+        with pytest.raises(client.SlurmUnavailable):
+            client.job("1")
+    finally:
+        cluster("linkup", "ctl")
