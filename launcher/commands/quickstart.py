@@ -15,7 +15,7 @@ from typing import Any
 
 DEFAULT_FOLDER = Path("dsft-quickstart")
 CPU_RANKS = 2
-MAX_PROMPT_CHARACTERS = 250  # of the sample: it has to fit a screen
+SAMPLE_CHARACTERS = range(80, 250)  # of a sample's prompt and completion: something to see, on one screen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +93,8 @@ def show_sample(data: Path, export: Path) -> None:
     from trainer.failures import DsftError
 
     records = [json.loads(line) for line in (data / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
-    record = next((r for r in records if len(r["prompt"]) <= MAX_PROMPT_CHARACTERS), records[0])
+    fits = (r for r in records if len(r["prompt"]) in SAMPLE_CHARACTERS and len(r["completion"]) in SAMPLE_CHARACTERS)
+    record = next(fits, records[0])
     prompt_path = data / "sample_prompt.txt"
     prompt_path.write_text(record["prompt"], encoding="utf-8")
     command = [sys.executable, "-P", "-m", "trainer.sample", "--export", str(export), "--prompt-file", str(prompt_path)]
