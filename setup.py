@@ -34,6 +34,7 @@ setup(
     cmdclass={"build_py": BuildWithConfigs},
     entry_points={"console_scripts": ["dsft = launcher.cli:main"]},
     install_requires=[
+        "accelerate>=1.1.0",  # transformers asks for it before it builds a model under ZeRO-3
         "datasets>=5.0",
         "deepspeed>=0.19.6",  # managed_gradient_accumulation
         "numpy>=2.0",
