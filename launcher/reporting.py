@@ -14,6 +14,10 @@ from trainer.rundir import Json, RunDirectory, read_json, read_lines
 def status(run: RunDirectory) -> Json:
     """State, position and rates, without reading the whole past of the run where that is not needed."""
     state = run_state(run)
+    if (run.events_dir / "submission.jsonl").exists():  # the import is slow for those who have no SLURM
+        from launcher.backends.slurm import in_queue
+
+        state = in_queue(run, state)
     progress = Progress(_epochs(run))
     for line in run.step_lines()[-20:]:
         progress.add(line)

@@ -28,7 +28,10 @@ class RunState:
 def run_state(run: RunDirectory) -> RunState:
     """Derive the state. A launcher that died without a word leaves `failed`."""
     told = ("submitted", "attempt", "finished", "failed", "stopped")
-    events = [event for event in read_lines(run.events_dir / "supervisor.jsonl") if event["event"] in told]
+    # submission.jsonl: written where a job is submitted, on another machine than the supervisor's
+    files = [run.events_dir / f"{writer}.jsonl" for writer in ("submission", "supervisor")]
+    events = [event for path in files for event in read_lines(path) if event["event"] in told]
+    events.sort(key=lambda event: float(event["time"]))
     last: dict[str, Any] = events[-1] if events else {"event": "submitted"}
     if last["event"] == "finished":
         return RunState("finished")

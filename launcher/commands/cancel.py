@@ -20,6 +20,12 @@ def run(options: argparse.Namespace) -> int:
     found = find_run(options.run)
     state = run_state(found).state
     attempts = found.attempts()
+    if state != "running" and (found.events_dir / "submission.jsonl").exists():
+        from launcher.backends.slurm import cancel_pending
+
+        if (job_id := cancel_pending(found)) is not None:
+            print(f"job {job_id} of {found.name} is out of the queue; `dsft resume {found.path}` submits it again")
+            return 0
     if state != "running" or not attempts:
         raise UserError(f"{found.path}: nothing to cancel, the run is {state}")
     found.request_stop(attempts[-1], "cancel", now=options.now)

@@ -1,0 +1,98 @@
+"""`dsft launch` on three nodes, interrupted as a time limit would, against the same run on one machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cluster
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from trainer.rundir import RunDirectory
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+
+ROOT = Path(__file__).parents[2]
+STEPS = 40
+WORDS = [f"w{index}" for index in range(60)]
+
+
+def write_inputs(folder: Path) -> Path:
+    """A word-level tokenizer, arithmetic over words, and a config; returns the config's path."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", "</s>", *WORDS])}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with open(folder / "train.jsonl", "w") as file:
+        for index in range(300):
+            words = [WORDS[(index * 7 + step * (index % 5 + 1)) % 60] for step in range(8 + index % 13)]
+            print(json.dumps({"prompt": " ".join(words[:4]), "completion": " ".join(words[4:])}), file=file)
+    config: dict[str, Any] = {
+        "name": "words",
+        "task": {"type": "causal-lm"},
+        "model": {
+            "config": {
+                "model_type": "llama",
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "vocab_size": 64,
+                "max_position_embeddings": 64,
+            },
+            "tokenizer": "tokenizer.json",
+        },
+        "data": {"train": [{"path": "train.jsonl", "format": "jsonl"}], "sequence_length": 32},
+        "training": {
+            "global_batch_size": 12,
+            "micro_batch_size": 2,
+            "max_steps": STEPS,
+            "optimizer": {"learning_rate": 1e-2},
+        },
+        "cluster": {"backend": "slurm", "nodes": 3, "time": "1:00:00"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder / "config.json"
+
+
+def exported(run: RunDirectory) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(run.export_dir.glob("*.safetensors"))}
+
+
+def test_three_nodes_interrupted_end_where_one_machine_does(cluster: Cluster, tmp_path: Path) -> None:
+    config = write_inputs(tmp_path)
+    variables = {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(tmp_path / "state")}
+    dsft = (sys.executable, "-P", "-m", "launcher")
+
+    answer = json.loads(cluster.run(*dsft, "launch", str(config), "--json", **variables).stdout)
+    job, run = answer["job_id"], RunDirectory(Path(answer["run"]))
+    again = cluster.run(*dsft, "launch", str(config), check=False, **variables)
+    assert again.returncode == 2
+    assert f"job {job}" in again.stderr
+
+    cluster.wait(lambda: len(run.step_lines()) >= 3, "three steps", seconds=120)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    # meanwhile the same on this machine, undisturbed
+    alone = RunDirectory(tmp_path / "alone" / "words")
+    local = [f"output_dir={alone.path.parent}", 'cluster={"backend": "local", "processes_per_node": 3}']
+    cluster.run(*dsft, "launch", str(config), "--set", local[0], "--set", local[1], seconds=200, **variables)
+    cluster.wait_for_state(job, "COMPLETED", "FAILED", seconds=150)
+
+    log = (run.path / "job.log").read_text()
+    assert cluster.state(job) == "COMPLETED", log
+    first, second = run.verdicts()
+    assert (first["outcome"], first["reason"], first["exit_code"]) == ("stopped", "stopped on request (time_limit)", 75)
+    assert second["outcome"] == "finished"
+    assert 0 < first["step"] < STEPS
+    assert run.published_checkpoints()[-1] == STEPS
+    assert log.count("checking data and tokenizer") == 2  # nothing of the first job's output is lost
+    lines, expected = run.step_lines(), alone.step_lines()
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["batch_digest"] for line in lines] == [line["batch_digest"] for line in expected]
+    assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
+    assert exported(run) == exported(alone) != {}
+    finished = cluster.run(*dsft, "launch", str(config), **variables).stdout
+    assert "finished already" in finished
