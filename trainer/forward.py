@@ -11,9 +11,12 @@ import torch
 
 from trainer.data.sample import PackedSequence, Sample
 from trainer.failures import UserError
-from trainer.loss import LabelledPositions, cross_entropy_sum
+from trainer.loss import IGNORED, LabelledPositions, cross_entropy_sum
 
-_PAD_TO = 8  # tokens; matrix kernels like multiples of 8
+# Tokens. Matrix kernels like multiples of 8, and the CPU's keep a compiled one and its workspace for every shape they
+# meet: without coarser steps memory grows with every batch.
+_PAD_TO = 8  # 64 for rows longer than that
+_TARGETS_TO = 128
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class LanguageModelBatch:
         position_ids: int64 [rows, length]; they restart at 0 with every sample. transformers builds the block-diagonal
             causal mask from them, and only where no attention_mask is passed.
         positions: int64 [targets]; where in the flattened rows a label is predicted.
-        labels: int64 [targets].
+        labels: int64 [targets]; IGNORED where the list is filled up to a round length.
         padded_tokens: tokens of ``input_ids`` that are padding.
     """
 
@@ -50,7 +53,9 @@ def collate(
         rows = [[sample for row in rows for sample in row]]
     lengths = [sum(len(sample.tokens) for sample in row) for row in rows]
     width = max(lengths, default=0)
-    width = max(-(-width // _PAD_TO) * _PAD_TO, _PAD_TO) if not (one_row and width) else width
+    if not (one_row and width):
+        step = 8 * _PAD_TO if width > 8 * _PAD_TO else _PAD_TO
+        width = max(-(-width // step) * step, _PAD_TO)
     shape = (max(len(rows), 1), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     position_ids = np.tile(np.arange(width, dtype=np.int64), (shape[0], 1))
@@ -66,10 +71,14 @@ def collate(
             labels.append(sample.tokens[1:][sample.targets[1:]])
             start = end
     flat_labels = np.concatenate(labels).astype(np.int64) if labels else np.zeros(0, dtype=np.int64)
+    positions = np.flatnonzero(predicts)
+    fill = -len(positions) % _TARGETS_TO
+    positions = np.concatenate([positions, np.zeros(fill, dtype=np.int64)])
+    flat_labels = np.concatenate([flat_labels, np.full(fill, IGNORED, dtype=np.int64)])
     return LanguageModelBatch(
         torch.from_numpy(input_ids).to(device, non_blocking=True),
         torch.from_numpy(position_ids).to(device, non_blocking=True),
-        torch.from_numpy(np.flatnonzero(predicts)).to(device, non_blocking=True),
+        torch.from_numpy(positions).to(device, non_blocking=True),
         torch.from_numpy(flat_labels).to(device, non_blocking=True),
         shape[0] * width - sum(lengths),
     )

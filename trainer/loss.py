@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+IGNORED = -100  # label of a position that is not learned
+
 
 class LabelledPositions:
     """Restricts the output embedding of a model to chosen positions while the context is open."""
@@ -40,9 +42,13 @@ class LabelledPositions:
 
 
 def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of -log p(label), in fp32. ``logits`` [targets, vocabulary] in any float dtype, ``labels`` int64 [targets].
+    """Sum of -log p(label), in fp32.
+
+    Args:
+        logits: [targets, vocabulary], any float dtype.
+        labels: int64 [targets]; those that are IGNORED do not count.
 
     With no targets the result is 0 and still reaches every parameter, so that ranks without work
     take part in the same collectives.
     """
-    return functional.cross_entropy(logits.float(), labels, reduction="sum")
+    return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")

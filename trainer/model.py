@@ -6,6 +6,7 @@ import fnmatch
 import importlib.util
 import logging
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -112,3 +113,5 @@ def quiet_libraries() -> None:
     """Leave warnings and errors of the libraries in the log, not their chatter."""
     for name in ("transformers", "accelerate", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # DeepSpeed calls functions that torch has renamed: two warnings for every parameter of every step
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
