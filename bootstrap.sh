@@ -52,6 +52,7 @@ if [ "$(cat "$venv/dsft-stamp" 2>/dev/null)" != "$wanted" ]; then
   # deepspeed is built from source: no ops ahead of time, and against the torch just installed
   step "dsft and its dependencies" "$network" env DS_BUILD_OPS=0 "${pip[@]}" --no-build-isolation -e '.[test]'
   printf '%s\n' "$wanted" >"$venv/dsft-stamp"
+  echo "set up; to use dsft in your shell: source $venv/bin/activate"
 fi
 
 export PATH=$venv/bin:$PATH
