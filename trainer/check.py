@@ -69,7 +69,8 @@ def check(config: LaunchConfig) -> dict[str, Any]:
 def look_at(source: DataSource, task: Task, config: LaunchConfig) -> dict[str, Any]:
     """Encode the first records of a source and some over its whole length; figures of these."""
     data = config.data
-    options = Options(data.sequence_length, True, 0, False, 1.0, data.on_long, data.on_bad_record, 1, 0, 1)
+    windows = data.window_documents
+    options = Options(data.sequence_length, True, 0, False, 1.0, data.on_long, data.on_bad_record, windows, 0, 1)
     opened = open_source(source)
     stream = SourceStream(0, opened, task, options, lambda rows: [rows], None)
     spread = np.linspace(0, opened.records - 1, _SPREAD).astype(np.int64)

@@ -103,6 +103,9 @@ def test_missing_unknown_and_unreadable(tmp_path: Path) -> None:
     source_path = tmp_path / "a.jsonl"
     source_path.write_text("{}\n{}\n")
     source = open_path(source_path)
+    source_path.write_text("{}\n")  # the index is that of the longer file
+    with pytest.raises(DataError, match=r"a\.jsonl has changed since it was opened: 3 bytes, 6 then"):
+        source.read([0])
     source_path.unlink()
     with pytest.raises(DataError, match=r"a\.jsonl cannot be read"):
         source.read([1])

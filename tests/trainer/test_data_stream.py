@@ -58,7 +58,16 @@ def write_source(path: Path, lengths: Sequence[int], first: int = 1) -> DataSour
     return DataSource(path=str(path))
 
 
-def run_ranks(
+def run_ranks(sources: tuple[DataSource, ...], world_size: int, **changes: Any) -> list[list[GlobalBatch]]:
+    """Batches of each rank; a rank's error is raised here."""
+    results = rank_results(sources, world_size, **changes)
+    failures = [result for result in results if isinstance(result, BaseException)]
+    if failures:
+        raise next((f for f in failures if not isinstance(f, threading.BrokenBarrierError)), failures[0])
+    return results
+
+
+def rank_results(
     sources: tuple[DataSource, ...],
     world_size: int,
     *,
@@ -67,8 +76,8 @@ def run_ranks(
     state: dict[str, Any] | None = None,
     limit: int | None = None,
     **changes: Any,
-) -> list[list[GlobalBatch]]:
-    """Batches of each rank; ranks are threads with a real exchange between them."""
+) -> list[Any]:
+    """Batches or the error of each rank; ranks are threads with a real exchange between them."""
     shared: list[Any] = [None] * world_size
     barrier = threading.Barrier(world_size, timeout=60)
     results: list[Any] = [None] * world_size
@@ -102,9 +111,6 @@ def run_ranks(
         thread.start()
     for thread in threads:
         thread.join()
-    failures = [result for result in results if isinstance(result, BaseException)]
-    if failures:
-        raise next((f for f in failures if not isinstance(f, threading.BrokenBarrierError)), failures[0])
     return results
 
 
@@ -257,6 +263,7 @@ def test_what_became_of_records_is_counted(tmp_path: Path) -> None:
         ('{"text": null}', r"line 3: column 'text' is null"),
         ('{"txt": "1"}', r"line 3: no column 'text'; the record has 'txt'"),
         (b'{"text": "\xff\xfe"}', r"line 3: not UTF-8 \(byte 0xff\)"),
+        (r'{"text": "1 \ud800 2"}', r"line 3: column 'text' holds half of a surrogate pair"),
     ],
 )
 def test_a_bad_record_is_named_by_file_and_line(tmp_path: Path, line: str | bytes, message: str) -> None:
@@ -265,6 +272,15 @@ def test_a_bad_record_is_named_by_file_and_line(tmp_path: Path, line: str | byte
     (tmp_path / "bad.jsonl").write_bytes(good + b"\n" + data + b"\n" + good)
     with pytest.raises(DataError, match=rf"bad\.jsonl, {message}"):
         run_ranks((DataSource(path=str(tmp_path / "bad.jsonl")),), 2)
+
+
+def test_every_rank_names_the_bad_record_of_one(tmp_path: Path) -> None:
+    """A rank that met it must not leave the others waiting in the exchange."""
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "1 2"}\n' * 6 + '{"text": é}\n')
+    for error in rank_results((DataSource(path=str(path)),), 3):
+        assert isinstance(error, DataError)
+        assert "bad.jsonl, line 7: not valid JSON" in str(error)
 
 
 def test_digest_covers_tokens_targets_and_boundaries(tmp_path: Path) -> None:

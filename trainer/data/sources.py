@@ -38,12 +38,15 @@ class RecordFile:
     format: str
     starts: np.ndarray
     ends: np.ndarray
+    size: int  # bytes, when the index was made
 
     def read(self, numbers: Sequence[int]) -> list[tuple[Record | None, str | None]]:
         """(record, None) or (None, what is wrong with it) for each number."""
         results: list[tuple[Record | None, str | None]] = []
         try:
             with self.path.open("rb") as file:
+                if (size := os.fstat(file.fileno()).st_size) != self.size:
+                    raise DataError(f"{self.path} has changed since it was opened: {size} bytes, {self.size} then")
                 for number in numbers:
                     file.seek(int(self.starts[number]))
                     data = file.read(int(self.ends[number] - self.starts[number]))
@@ -175,7 +178,7 @@ def _open_file(path: Path, format_name: str) -> RecordFile:
             _write_cache(cached, index)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    return RecordFile(path, format_name, index[0], index[1])
+    return RecordFile(path, format_name, index[0], index[1], stat.st_size)
 
 
 def _index_lines(path: Path) -> np.ndarray:

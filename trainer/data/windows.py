@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,7 +17,10 @@ from trainer.failures import DataError
 
 Gather = Callable[[np.ndarray], list[np.ndarray]]
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 WINDOW_BYTES = 8 << 20  # bounds memory, and the time to the first batch, where documents are long
+
+_OUTCOME, _ERROR = -1, -2  # rows of the exchange that are no piece of a document
 
 # What became of a record that gives no sample, or more than one; counted over all ranks.
 BAD, LONG_SKIPPED, NOTHING_TO_LEARN, SPLIT, TRUNCATED = range(5)
@@ -134,12 +138,21 @@ class SourceStream:
         documents = documents[: int(self._starts[place + 1] - self._starts[place])]
 
         # this rank's share; what the others need of it is a row for each piece: (document, piece, tokens, targets), and
-        # for what is to be counted (document, -1, outcome, 0)
+        # for what is to be counted (document, -1, outcome, 0). An error goes the same way, as rows (0, -2, byte, 0) of
+        # its message: a rank that raised before the exchange would leave the others waiting in it.
         share = range(options.rank, len(documents), options.world_size)
-        pieces, outcomes = self.encode(documents, share)
-        rows = [(p, i, len(s.tokens), int(s.targets.sum())) for p, made in pieces.items() for i, s in enumerate(made)]
-        rows += [(position, -1, outcome, 0) for position, outcome in outcomes]
+        pieces: dict[int, list[Sample]] = {}
+        try:
+            pieces, outcomes = self.encode(documents, share)
+        except DataError as error:
+            rows = [(0, _ERROR, byte, 0) for byte in str(error).encode()]
+        else:
+            rows = [(p, i, len(s.tokens), int(s.targets.sum())) for p, of in pieces.items() for i, s in enumerate(of)]
+            rows += [(position, _OUTCOME, outcome, 0) for position, outcome in outcomes]
         gathered = self._gather(np.array(rows, dtype=np.int64).reshape(-1, 4))
+        for part in gathered:
+            if len(part) and part[0, 1] == _ERROR:
+                raise DataError(part[:, 2].astype(np.uint8).tobytes().decode())
         table = np.concatenate(gathered)
         counted = table[table[:, 1] < 0]
         self.counts += np.bincount(counted[:, 2], minlength=len(OUTCOMES))
@@ -232,9 +245,14 @@ class SourceStream:
             if column not in record:
                 found = ", ".join(map(repr, record)) or "none"
                 return f"{self.source.where(number)}: no column {column!r}; the record has {found}"
-            if not isinstance(record[column], str):
-                kind = "null" if record[column] is None else type(record[column]).__name__
+            value = record[column]
+            if not isinstance(value, str):
+                kind = "null" if value is None else type(value).__name__
                 return f"{self.source.where(number)}: column {column!r} is {kind}, expected a string"
+            if not value.isascii() and _SURROGATE.search(value):  # JSON allows \ud800 alone, no tokenizer does
+                return (
+                    f"{self.source.where(number)}: column {column!r} holds half of a surrogate pair, which is no text"
+                )
         return None
 
 

@@ -60,9 +60,12 @@ class CausalLM:
         for record in records:
             prompt = np.zeros(0, dtype=np.int32) if "text" in record else next(encoded)
             learned = next(encoded)
-            tokens = np.concatenate([np.array(bos, dtype=np.int32), prompt, learned, np.array(eos, dtype=np.int32)])
+            # a text may bring these tokens itself, written out: never twice
+            head = [] if (prompt if len(prompt) else learned)[:1].tolist() == bos else bos
+            tail = [] if learned[-1:].tolist() == eos else eos
+            tokens = np.concatenate([np.array(head, dtype=np.int32), prompt, learned, np.array(tail, dtype=np.int32)])
             targets = np.zeros(len(tokens), dtype=bool)
-            targets[max(len(bos) + len(prompt), 1) :] = True  # the first token of all is predicted from nothing
+            targets[max(len(head) + len(prompt), 1) :] = True  # the first token of all is predicted from nothing
             if not len(learned):
                 targets[:] = False
             samples.append(Sample(tokens, targets))

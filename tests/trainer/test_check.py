@@ -1,0 +1,112 @@
+"""The preflight of data and tokenizer, and the masks of causal-lm."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from trainer.check import check
+from trainer.config.schema import LaunchConfig
+from trainer.tasks import get_task
+from trainer.tokenizer import load_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def make_config(tmp_path: Path, records: list[dict[str, Any]], vocab_size: int = 10, **data: Any) -> LaunchConfig:
+    """A config over `records`, with a tokenizer of words: <s> 1, </s> 2, a 3, b 4, c 5."""
+    words = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", "a", "b", "c"])}
+    fast = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast.add_special_tokens(["<s>", "</s>"])
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return LaunchConfig.model_validate(
+        {
+            "name": "run",
+            "task": {"type": "causal-lm"},
+            "model": {
+                "config": {"model_type": "llama", "vocab_size": vocab_size},
+                "tokenizer": str(tmp_path / "tokenizer.json"),
+            },
+            "data": {"train": [{"path": str(source)}], "sequence_length": 8, **data},
+            "training": {"global_batch_size": 2, "max_steps": 1},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "tokens", "learned"),
+    [
+        ({"text": "a b"}, [1, 3, 4, 2], [0, 1, 1, 1]),
+        ({"prompt": "a b", "completion": "c"}, [1, 3, 4, 5, 2], [0, 0, 0, 1, 1]),
+        ({"prompt": "", "completion": "c"}, [1, 5, 2], [0, 1, 1]),
+        # texts that bring their own special tokens do not get them twice
+        ({"text": "<s> a </s>"}, [1, 3, 2], [0, 1, 1]),
+        ({"prompt": "<s> a", "completion": "b </s>"}, [1, 3, 4, 2], [0, 0, 1, 1]),
+        ({"prompt": "", "completion": "<s> c"}, [1, 5, 2], [0, 1, 1]),
+        # by position: an end of text inside the prompt is not learned, one inside the completion is
+        ({"prompt": "a </s>", "completion": "</s> b"}, [1, 3, 2, 2, 4, 2], [0, 0, 0, 1, 1, 1]),
+        ({"prompt": "a", "completion": ""}, [1, 3, 2], [0, 0, 0]),
+    ],
+)
+def test_masks(tmp_path: Path, record: dict[str, str], tokens: list[int], learned: list[int]) -> None:
+    config = make_config(tmp_path, [record])
+    (sample,) = get_task(config, load_tokenizer(config.model)).encode([record])
+    assert sample.tokens.tolist() == tokens
+    assert sample.targets.astype(int).tolist() == learned
+
+
+def test_good_data_passes_with_its_figures(tmp_path: Path) -> None:
+    report = check(make_config(tmp_path, [{"prompt": "a b", "completion": "c"}, {"prompt": "a", "completion": "b c"}]))
+    assert report["ok"], report
+    (figures,) = report["statistics"]
+    assert (figures["records"], figures["tokens"], figures["target_tokens"]) == (2, 10, 5)
+
+
+def test_what_would_train_on_nothing_is_refused(tmp_path: Path) -> None:
+    report = check(make_config(tmp_path, [{"prompt": "a a a a a a a a a", "completion": "b"}], on_long="truncate"))
+    assert not report["ok"]
+    assert "leaves a token to learn from" in report["errors"][0]
+
+
+def test_vocabulary_beyond_the_model_is_refused(tmp_path: Path) -> None:
+    report = check(make_config(tmp_path, [{"text": "a"}], vocab_size=4))
+    assert not report["ok"]
+    assert "6 ids" in report["errors"][0]
+
+
+def test_command_line_names_each_bad_source_and_never_imports_torch(tmp_path: Path) -> None:
+    config = make_config(tmp_path, [{"text": "a"}, {"txt": "b"}], evaluation=[{"path": str(tmp_path / "none.jsonl")}])
+    path = tmp_path / "config.json"
+    path.write_text(config.model_dump_json())
+    program = (
+        "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['check', sys.argv[1]]; "
+        "runpy.run_module('trainer.check', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    errors = json.loads(done.stdout)["errors"]
+    assert [error.split(":")[0] for error in errors] == ["data.train[0]", "data.evaluation[0]"]
+    assert "a.jsonl, line 2: no column 'text'; the record has 'txt'" in errors[0]
+
+
+def test_a_large_source_is_not_walked_record_by_record(tmp_path: Path) -> None:
+    config = make_config(tmp_path, [])
+    with Path(config.data.train[0].path).open("w") as file:
+        file.write('{"text": "a b c"}\n' * 400_000)
+    start = time.process_time()
+    assert check(config)["ok"]
+    assert time.process_time() - start < 1.5
