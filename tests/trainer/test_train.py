@@ -1,0 +1,205 @@
+"""Whole runs of the trainer, as torchrun starts them: resumes, damage, world sizes, scores and the export."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.facts import gather_facts
+from launcher.plan import make_plan
+from trainer.config.schema import LaunchConfig
+from trainer.rundir import RunDirectory, write_json
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of bytes, and records whose completion follows from the prompt."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("workspace")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", "<pad>", *alphabet])}
+    fast = Tokenizer(models.BPE(vocabulary, []))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(["<s>", "</s>", "<pad>"])
+    fast.save(str(folder / "tokenizer.json"))
+    records = [{"prompt": f"{n} + {n % 7} = ", "completion": f"{n + n % 7}." + " yes" * (n % 5)} for n in range(150)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[::11]))
+    return folder
+
+
+def make_run(folder: Path, workspace: Path, ranks: int, **training: Any) -> RunDirectory:
+    """A run directory with config and plan, as the launcher leaves it."""
+    config = LaunchConfig.model_validate(
+        {
+            "name": folder.name,
+            "output_dir": str(folder.parent),
+            "task": {"type": "causal-lm"},
+            "model": {
+                "config": {
+                    "model_type": "llama",
+                    "vocab_size": 260,
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "attention_dropout": 0.1,  # its masks must be remade on resume
+                    "tie_word_embeddings": True,
+                },
+                "tokenizer": str(workspace / "tokenizer.json"),
+                "dtype": "float32",
+                "freeze": ["model.layers.0.mlp"],
+            },
+            "data": {
+                "train": [{"path": str(workspace / "train.jsonl")}],
+                "evaluation": [{"path": str(workspace / "test.jsonl")}],
+                "sequence_length": 64,
+                "window_documents": 40,
+            },
+            "training": {
+                "global_batch_size": 6,
+                "micro_batch_size": 2,
+                "max_steps": STEPS,
+                "optimizer": {"learning_rate": 3e-3, "weight_decay": 0.1},
+                "schedule": {"type": "cosine", "warmup_steps": 3},
+                **training,
+            },
+            "checkpoint": {"interval_steps": 4, "keep_last": 3},
+            "evaluation": {"interval_steps": 8},
+            "export": {"max_shard_size_gib": 3e-5},
+            "logging": {"tensorboard": False},
+            "cluster": {"processes_per_node": ranks, "environment": {"DS_ACCELERATOR": "cpu"}},
+        }
+    )
+    run = RunDirectory(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(run.config_path, config.model_dump(mode="json"))
+    write_json(run.plan_path, make_plan(config, gather_facts(config)).to_json())
+    return run
+
+
+def launch(run: RunDirectory, ranks: int, attempt: int = 1) -> int:
+    """torchrun, as in the plan; the exit code."""
+    run.attempt_dir(attempt).mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    worker = ["-m", "trainer.worker", "--run-dir", str(run.path), "--attempt", str(attempt)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([*command, *worker], env=environment, capture_output=True, timeout=600).returncode
+
+
+def copy_run(source: RunDirectory, target: Path) -> RunDirectory:
+    shutil.copytree(source.path, target)
+    shutil.rmtree(target / "export")
+    return RunDirectory(target)
+
+
+def figures(run: RunDirectory, first: int = 1) -> list[tuple[Any, ...]]:
+    keys = ("step", "loss", "grad_norm", "learning_rate", "batch_digest", "target_tokens")
+    return [tuple(line[key] for key in keys) for line in run.step_lines() if line["step"] >= first]
+
+
+def logs(run: RunDirectory) -> str:
+    return "".join(path.read_text() for path in sorted((run.path / "attempts").rglob("rank*.log")))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, workspace: Path) -> RunDirectory:
+    run = make_run(tmp_path_factory.mktemp("runs") / "whole", workspace, 2)
+    assert launch(run, 2) == 0, logs(run)
+    return run
+
+
+def test_a_run_learns_and_leaves_what_it_promises(finished: RunDirectory) -> None:
+    lines = finished.step_lines()
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    scores = finished.evaluation_lines()
+    assert [line["step"] for line in scores] == [8, 12]
+    assert scores[1]["evaluation"]["loss"] < scores[0]["evaluation"]["loss"]
+    assert finished.published_checkpoints() == [4, 8, 12]
+    assert {event["event"] for event in finished.merged_events()} >= {"first_step", "checkpoint", "trained", "exported"}
+
+
+def test_the_export_is_the_model(finished: RunDirectory, workspace: Path) -> None:
+    """Plain transformers gives the logged evaluation loss from the exported folder alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert len(list(finished.export_dir.glob("*.safetensors"))) > 1  # it is sharded
+    model = AutoModelForCausalLM.from_pretrained(finished.export_dir, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(finished.export_dir)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    total, count = 0.0, 0
+    for line in (workspace / "test.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        prompt = tokenizer(record["prompt"], add_special_tokens=False)["input_ids"]
+        whole = [*prompt, *tokenizer(record["completion"], add_special_tokens=False)["input_ids"]]
+        whole.append(tokenizer.eos_token_id)
+        with torch.no_grad():
+            log_p = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
+        for place in range(len(prompt), len(whole)):
+            total -= float(log_p[place - 1, whole[place]])
+            count += 1
+    logged = finished.evaluation_lines()[-1]["evaluation"]
+    assert logged["target_tokens"] == count
+    assert logged["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert "| step | loss |" in (finished.export_dir / "README.md").read_text()
+
+
+def test_resume_at_the_same_world_size_is_bit_for_bit(finished: RunDirectory, tmp_path: Path) -> None:
+    """From step 8: the newest checkpoint is damaged, and a save was cut short."""
+    run = copy_run(finished, tmp_path / "again")
+    newest = next((run.checkpoints_dir / "step-00000012").glob("rank-00001*"))
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    (run.checkpoints_dir / "step-00000016").mkdir()
+    run.metrics_path.write_text(run.metrics_path.read_text() + '{"step": 13, "lo')
+    assert launch(run, 2, attempt=2) == 0, logs(run)
+    log = logs(run)
+    assert "checkpoint of step 12 is damaged" in log
+    assert "does not match its checksum" in log
+    assert "removed step-00000016" in log
+    assert (run.checkpoints_dir / "step-00000012.abandoned-1").is_dir()
+    assert run.published_checkpoints() == [4, 8, 12]
+    assert figures(run) == figures(finished)
+    assert run.evaluation_lines()[-1]["evaluation"] == finished.evaluation_lines()[-1]["evaluation"]
+    for file in sorted(finished.export_dir.glob("*.safetensors")):
+        assert (run.export_dir / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_resume_at_another_world_size_differs_by_rounding(
+    finished: RunDirectory, workspace: Path, tmp_path: Path, ranks: int
+) -> None:
+    run = copy_run(finished, tmp_path / "other")
+    shutil.rmtree(run.checkpoints_dir / "step-00000012")
+    config = json.loads(run.config_path.read_text())
+    make_run(run.path, workspace, ranks, **{"max_steps": config["training"]["max_steps"]})
+    assert launch(run, ranks, attempt=2) == 0, logs(run)
+    for line, other in zip(figures(run, 9), figures(finished, 9), strict=True):
+        assert line[3:] == other[3:]
+        assert line[1:3] == pytest.approx(other[1:3], rel=1e-5)
+
+
+def test_a_stop_request_ends_in_a_checkpoint_between_intervals(workspace: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "stopped", workspace, 2)
+    run.attempt_dir(1).mkdir(parents=True)
+    run.request_stop(1, "cancel")
+    assert launch(run, 2) == 0, logs(run)
+    step = run.step_lines()[-1]["step"]
+    assert step < 4
+    assert run.published_checkpoints() == [step]
+    assert not run.export_dir.exists()
+    assert [event["event"] for event in run.merged_events()][-1] == "stopped"
