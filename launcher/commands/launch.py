@@ -39,9 +39,8 @@ def run(options: argparse.Namespace) -> int:
     from launcher.commands import plan as plan_command
     from launcher.facts import gather_facts
     from launcher.plan import make_plan
-    from launcher.preflight import preflight_problems
+    from launcher.preflight import preflight
     from trainer.config.loading import load_config
-    from trainer.failures import UserError
     from trainer.rundir import RunDirectory
 
     if options.dry_run:
@@ -49,8 +48,7 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.set)
     facts = gather_facts(config)
     plan = make_plan(config, facts)
-    if problems := preflight_problems(config, plan, facts):
-        raise UserError("\n".join(problems))
+    preflight(config, plan, facts)
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     gpus = [gpu.name for gpu in facts.gpus]

@@ -1,0 +1,122 @@
+"""States, accounts, names and what may change, from run directories made by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.consistency import refuse_changes
+from launcher.registry import find_run, known_runs, register
+from launcher.reporting import report
+from launcher.state import run_state
+from trainer.failures import UserError
+from trainer.lease import acquire
+from trainer.rundir import RunDirectory, append_line, write_json
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    run = RunDirectory(tmp_path / "runs" / "a")
+    run.path.mkdir(parents=True)
+    write_json(run.config_path, {"training": {"max_steps": 4}, "data": {"seed": 1, "evaluation": []}})
+    return run
+
+
+def ledger(run: RunDirectory, *events: tuple[float, str, int]) -> None:
+    for time, event, attempt in events:
+        run.events_dir.mkdir(exist_ok=True)
+        append_line(run.events_dir / "supervisor.jsonl", {"time": time, "event": event, "attempt": attempt})
+
+
+def test_states(run: RunDirectory) -> None:
+    assert run_state(run).state == "pending"
+    with acquire(run.lock_dir):
+        ledger(run, (1, "attempt", 1))
+        assert run_state(run).state == "running"
+    assert run_state(run).state == "failed"  # nobody runs it, and nobody said how it ended
+    ledger(run, (2, "stopped", 1))
+    assert run_state(run).state == "stopped"
+    ledger(run, (3, "attempt", 2), (4, "failed", 2))
+    assert run_state(run).state == "failed"
+    ledger(run, (5, "attempt", 3), (6, "finished", 3))
+    assert run_state(run).state == "finished"
+
+
+def test_a_lock_of_another_host_is_shown_as_dead_after_a_while(run: RunDirectory) -> None:
+    ledger(run, (1, "attempt", 1))
+    acquire(run.lock_dir).release()
+    path = max(run.lock_dir.glob("holder-*"))
+    value = json.loads(path.read_text()) | {"host": "elsewhere", "released": False}
+    path.write_text(json.dumps(value))
+    assert run_state(run).state == "running"
+    os.utime(path, (1, 1))
+    assert run_state(run).state == "failed"
+
+
+def test_goodput_counts_each_step_once_and_only_the_time_of_launches(run: RunDirectory) -> None:
+    ledger(run, (100, "attempt", 1), (110, "failure", 1), (112, "attempt", 2))  # then the launcher was killed
+    ledger(run, (1000, "attempt", 3), (1010, "finished", 3))
+    for time, step, seconds in ((105, 1, 2.0), (106, 2, 2.0), (115, 2, 3.0), (120, 3, 3.0), (1005, 4, 2.0)):
+        append_line(run.metrics_path, {"time": time, "step": step, "loss": 1.0, "step_seconds": seconds})
+    value = report(run)
+    assert value["goodput"] == {"useful_seconds": 10.0, "wall_seconds": 30.0, "ratio": pytest.approx(1 / 3)}
+    assert (value["state"], value["steps"]) == ("finished", 4)
+
+
+def test_goodput_of_sparse_logs(run: RunDirectory) -> None:
+    ledger(run, (0, "attempt", 1), (100, "finished", 1))
+    for step in (10, 20):
+        append_line(run.metrics_path, {"step": step, "loss": 1.0, "step_seconds": 2.0})
+    assert report(run)["goodput"]["useful_seconds"] == 40.0
+
+
+def test_failures_come_from_the_verdicts(run: RunDirectory) -> None:
+    failure: dict[str, Any] = {"class": "data", "rank": 1, "node": "n", "step": 3, "message": "m", "victims": [0]}
+    write_json(run.verdict_path(run.new_attempt()), {**failure, "outcome": "failed", "action": "stop"})
+    write_json(run.verdict_path(run.new_attempt()), {"outcome": "finished", "action": "done"})
+    assert report(run)["failures"] == [{"attempt": 1, "action": "stop", **failure}]
+
+
+def test_a_run_is_found_by_path_by_name_here_and_by_name_elsewhere(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert find_run("runs/a").path == run.path
+    assert find_run("a").path == run.path
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(UserError, match="no run 'a'"):
+        find_run("a")
+    register(run)
+    assert find_run("a").path == run.path
+    with pytest.raises(UserError, match="known runs: a"):
+        find_run("b")
+    (tmp_path / "there" / "config.json").write_text(json.dumps({"output_dir": "mine"}))
+    nearer = RunDirectory(tmp_path / "there" / "mine" / "a")
+    nearer.path.mkdir(parents=True)
+    write_json(nearer.config_path, {})
+    assert find_run("a").path == nearer.path
+
+
+def test_runs_that_are_gone_are_forgotten(run: RunDirectory) -> None:
+    register(run)
+    assert [known.path for known in known_runs()] == [run.path]
+    run.config_path.unlink()
+    assert known_runs() == []
+
+
+def test_what_was_begun_may_not_change_what_was_not_may(run: RunDirectory) -> None:
+    longer = {"training": {"max_steps": 9}, "data": {"seed": 1, "evaluation": []}}
+    refuse_changes(run, longer)  # nothing was trained yet
+    append_line(run.metrics_path, {"step": 1, "loss": 1.0})
+    with pytest.raises(UserError, match=r"training\.max_steps: the run has 4, the config 9"):
+        refuse_changes(run, longer)
+    refuse_changes(
+        run, {"training": {"max_steps": 4}, "data": {"seed": 1, "evaluation": [{"path": "x"}]}, "logging": 1}
+    )
+    refuse_changes(run, {"training": {"max_steps": 4, "micro_batch_size": 2}, "data": {"seed": 1}})
