@@ -15,8 +15,9 @@ class MetricsLog:
     """Appends lines to metrics.jsonl, and the same figures to TensorBoard.
 
     A line of a step holds: step, loss (mean over target tokens of the global batch, nats), learning_rate, grad_norm
-    (before clipping), target_tokens, tokens (not padding), padded_tokens, step_seconds, batch_digest, time (unix
-    seconds), total_steps, progress (epochs), memory_bytes (peak, this rank), and mfu where the device's peak is known.
+    (before clipping), target_tokens, tokens (not padding), padded_tokens, step_seconds (with data_seconds, the wait for
+    data), batch_digest, time (unix seconds), total_steps, progress (epochs), memory_bytes (peak, this rank), and mfu
+    where the device's peak is known.
     """
 
     def __init__(self, path: Path, tensorboard: Path | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 import logging
+import math
 import re
 import warnings
 from typing import Any
@@ -107,6 +108,11 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
         if parameters
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+
+def output_head_parameters(model: Any) -> int:
+    """Elements of the language-model head's weight."""
+    return math.prod(whole_shape(model.get_output_embeddings().weight))
 
 
 def quiet_libraries() -> None:

@@ -21,7 +21,14 @@ from trainer.export import export_run
 from trainer.failures import NumericError, StorageError
 from trainer.forward import LanguageModelLoss
 from trainer.metrics import MetricsLog
-from trainer.model import build_model, build_optimizer, choose_attention, quiet_libraries
+from trainer.model import (
+    build_model,
+    build_optimizer,
+    choose_attention,
+    output_head_parameters,
+    quiet_libraries,
+)
+from trainer.planning.flops import peak_flops
 from trainer.rundir import RunDirectory, cut_torn_tail
 from trainer.schedule import learning_rate_factor
 from trainer.tasks import get_task
@@ -71,6 +78,9 @@ class Trainer:
         )
         attention = str(getattr(model.config, "_attn_implementation", "unknown"))
         print(f"{type(model).__name__}, attention: {attention}", flush=True)
+        self.head_parameters = output_head_parameters(model)
+        on_gpu = self.device.type == "cuda"
+        self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device)) if on_gpu else None
         self.loss = LanguageModelLoss(model, tokenizer.pad_id, attention, self.device)
         optimizer = build_optimizer(model, self.config.training.optimizer)
         self.engine = Engine(model, optimizer, self.plan["deepspeed"])
@@ -94,11 +104,13 @@ class Trainer:
         self.engine.train()
         stopped = False
         first = True
+        mark = time.monotonic()
         for batch in self.remaining_batches():
+            waited = time.monotonic() - mark
             self.step += 1
-            start = time.monotonic()
             line, stopped = self.train_step(batch)
-            line["step_seconds"] = time.monotonic() - start
+            seconds = time.monotonic() - mark  # with the wait for data: what a step really takes
+            line |= {"step_seconds": seconds, "data_seconds": waited, **self.utilisation(batch, seconds)}
             if first and self.is_main:
                 self.events.write("first_step", step=self.step)
             first = False
@@ -110,6 +122,7 @@ class Trainer:
                 self.evaluate(metrics)
             if self.is_due(self.config.checkpoint.interval_steps):
                 self.save()
+            mark = time.monotonic()
         self.finish(metrics, stopped)
 
     def train_step(self, batch: GlobalBatch) -> tuple[dict[str, Any], bool]:
@@ -230,6 +243,18 @@ class Trainer:
                 f"loss or gradients were not finite in {self.skipped_in_a_row} steps in a row (step {self.step}, loss "
                 f"{loss}): lower training.optimizer.learning_rate, or look at the records of these batches"
             )
+
+    def utilisation(self, batch: GlobalBatch, seconds: float) -> dict[str, float]:
+        """{"mfu": share of the devices' dense bf16 peak}, where that is known; formula in plan.json.
+
+        The language-model head does not run at positions without a label, so it is not counted there.
+        """
+        per_token = self.plan["flops_per_token"]
+        if self.peak_flops is None or per_token is None:
+            return {}
+        without_head = 6.0 * self.head_parameters * (batch.tokens - batch.target_tokens)
+        flops = per_token * batch.tokens - without_head
+        return {"mfu": flops / (seconds * self.world_size * self.peak_flops)}
 
     def peak_memory(self) -> int:
         """Peak memory of this rank in bytes: the GPU's allocator, or the resident set on CPUs."""
