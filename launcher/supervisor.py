@@ -160,7 +160,7 @@ class Supervisor:
         while (codes := handle.poll()) is None:
             self.tick()
             if signals.count >= 2 or self.lease.lost.is_set() or time.monotonic() > deadline:
-                return None, reason
+                return None, reason or signals.reason
             if signals.reason and reason is None:
                 with contextlib.suppress(OSError):  # no storage, no last checkpoint: the grace just passes
                     if self.run.stop_request(attempt) is None:
@@ -174,6 +174,8 @@ class Supervisor:
                     now = bool((request or {}).get("now")) or not self._has_stepped(attempt)
                     deadline = time.monotonic() + (0.0 if now else self.resilience.stop_grace_seconds)
             time.sleep(_POLL_SECONDS)
+        if reason is None and (request := self.run.stop_request(attempt)) is not None:
+            reason = str(request.get("reason", "cancel"))  # the ranks were quicker than the next look
         return codes, reason
 
     def _wait(self, attempt: int, seconds: float, signals: StopSignals) -> str | None:

@@ -74,23 +74,45 @@ def test_six_ranks_on_three_nodes_reduce(cluster: Cluster, tmp_path: Path, monke
     assert (verdict["outcome"], verdict["exit_code"]) == ("finished", 0)
 
 
-def test_signal_before_the_time_limit_leads_to_a_stop_a_requeue_and_the_end(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_chain_of_jobs_goes_on_where_a_signal_stopped_one(cluster: Cluster, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    job = start(run, seconds=6)
+    job = start(run, seconds=3, array="0-1%1", requeue=False)
     wait_for_rounds(cluster, run)
-    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_0")
     cluster.wait(lambda: bool(run.verdicts()), "a verdict")
-    assert run.stop_request(1) is not None
-    assert run.stop_request(1)["reason"] == "time_limit"  # type: ignore[index]
+    assert (run.stop_request(1) or {})["reason"] == "time_limit"
     assert run.verdicts()[0]["exit_code"] == 75
-    cluster.wait_for_state(job, "COMPLETED", "FAILED", seconds=90)
-    assert cluster.state(job) == "COMPLETED", log(run)
+    cluster.wait_for_state(f"{job}_1", "COMPLETED", "FAILED", seconds=90)
+    assert (cluster.state(f"{job}_0"), cluster.state(f"{job}_1")) == ("FAILED", "COMPLETED"), log(run)
     first, second = notes(run, 0)
     assert (first["attempt"], second["attempt"]) == (1, 2)
-    rounds = [e["rounds"] for e in run.merged_events() if e["event"] in ("stopped", "trained") and "rounds" in e]
-    assert rounds[0] < rounds[-1]
+    assert log(run).count('["') == 2  # the output of both
+
+
+def test_a_preempted_job_saves_and_comes_back(cluster: Cluster, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    job = start(run, seconds=3, exclusive=True)
+    wait_for_rounds(cluster, run)
+    cluster.run("sbatch", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    cluster.wait_for_state(job, "COMPLETED", "FAILED", seconds=90)
+    assert cluster.state(job) == "COMPLETED", log(run)
     assert "Restarts=1" in cluster.run("scontrol", "show", "job", job).stdout
-    assert log(run).count('["') == 2  # the output of both incarnations
+    ends = [(e["event"], e["attempt"]) for e in run.merged_events() if "rounds" in e]
+    assert ends == [("stopped", 1)] * 3 + [("trained", 2)] * 3
+    assert log(run).count('["') == 2
+
+
+def test_a_cancelled_job_does_not_come_back(cluster: Cluster, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    job = start(run, seconds=60)
+    wait_for_rounds(cluster, run)
+    cluster.run("scancel", job)
+    cluster.wait(lambda: bool(run.verdicts()), "a verdict")
+    assert run.verdicts()[0]["outcome"] == "stopped"
+    cluster.wait_for_state(job, "CANCELLED")
+    text = cluster.run("scontrol", "show", "job", job).stdout
+    assert "JobState=CANCELLED" in text
+    assert "Restarts=0" in text
 
 
 def test_a_user_error_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
@@ -153,6 +175,8 @@ def test_options_reach_slurm(cluster: Cluster, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     comment = "a, 'b' #c $(id) %j ü"
     job = start(run, nodes=1, spare_nodes=1, time="0:30:00", sbatch={"comment": comment, "hold": True}, gpus_per_node=2)
+    after = start(RunDirectory(tmp_path / "after"), dependency=f"afterany:{job}")
+    assert f"Dependency=afterany:{job}" in cluster.run("scontrol", "show", "job", after).stdout
     text = cluster.run("scontrol", "show", "job", job).stdout
     assert f"Comment={comment}" in text
     for part in ("TimeLimit=00:30:00", "NumNodes=1-2", "Requeue=1", "TresPerNode=gres:gpu:2", "JobState=PENDING"):
