@@ -64,8 +64,8 @@ def test_the_cached_index_is_used_until_the_file_changes(tmp_path: Path, cache: 
     path = tmp_path / "a.jsonl"
     path.write_text('{"n": 1}\n')
     open_path(path)
-    (index,) = cache.rglob("*.npy")
-    np.save(index, np.array([[0, 0], [8, 8]]))
+    (index,) = cache.rglob("*.int64")
+    np.array([[0, 0], [8, 8]]).tofile(index)
     assert all_records(open_path(path)) == [{"n": 1}, {"n": 1}]
     path.write_text('{"n": 1}\n{"n": 2}\n{"n": 3}\n')
     assert all_records(open_path(path)) == [{"n": 1}, {"n": 2}, {"n": 3}]
@@ -75,7 +75,7 @@ def test_a_broken_or_forbidden_cache_only_costs_a_scan(tmp_path: Path, cache: Pa
     path = tmp_path / "a.jsonl"
     path.write_text('{"n": 1}\n')
     open_path(path)
-    (index,) = cache.rglob("*.npy")
+    (index,) = cache.rglob("*.int64")
     index.write_bytes(b"garbage")
     assert all_records(open_path(path)) == [{"n": 1}]
     index.unlink()

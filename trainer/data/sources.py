@@ -228,23 +228,24 @@ def cache_folder() -> Path:
 
 
 def _cache_file(path: Path, stat: os.stat_result, format_name: str) -> Path:
-    identity = f"1 {path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino} {format_name}"
-    return cache_folder() / "index" / f"{hashlib.sha256(identity.encode()).hexdigest()}.npy"
+    identity = f"2 {path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino} {format_name}"
+    return cache_folder() / "index" / f"{hashlib.sha256(identity.encode()).hexdigest()}.int64"
 
 
 def _read_cache(path: Path) -> np.ndarray | None:
     try:
-        index = np.load(path, mmap_mode="r", allow_pickle=False)
+        # Bare numbers: the header of a .npy file is parsed by `ast`, which in threads of CPython 3.11 can raise a
+        # SystemError ("AST constructor recursion depth mismatch") on perfectly good input
+        return np.memmap(path, dtype=np.int64, mode="r").reshape(2, -1)
     except (OSError, ValueError):
         return None
-    return index if index.dtype == np.int64 and index.ndim == 2 else None
 
 
 def _write_cache(path: Path, index: np.ndarray) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy", delete=False) as file:
-            np.save(file, index, allow_pickle=False)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            index.tofile(file)
         os.replace(file.name, path)
     except OSError:
         pass  # a cache that cannot be written only costs the next start a scan
