@@ -1,6 +1,6 @@
 """Programs for the supervisor's tests: small ranks run by the real agent, and a launcher-like process to kill.
 
-    python supervised.py supervise RUN_DIR MODE [processes]
+python supervised.py supervise RUN_DIR MODE [processes]
 """
 
 from __future__ import annotations
