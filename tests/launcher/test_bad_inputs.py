@@ -1,0 +1,168 @@
+"""What a user gets wrong ends in exit code 2 with a message that names it, before any rank starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RECORDS = [{"prompt": f"say {n}", "completion": f"number {n}"} for n in range(40)]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> dict[str, Any]:
+    """A config that would run; each test breaks one thing of it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fast = Tokenizer(models.BPE({token: index for index, token in enumerate(["</s>", *alphabet])}, []))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    write_records(tmp_path, [json.dumps(record) for record in RECORDS])
+    return {
+        "name": "bad",
+        "output_dir": "runs",
+        "task": {"type": "causal-lm"},
+        "model": {
+            "config": {
+                "model_type": "llama",
+                "vocab_size": 300,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+            },
+            "tokenizer": "tokenizer.json",
+        },
+        "data": {"train": [{"path": "train.jsonl"}], "sequence_length": 64},
+        "training": {"global_batch_size": 4, "max_steps": 2},
+        "cluster": {"processes_per_node": 2, "environment": {"DS_ACCELERATOR": "cpu"}},
+    }
+
+
+def write_records(folder: Path, lines: list[str]) -> None:
+    (folder / "train.jsonl").write_text("".join(line + "\n" for line in lines))
+
+
+def refused(folder: Path, config: dict[str, Any] | str, *options: str) -> str:
+    """Launch; the message of a launch that ended with exit code 2 and has started no rank."""
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "XDG_STATE_HOME": str(folder / "state")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "launcher", "launch", str(folder / "config.json"), *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(folder.rglob("rank*.log"))
+    return done.stderr + done.stdout
+
+
+def test_config_errors_are_shown_all_at_once(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["training"]["global_batch_sise"] = 4
+    config["data"]["sequence_length"] = "long"
+    message = refused(tmp_path, config)
+    assert "training.global_batch_sise" in message
+    assert "global_batch_size" in message
+    assert "data.sequence_length" in message
+    assert '"long"' in message
+
+
+def test_broken_config(tmp_path: Path) -> None:
+    assert "line 2" in refused(tmp_path, '{"name": "bad",\n "task": }')
+
+
+def test_missing_data_file(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["data"]["train"][0]["path"] = "nowhere.jsonl"
+    assert "nowhere.jsonl" in refused(tmp_path, config)
+
+
+def test_empty_data(tmp_path: Path, config: dict[str, Any]) -> None:
+    write_records(tmp_path, ["", ""])
+    assert "no records" in refused(tmp_path, config)
+
+
+def test_record_without_the_column(tmp_path: Path, config: dict[str, Any]) -> None:
+    write_records(tmp_path, [json.dumps(record) for record in [*RECORDS, {"prompt": "only"}]])
+    message = refused(tmp_path, config)
+    assert "train.jsonl, line 41" in message
+    assert "'completion'" in message
+
+
+def test_broken_json_names_file_and_line(tmp_path: Path, config: dict[str, Any]) -> None:
+    lines = [json.dumps(record) for record in RECORDS]
+    write_records(tmp_path, [*lines[:6], lines[6][:-9], *lines[7:]])
+    assert "train.jsonl, line 7: not valid JSON" in refused(tmp_path, config)
+
+
+def test_long_record_where_it_is_an_error(tmp_path: Path, config: dict[str, Any]) -> None:
+    write_records(tmp_path, [json.dumps(record) for record in [*RECORDS, {"prompt": "a", "completion": "b" * 99}]])
+    config["data"]["on_long"] = "error"
+    message = refused(tmp_path, config)
+    assert "line 41" in message
+    assert "sequence_length" in message
+
+
+def test_nothing_to_learn(tmp_path: Path, config: dict[str, Any]) -> None:
+    write_records(tmp_path, [json.dumps({"prompt": "a", "completion": ""})] * 9)
+    assert "leaves a token to learn from" in refused(tmp_path, config)
+
+
+def test_vocabulary_larger_than_the_models(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["model"]["config"]["vocab_size"] = 100
+    message = refused(tmp_path, config)
+    assert "vocab_size is 100" in message
+    assert "257" in message
+
+
+def test_no_tokenizer(tmp_path: Path, config: dict[str, Any]) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert "model.tokenizer" in refused(tmp_path, config)
+
+
+def test_more_ranks_than_sequences(tmp_path: Path, config: dict[str, Any]) -> None:
+    message = refused(tmp_path, config, "--set", "training.global_batch_size=1")
+    assert "global_batch_size" in message
+
+
+def test_output_folder_that_cannot_be_made(tmp_path: Path, config: dict[str, Any]) -> None:
+    (tmp_path / "runs").write_text("a file")
+    assert str(tmp_path / "runs") in refused(tmp_path, config)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_no_permission(tmp_path: Path, config: dict[str, Any]) -> None:
+    (tmp_path / "runs").mkdir(mode=0o500)
+    assert "permission" in refused(tmp_path, config).lower()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.getuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small disk needs root; CI runs as root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_disk_too_small_for_the_checkpoints(tmp_path: Path, config: dict[str, Any], small_disk: Path) -> None:
+    message = refused(tmp_path, config, "--set", f"output_dir={small_disk}")
+    assert "disk" in message.lower() or "space" in message.lower()
+
+
+@pytest.mark.parametrize("name", ["../escape", "a b", "$(id)", "", "a/b", ".hidden", "x" * 200])
+def test_hostile_names(tmp_path: Path, config: dict[str, Any], name: str) -> None:
+    config["name"] = name
+    assert "name" in refused(tmp_path, config)
