@@ -90,6 +90,8 @@ def launch(config: LaunchConfig, plan: dict[str, Any], target: RunDirectory, as_
         finally:
             gate.cancel()
     _print_account(target, as_json)
+    if result.verdict.outcome == "failed":
+        print(f"error: {result.verdict.message}", file=sys.stderr, flush=True)
     return result.action.exit_code
 
 
