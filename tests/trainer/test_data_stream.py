@@ -234,6 +234,15 @@ def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
         assert from_small == pytest.approx(count * 4 * 0.75, abs=1)
 
 
+def test_without_weights_sources_end_together(tmp_path: Path) -> None:
+    small = write_source(tmp_path / "small.jsonl", [16] * 5)
+    large = write_source(tmp_path / "large.jsonl", [16] * 50, first=1000)
+    batches = run_ranks((small, large), 1, epochs=1.0, size=11)[0]
+    for batch in batches:
+        assert sum(n for token, n in tokens_seen([[batch]]).items() if token < 1000) == 16
+    assert len(batches) == 5
+
+
 def test_long_records(tmp_path: Path) -> None:
     source = write_source(tmp_path / "a.jsonl", [40, 5])
     results = {}

@@ -70,7 +70,11 @@ class DataSource(Section):
 
     path: str
     format: Literal["auto", "jsonl", "text"] = "auto"
-    weight: PositiveFloat = Field(1.0, description="Share of documents drawn from this source, relative to the others")
+    weight: PositiveFloat | None = Field(
+        None,
+        description="Share of the sequences drawn from this source, relative to the others; without any weights, each "
+        "source's share is that of its records",
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="Task column -> column in the file")
     limit: PositiveInt | None = Field(None, description="Use only the first so many records")
 

@@ -87,7 +87,9 @@ class BatchStream:
             SourceStream(index, open_source(source), task, options, gather, states[index])
             for index, source in enumerate(sources)
         ]
-        self._weights = [source.weight for source in sources]
+        weights = [source.weight for source in sources]
+        sizes = [float(stream.source.records) for stream in self._streams]
+        self._weights = [weight or 1.0 for weight in weights] if any(weights) else sizes
         self._drawn: list[int] = list(state["drawn"]) if state else [0] * len(sources)
         self._options, self._limit = options, limit
         self._global, self._micro = global_batch_size, micro_batch_size
