@@ -1,0 +1,74 @@
+"""The peer of startup.py: a plain DeepSpeed ZeRO-3 script, up to its first optimizer step.
+
+    torchrun --nproc-per-node 2 bare_start.py JOB.json
+
+As one writes it by hand: no checks, no checkpoints, no logs; records are tokenised when their batch is made.
+JOB.json: data, tokenizer, model, sequence_length, micro_batch_size, micro_batches_per_rank, deepspeed. Rank 0 prints
+the time of its first step.
+"""
+
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+import transformers
+from torch.utils.data import DataLoader, DistributedSampler
+from transformers.integrations import HfDeepSpeedConfig
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    # without this DeepSpeed compiles or loads a shared-memory all-reduce; dsft goes without it as well
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job["tokenizer"])
+    records = [json.loads(line) for line in Path(job["data"]).read_text().splitlines()]
+
+    def collate(batch):
+        rows = []
+        for record in batch:
+            prompt = tokenizer(record["question"], add_special_tokens=False)["input_ids"]
+            answer = tokenizer(record["answer"], add_special_tokens=False)["input_ids"]
+            tokens = [tokenizer.bos_token_id, *prompt, *answer, tokenizer.eos_token_id][: job["sequence_length"]]
+            labels = [-100] * (1 + len(prompt)) + tokens[1 + len(prompt) :]
+            rows.append((tokens, labels[: len(tokens)]))
+        width = max(len(tokens) for tokens, _ in rows)
+        pad = tokenizer.pad_token_id
+        return {
+            "input_ids": torch.tensor([tokens + [pad] * (width - len(tokens)) for tokens, _ in rows]),
+            "attention_mask": torch.tensor([[1] * len(tokens) + [0] * (width - len(tokens)) for tokens, _ in rows]),
+            "labels": torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows]),
+        }
+
+    partitioning = HfDeepSpeedConfig(job["deepspeed"])  # transformers partitions models while it lives
+    settings = dict(job["model"])
+    config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    # the script does its own accumulation in micro-batches, as DeepSpeed's config says
+    settings = job["deepspeed"] | {"gradient_accumulation_steps": job["micro_batches_per_rank"]}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    loader = DataLoader(
+        records, batch_size=job["micro_batch_size"], sampler=DistributedSampler(records), collate_fn=collate
+    )
+    engine.train()
+    for batch in itertools.islice(loader, job["micro_batches_per_rank"]):
+        loss = engine(**batch, use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
+    if dist.get_rank() == 0:
+        print(json.dumps({"first_step": time.time(), "loss": loss.item(), "steps": engine.global_steps}))
+    dist.destroy_process_group()
+    del partitioning
+
+
+if __name__ == "__main__":
+    main()
