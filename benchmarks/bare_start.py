@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 bare_start.py JOB.json
 
-As one writes it by hand: no checks, no checkpoints, no logs; records are tokenised when their batch is made.
+As one writes it by hand: no checks, no checkpoints, no logs; records are tokenised when their batch is made and packed
+into full sequences, so that the step has as many tokens as dsft's.
 JOB.json: data, tokenizer, model, sequence_length, micro_batch_size, micro_batches_per_rank, deepspeed. Rank 0 prints
 the time of its first step.
 """
@@ -18,7 +19,7 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 import transformers
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, IterableDataset
 from transformers.integrations import HfDeepSpeedConfig
 
 
@@ -30,21 +31,25 @@ def main() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["tokenizer"])
     records = [json.loads(line) for line in Path(job["data"]).read_text().splitlines()]
 
-    def collate(batch):
-        rows = []
-        for record in batch:
+    length = job["sequence_length"]
+
+    def rows():
+        """Records one after another, cut into full sequences: the plain way of packing."""
+        tokens, labels, positions = [], [], []
+        for record in records[dist.get_rank() :: dist.get_world_size()]:
             prompt = tokenizer(record["question"], add_special_tokens=False)["input_ids"]
             answer = tokenizer(record["answer"], add_special_tokens=False)["input_ids"]
-            tokens = [tokenizer.bos_token_id, *prompt, *answer, tokenizer.eos_token_id][: job["sequence_length"]]
-            labels = [-100] * (1 + len(prompt)) + tokens[1 + len(prompt) :]
-            rows.append((tokens, labels[: len(tokens)]))
-        width = max(len(tokens) for tokens, _ in rows)
-        pad = tokenizer.pad_token_id
-        return {
-            "input_ids": torch.tensor([tokens + [pad] * (width - len(tokens)) for tokens, _ in rows]),
-            "attention_mask": torch.tensor([[1] * len(tokens) + [0] * (width - len(tokens)) for tokens, _ in rows]),
-            "labels": torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows]),
-        }
+            learned = [*answer, tokenizer.eos_token_id]
+            tokens += [tokenizer.bos_token_id, *prompt, *learned]
+            labels += [-100] * (1 + len(prompt)) + learned
+            positions += range(2 + len(prompt) + len(answer))
+            while len(tokens) >= length:
+                yield tokens[:length], labels[:length], positions[:length]
+                tokens, labels, positions = tokens[length:], labels[length:], positions[length:]
+
+    def collate(batch):
+        names = ("input_ids", "labels", "position_ids")
+        return {name: torch.tensor(values) for name, values in zip(names, zip(*batch, strict=True), strict=True)}
 
     partitioning = HfDeepSpeedConfig(job["deepspeed"])  # transformers partitions models while it lives
     settings = dict(job["model"])
@@ -56,9 +61,12 @@ def main() -> None:
     # the script does its own accumulation in micro-batches, as DeepSpeed's config says
     settings = job["deepspeed"] | {"gradient_accumulation_steps": job["micro_batches_per_rank"]}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    loader = DataLoader(
-        records, batch_size=job["micro_batch_size"], sampler=DistributedSampler(records), collate_fn=collate
-    )
+
+    class Rows(IterableDataset):
+        def __iter__(self):
+            return rows()
+
+    loader = DataLoader(Rows(), batch_size=job["micro_batch_size"], collate_fn=collate)
     engine.train()
     for batch in itertools.islice(loader, job["micro_batches_per_rank"]):
         loss = engine(**batch, use_cache=False).loss
