@@ -99,7 +99,9 @@ def classify(snapshot: Snapshot) -> Verdict:
     if snapshot.stop_reason is not None and not any(c.failure_class in _NEVER_RETRIED for c in candidates):
         return Verdict("stopped", step=snapshot.step, message=f"stopped on request ({snapshot.stop_reason})")
     if not candidates:
-        return Verdict("finished", step=snapshot.step)
+        codes = ", ".join(f"{node}: {code}" for node, code in snapshot.agents.items()) or "none"
+        message = f"nobody reported an error, nor that the training is done (exit codes of the agents: {codes})"
+        return Verdict("failed", "unknown", step=snapshot.step, message=message)
     cause = min(candidates, key=lambda candidate: (_echo(candidate), candidate.time))
     others = {c.rank for c in candidates if c.rank is not None and c.rank != cause.rank}
     killed = {int(rank) for report in snapshot.reports for rank in report.get("killed_ranks", ())}

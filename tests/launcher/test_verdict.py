@@ -98,6 +98,14 @@ def test_a_stop_request_that_came_too_late_does_not_undo_the_run() -> None:
     assert classify(Snapshot({}, stop_reason="cancel", trained=True)).outcome == "stopped"  # killed in its export
 
 
+@pytest.mark.parametrize("code", [0, 143])  # 143: the agent was told to stop, by nobody we know
+def test_an_end_in_silence_is_no_success(code: int) -> None:
+    verdict = classify(Snapshot({"n0": code}, [agent("n0", {0: 0})], step=5))
+    assert (verdict.outcome, verdict.failure_class, verdict.step) == ("failed", "unknown", 5)
+    assert f"n0: {code}" in verdict.message
+    assert classify(Snapshot({"n0": 0}, [agent("n0", {0: 0})], trained=True)).outcome == "finished"
+
+
 def failed(
     failure_class: FailureClass, progress: tuple[int, int] = (0, 0), message: str = "m", step: int = 0
 ) -> Attempt:
