@@ -65,9 +65,12 @@ class StorageError(DsftError):
     exit_code = EXIT_TEMPORARY
 
 
+NODE_VARIABLE = "DSFT_NODE"  # set over SSH: the name that the config has for the host
+
+
 def node_name() -> str:
-    """The name of this node in logs and records: SLURM's when there is one, else the short host name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
+    """The name of this node in logs and records: the config's or SLURM's if there is one, else the short host name."""
+    return os.environ.get(NODE_VARIABLE) or os.environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
 
 
 def classify(error: BaseException) -> FailureClass:

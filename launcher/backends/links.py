@@ -16,11 +16,17 @@ import secrets
 import selectors
 import socket
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from trainer.failures import EXIT_FAILED
+
 LOST_SECONDS = 20
+END_SECONDS = 10.0
+_START_SECONDS = 300.0  # for srun or ssh, and setup lines, to have a process on every node
+_VICTIM_SECONDS = 2.0  # after the first failure: for the other agents to find theirs
 _KEEP_ALIVE_SECONDS = 5
 _LARGEST_LINE = 1 << 16
 
@@ -183,3 +189,47 @@ class Links:
         if link.connection is not None:
             with contextlib.suppress(OSError):  # the link has ended: the reader notices
                 link.connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+@dataclass
+class Ends:
+    """Tells when the agents behind `links` have all ended, and ends the others soon after the first failure."""
+
+    links: Links
+    _started: float = field(default_factory=time.monotonic)
+    _first: float | None = None
+    _ending: bool = False
+
+    def poll(self, starter: Callable[[str], int | None]) -> dict[str, int] | None:
+        """Node -> exit code of its agent (-9: the node or its link is gone) once no agent is left, else None.
+
+        `starter`: exit code of what has to bring up the process on a node; None while it runs.
+        """
+        nodes = self.links.nodes.values()
+        late = time.monotonic() - self._started > _START_SECONDS
+        ended = {n.name: starter(n.name) for n in nodes if n.connection is None and not n.lost and n.code is None}
+        if ended and (late or any(code is not None for code in ended.values())):
+            # not all could be started: those that did not come are to blame
+            return {n.name: _blame(ended[n.name], late) if n.name in ended else 0 for n in nodes}
+        if all(node.code is not None or node.lost for node in nodes):
+            return self._codes()
+        if self._first is None:
+            if any(node.lost or node.code for node in nodes):
+                self._first = time.monotonic()
+        elif time.monotonic() - self._first > _VICTIM_SECONDS:
+            if not self._ending:
+                self._ending = True
+                self.links.end()
+            elif time.monotonic() - self._first > _VICTIM_SECONDS + END_SECONDS:
+                return self._codes()
+        return None
+
+    def _codes(self) -> dict[str, int]:
+        # an agent that had to be killed is no cause of anything: 0
+        return {node.name: -9 if node.lost else node.code or 0 for node in self.links.nodes.values()}
+
+
+def _blame(code: int | None, late: bool) -> int:
+    if code is None:  # on its way still
+        return EXIT_FAILED if late else 0
+    return code or EXIT_FAILED

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.backends.links import keep_alive
-from trainer.failures import EXIT_FAILED, EXIT_TEMPORARY, node_name
+from trainer.failures import EXIT_FAILED, EXIT_TEMPORARY, NODE_VARIABLE, node_name
 from trainer.processes import RUN_VARIABLE, die_with_parent, kill_run
 
 LINK_VARIABLE = "DSFT_LINK"
@@ -72,6 +72,8 @@ class Node:
 
     def _start(self, arguments: list[str], environment: dict[str, str]) -> None:
         self.run_dir = Path(arguments[arguments.index("--run-dir") + 1])
+        if NODE_VARIABLE in os.environ:  # over SSH nobody else has cleared away what a lost connection left here
+            kill_run(self.run_dir)
         own = ["--parent-pid", str(os.getpid()), "--hold"]
         self.agent = subprocess.Popen(
             [sys.executable, "-P", "-m", "trainer.agent", *own, *arguments],
@@ -100,7 +102,8 @@ class Node:
 
 def main() -> int:
     """Serve until the supervisor closes the link; the exit code is the agent's."""
-    die_with_parent()
+    if NODE_VARIABLE not in os.environ:  # without its connection sshd ends at once; the link tells, and leaves time
+        die_with_parent()
     address, port, token = os.environ.pop(LINK_VARIABLE).split()
     node = Node(socket.create_connection((address, int(port)), timeout=_CONNECT_SECONDS))
     node.link.settimeout(_CONNECT_SECONDS)

@@ -8,12 +8,11 @@ import shutil
 import site
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from launcher.backends.links import Links, address_towards
+from launcher.backends.links import END_SECONDS, Ends, Links, address_towards
 from launcher.backends.local import child_environment, package_root
 from launcher.backends.node import INTERFACE_VARIABLE, LINK_VARIABLE
 from launcher.state import RunState, State
@@ -22,14 +21,11 @@ from slurm.hostlist import expand
 from slurm.job import Job, render, sbatch_options
 from slurm.states import JobState
 from trainer.config.schema import ResilienceConfig, SlurmCluster
-from trainer.failures import EXIT_FAILED, EXIT_TEMPORARY, DsftError, UserError
+from trainer.failures import EXIT_TEMPORARY, DsftError, UserError
 from trainer.rundir import RunDirectory, read_lines
 
 # SLURM may deliver the signal a minute late, and needs a little to end and requeue the job
 LATE_SECONDS = 75
-_START_SECONDS = 300.0  # for srun to have a process on every node
-_VICTIM_SECONDS = 2.0  # after the first failure: for the other agents to find theirs
-_END_SECONDS = 10.0
 
 
 class NodesLost(DsftError):
@@ -142,11 +138,12 @@ class SlurmAttempt:
     attempt: int
     links: Links
     step: subprocess.Popen[bytes]
-    started: float = field(default_factory=time.monotonic)
-    _first_end: float | None = None
-    _ending: bool = False
+    ends: Ends = field(init=False)
     _told: bool = False
     _closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.ends = Ends(self.links)
 
     def release(self) -> None:
         """Let the held agents start their ranks."""
@@ -158,27 +155,7 @@ class SlurmAttempt:
         if any(node.terminating for node in nodes) and not self._told:
             self._told = True
             self._request_stop()
-        if any(node.connection is None and not node.lost and node.code is None for node in nodes) and (
-            self.step.poll() is not None or time.monotonic() - self.started > _START_SECONDS
-        ):
-            # srun could not start them all: those that did not come are to blame
-            return {node.name: 0 if node.connection else self.step.poll() or EXIT_FAILED for node in nodes}
-        if all(node.code is not None or node.lost for node in nodes):
-            return self._codes()
-        if self._first_end is None:
-            if any(node.lost or node.code for node in nodes):
-                self._first_end = time.monotonic()
-        elif time.monotonic() - self._first_end > _VICTIM_SECONDS:
-            if not self._ending:
-                self._ending = True
-                self.links.end()
-            elif time.monotonic() - self._first_end > _VICTIM_SECONDS + _END_SECONDS:
-                return self._codes()
-        return None
-
-    def _codes(self) -> dict[str, int]:
-        # an agent that had to be killed is no cause of anything: 0
-        return {node.name: -9 if node.lost else node.code or 0 for node in self.links.nodes.values()}
+        return self.ends.poll(lambda _: self.step.poll())
 
     def _request_stop(self) -> None:
         """SLURM has sent TERM to the step: the job has to make room, or somebody cancels it."""
@@ -197,7 +174,7 @@ class SlurmAttempt:
         steps = {node.step for node in self.links.nodes.values() if node.step}
         self.links.close()
         try:
-            self.step.wait(_END_SECONDS)
+            self.step.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             for name in steps:
                 with contextlib.suppress(DsftError):
@@ -269,8 +246,10 @@ def choose_nodes(allocated: Sequence[str], count: int, suspects: Sequence[str]) 
     return [node for node in allocated if node in chosen]
 
 
-def step_command(cluster: SlurmCluster, nodes: Sequence[str], run_dir: Path, root: Path) -> list[str]:
-    """The srun that has `launcher.backends.node` run once on each of `nodes`."""
+def step_command(
+    cluster: SlurmCluster, nodes: Sequence[str], run_dir: Path, root: Path, module: str = "launcher.backends.node"
+) -> list[str]:
+    """The srun that has `module` run once on each of `nodes`."""
     count = str(len(nodes))
     command = [
         *("srun", "--job-name=dsft", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1"),
@@ -282,7 +261,7 @@ def step_command(cluster: SlurmCluster, nodes: Sequence[str], run_dir: Path, roo
         *("--no-kill", "--kill-on-bad-exit=0", "--wait=0"),
     ]
     python = cluster.python or sys.executable
-    task = [python, "-P", "-m", "launcher.backends.node"]
+    task = [python, "-P", "-m", module]
     container = cluster.container
     if container is None:
         return [*command, *task]
