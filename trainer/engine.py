@@ -89,6 +89,28 @@ def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def persistent_buffers(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """(name, buffer) of those that belong into a model's state, by name."""
+    found = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{name}".lstrip(".")] = buffer
+    return sorted(found.items())
+
+
+def chunked_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """Summed cross-entropy in fp32, [rows, vocabulary] and int64 [rows] to a scalar.
+
+    DeepSpeed's works through blocks of rows (a Triton kernel on GPUs): fp32 logits and their gradient, most of the
+    memory of a large vocabulary, never exist as a whole.
+    """
+    from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy as implementation
+
+    loss: torch.Tensor = implementation(logits, labels, ignore_index=ignore_index, reduction="sum")
+    return loss
+
+
 class Engine:
     """A model under ZeRO, with its optimizer.
 
@@ -150,6 +172,14 @@ class Engine:
     def parameters(self) -> list[tuple[str, tuple[int, ...], bool]]:
         """(name, whole shape, trained) of every parameter of the model; tied ones once."""
         return [(name, whole_shape(p), p.requires_grad) for name, p in self._parameters()]
+
+    def buffers(self) -> list[tuple[str, torch.Tensor]]:
+        """(name, tensor) of the model's persistent buffers; ZeRO leaves them whole on every rank."""
+        return persistent_buffers(self.model)
+
+    def frozen_itemsize(self) -> int:
+        """Bytes of one element of the weights that are not trained."""
+        return next((p.element_size() for _, p in self._parameters() if not p.requires_grad), 0)
 
     def optimizer_steps(self) -> int:
         """Adam's step count."""

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn import functional
+
+from trainer.engine import chunked_cross_entropy
 
 IGNORED = -100  # label of a position that is not learned
 
@@ -42,7 +43,7 @@ class LabelledPositions:
 
 
 def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of -log p(label), in fp32.
+    """Sum of -log p(label), in fp32, without ever holding all logits in fp32.
 
     Args:
         logits: [targets, vocabulary], any float dtype.
@@ -51,4 +52,4 @@ def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     With no targets the result is 0 and still reaches every parameter, so that ranks without work
     take part in the same collectives.
     """
-    return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return chunked_cross_entropy(logits, labels, IGNORED)
