@@ -2,26 +2,82 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from launcher.state import failures, run_state
+from launcher.state import DIED, RunState, failures, ledger, run_state
 from launcher.watch import Progress, describe_evaluation, describe_failure, duration, number
+from trainer.failures import DsftError
 from trainer.rundir import Json, RunDirectory, read_json, read_lines
+
+if TYPE_CHECKING:
+    from slurm import client
+
+_LINE_BYTES = 4096  # more than a line of the metrics and the evaluation next to it take
+_NODES_SECONDS = 5.0
 
 
 def status(run: RunDirectory) -> Json:
-    """State, position and rates, without reading the whole past of the run where that is not needed."""
-    state = run_state(run)
-    if (run.events_dir / "submission.jsonl").exists():  # the import is slow for those who have no SLURM
-        from launcher.backends.slurm import in_queue
+    """State, position and rates; of a run in a SLURM job, also the states of its nodes."""
+    value = statuses([run])[0]
+    job = value["job"]
+    if job is not None and job["nodes"]:
+        from slurm import client
 
-        state = in_queue(run, state)
-    progress = Progress(_epochs(run))
-    for line in run.step_lines()[-20:]:
+        with contextlib.suppress(DsftError):
+            states = client.node_states(",".join(job["nodes"]), _NODES_SECONDS)
+            job["nodes"] = {name: states.get(name) for name in job["nodes"]}
+    return value
+
+
+def statuses(runs: Sequence[RunDirectory]) -> list[Json]:
+    """The status of each run, without reading the whole past of any; SLURM is asked once for all of them.
+
+    If SLURM does not answer, states are those of the ledgers, and `unknown` says what was not to be learned.
+    """
+    ledgers = [ledger(run) for run in runs]
+    states = [run_state(run, events) for run, events in zip(runs, ledgers, strict=True)]
+    jobs, unknown = _jobs(runs, ledgers, states)
+    result = []
+    for run, events, state in zip(runs, ledgers, states, strict=True):
+        result.append(_status(run, events, state, jobs.get(run.path)))
+        result[-1]["unknown"] = unknown.get(run.path)
+    return result
+
+
+def _jobs(
+    runs: Sequence[RunDirectory], ledgers: Sequence[list[Json]], states: Sequence[RunState]
+) -> tuple[Mapping[Path, client.Job], Mapping[Path, str]]:
+    """The jobs of runs that may have one, and of those without an answer, why."""
+    has_job = [
+        (run.path, number, state)
+        for run, events, state in zip(runs, ledgers, states, strict=True)
+        if state.state != "finished"
+        and (number := next((e["job_id"] for e in reversed(events) if "job_id" in e), None))
+    ]
+    if not has_job:
+        return {}, {}  # the import is slow for those who have no SLURM
+    from launcher import jobs
+
+    told = {path for path, _, state in has_job if state.state != "pending" and state.reason != DIED}
+    answer = jobs.ask({path: str(number) for path, number, _ in has_job}, told)
+    return answer.jobs, answer.unknown
+
+
+def _status(run: RunDirectory, events: Sequence[Json], state: RunState, job: client.Job | None) -> Json:
+    if job is not None:
+        from launcher.jobs import with_job
+
+        state = with_job(state, job)
+    running = state.state == "running"
+    progress = Progress(_epochs(run) if running else None)
+    for line in _last_steps(run, 20 if running else 1):
         progress.add(line)
-    checkpoints = run.published_checkpoints()
     last = progress.last or {}
     return {
         "run": str(run.path),
@@ -29,14 +85,66 @@ def status(run: RunDirectory) -> Json:
         "state": state.state,
         "reason": state.reason,
         "node": state.holder.node if state.holder else None,
-        "attempt": max(run.attempts(), default=0),
-        "restarts": sum(1 for verdict in run.verdicts() if verdict.get("action") == "retry"),
+        "job": job and _describe_job(job),
+        "attempt": max((int(event["attempt"]) for event in events if "attempt" in event), default=0),
+        "restarts": _restarts(events),
         "step": last.get("step", 0),
         "total_steps": last.get("total_steps"),
         "loss": last.get("loss"),
-        "eta_seconds": progress.eta_seconds() if state.state == "running" else None,
-        "last_checkpoint": checkpoints[-1] if checkpoints else None,
+        "eta_seconds": progress.eta_seconds() if running else None,
+        "last_checkpoint": _last_checkpoint(run),
     }
+
+
+def _describe_job(job: client.Job) -> Json:
+    from slurm.hostlist import expand
+
+    nodes: dict[str, str | None] = {}
+    with contextlib.suppress(ValueError):  # "None assigned", and whatever else a site's squeue may say
+        nodes = dict.fromkeys(expand(job.node_list) if job.state == "running" else ())
+    return {
+        "id": job.job_id,
+        "state": job.slurm_state,
+        "reason": job.reason,
+        "time_left": job.time_left,
+        "nodes": nodes,
+    }
+
+
+def _restarts(events: Sequence[Json]) -> int:
+    """Attempts that went on with what another had begun, in the same job, after a requeue or by hand."""
+    return max(0, sum(1 for event in events if event["event"] == "attempt") - 1)
+
+
+def _last_steps(run: RunDirectory, count: int) -> list[Json]:
+    """Up to `count` of the newest step lines of the metrics, found from the end of the file."""
+    size = count * _LINE_BYTES
+    try:
+        with open(run.metrics_path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return []
+    found: list[Json] = []
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):  # the first may be cut, the last torn
+            value = json.loads(line.decode())
+            if isinstance(value, dict) and "loss" in value and "step" in value:
+                found.append(value)
+                if len(found) == count:
+                    break
+    return found[::-1]
+
+
+def _last_checkpoint(run: RunDirectory) -> int | None:
+    """The step of the newest checkpoint that is whole."""
+    try:
+        names = os.listdir(run.checkpoints_dir)
+    except OSError:
+        return None
+    steps = sorted((name for name in names if name.removeprefix("step-").isdecimal()), reverse=True)
+    whole = (name for name in steps if os.path.exists(f"{run.checkpoints_dir}/{name}/manifest.json"))
+    return next((int(name.removeprefix("step-")) for name in whole), None)
 
 
 def report(run: RunDirectory) -> Json:
@@ -109,10 +217,20 @@ def render_status(value: Json) -> str:
         parts.append(f"last checkpoint {value['last_checkpoint']}")
     if value["restarts"]:
         parts.append(f"restarts {value['restarts']}")
-    if value["node"]:
+    if (job := value["job"]) is not None and job["nodes"]:
+        parts.append(f"job {job['id']}, {job['time_left']} left, on {_nodes(job['nodes'])}")
+    elif value["node"]:
         parts.append(f"on {value['node']}")
     text = ", ".join(parts)
-    return f"{text} ({value['reason']})" if value["reason"] else text
+    reasons = [reason for reason in (value["reason"], value["unknown"]) if reason]
+    return f"{text} ({'; '.join(reasons)})" if reasons else text
+
+
+def _nodes(states: Mapping[str, str | None]) -> str:
+    """The nodes; their states where they are not all in use as they should be."""
+    fine = (None, "allocated", "mixed", "idle", "completing")
+    shown = [name if state in fine else f"{name} ({state})" for name, state in states.items()]
+    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
 
 
 def render_report(value: Json) -> str:

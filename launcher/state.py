@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from trainer.lease import LEASE_SECONDS, Holder, read_holder
 from trainer.rundir import RunDirectory, read_lines
 
+DIED = "the launcher died without a word (killed, or its machine went down)"
 State = Literal["pending", "running", "finished", "failed", "stopped"]
 
 # For showing only (taking over trusts no clock): a lock of another host that is older than this is shown as dead.
@@ -25,14 +27,18 @@ class RunState:
     holder: Holder | None = None
 
 
-def run_state(run: RunDirectory) -> RunState:
-    """Derive the state. A launcher that died without a word leaves `failed`."""
-    told = ("submitted", "attempt", "finished", "failed", "stopped")
+def ledger(run: RunDirectory) -> list[dict[str, Any]]:
+    """The events of the launcher, oldest first: those of the supervisor and those of submissions."""
     # submission.jsonl: written where a job is submitted, on another machine than the supervisor's
     files = [run.events_dir / f"{writer}.jsonl" for writer in ("submission", "supervisor")]
-    events = [event for path in files for event in read_lines(path) if event["event"] in told]
-    events.sort(key=lambda event: float(event["time"]))
-    last: dict[str, Any] = events[-1] if events else {"event": "submitted"}
+    return sorted((event for path in files for event in read_lines(path)), key=lambda event: float(event["time"]))
+
+
+def run_state(run: RunDirectory, events: Sequence[Mapping[str, Any]] | None = None) -> RunState:
+    """Derive the state, from `events` if the ledger was read already. A launcher that was killed leaves `failed`."""
+    told = ("submitted", "attempt", "finished", "failed", "stopped")
+    events = ledger(run) if events is None else events
+    last = next((event for event in reversed(events) if event["event"] in told), {"event": "submitted"})
     if last["event"] == "finished":
         return RunState("finished")
     holder = read_holder(run.lock_dir)
@@ -44,7 +50,7 @@ def run_state(run: RunDirectory) -> RunState:
         case "stopped":
             return RunState("stopped", str(last.get("reason", "")))
         case "attempt":
-            return RunState("failed", "the launcher died without a word (killed, or its machine went down)")
+            return RunState("failed", DIED)
     return RunState("pending")
 
 

@@ -75,9 +75,9 @@ def jobs(job_ids: Sequence[str]) -> dict[str, Job]:
 
     Raises SlurmUnavailable if the queue does not answer, or, for a job that is not in it, the accounting.
     """
-    found = _queued(job_ids)
+    found = queued(job_ids)
     if missing := [job_id for job_id in job_ids if job_id not in found]:
-        found |= _accounted(missing)
+        found |= accounted(missing)
     return found
 
 
@@ -93,43 +93,42 @@ def is_preempted(job_id: str) -> bool:
     return match is not None and match[1] not in ("None", "Unknown")
 
 
-def cancel(job_id: str, signal: str | None = None, batch: bool = False) -> None:
-    """Cancel a job or a step (``12.0``), or only send it a signal (`batch`: the batch script alone gets it)."""
+def cancel(job_id: str, signal: str | None = None, batch: bool = False, pending: bool = False) -> None:
+    """Cancel a job or a step (``12.0``), or only send it a signal (`batch`: the batch script alone gets it).
+
+    `pending`: only what still waits of it, as in an array of jobs.
+    """
     options = [*([f"--signal={signal}"] if signal else []), *(["--batch"] if batch else [])]
-    _call(["scancel", *options, job_id], QUERY_SECONDS)
+    _call(["scancel", *options, *(["--state=PENDING"] if pending else []), job_id], QUERY_SECONDS)
 
 
-def _queued(job_ids: Sequence[str]) -> dict[str, Job]:
+def queued(job_ids: Sequence[str], seconds: float | None = None) -> dict[str, Job]:
+    """Those of the jobs that the queue knows, by one call; of an array each job (``7_2``). Raises SlurmUnavailable."""
     # %i would shorten an array to 7_[2-9]: -r prints one line for each of its jobs
     command = ["squeue", "--noheader", "-r", "--states=all", "--format=%i|%T|%r|%N|%L|%S"]
     try:
-        text = _call([*command, f"--jobs={','.join(job_ids)}"], QUERY_SECONDS)
+        text = _call([*command, f"--jobs={','.join(job_ids)}"], seconds or QUERY_SECONDS)
     except SlurmError as error:
         if "Invalid job id" not in str(error):
             raise
         if len(job_ids) == 1:
             return {}
-        text = "".join(_lines_of(command, job_id) for job_id in job_ids)
+        text = _call(command, seconds or QUERY_SECONDS)  # one that is unknown must not hide the others
     found = {}
+    wanted = set(job_ids)
     for line in text.splitlines():
         job_id, state, reason, nodes, left, start = line.split("|")
-        found[job_id.strip()] = Job(job_id.strip(), job_state(state), state, reason, nodes, left, start)
+        job_id = job_id.strip()
+        if not wanted.isdisjoint((job_id, job_id.split("_")[0])):
+            found[job_id] = Job(job_id, job_state(state), state, reason, nodes, left, start)
     return found
 
 
-def _lines_of(command: Sequence[str], job_id: str) -> str:
-    try:
-        return _call([*command, f"--jobs={job_id}"], QUERY_SECONDS)
-    except SlurmError as error:
-        if "Invalid job id" not in str(error):
-            raise
-        return ""
-
-
-def _accounted(job_ids: Sequence[str]) -> dict[str, Job]:
+def accounted(job_ids: Sequence[str], seconds: float | None = None) -> dict[str, Job]:
+    """Those of the jobs that the accounting knows, by one call; none without accounting. Raises SlurmUnavailable."""
     command = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,State,NodeList,Start"]
     try:
-        text = _call([*command, f"--jobs={','.join(job_ids)}"], QUERY_SECONDS)
+        text = _call([*command, f"--jobs={','.join(job_ids)}"], seconds or QUERY_SECONDS)
     except SlurmError as error:
         if "disabled" in str(error):  # a site without accounting: the queue was all there is to ask
             return {}
@@ -139,6 +138,12 @@ def _accounted(job_ids: Sequence[str]) -> dict[str, Job]:
         job_id, state, nodes, start = line.split("|")
         found[job_id] = Job(job_id, job_state(state), state, node_list=nodes, start=start)
     return found
+
+
+def node_states(node_list: str, seconds: float | None = None) -> dict[str, str]:
+    """Node -> SLURM's word for its state (``idle``, ``mixed``, ``down*``). Raises SlurmUnavailable, SlurmError."""
+    text = _call(["sinfo", "--noheader", "--Node", f"--nodes={node_list}", "--format=%N|%T"], seconds or QUERY_SECONDS)
+    return dict(line.strip().split("|", 1) for line in text.splitlines())
 
 
 def _call(

@@ -9,20 +9,18 @@ import site
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.backends.links import END_SECONDS, Ends, Links, address_towards
 from launcher.backends.local import child_environment, package_root
 from launcher.backends.node import INTERFACE_VARIABLE, LINK_VARIABLE
-from launcher.state import RunState, State
 from slurm import client
 from slurm.hostlist import expand
 from slurm.job import Job, render, sbatch_options
-from slurm.states import JobState
 from trainer.config.schema import ResilienceConfig, SlurmCluster
 from trainer.failures import EXIT_TEMPORARY, DsftError, UserError
-from trainer.rundir import RunDirectory, read_lines
+from trainer.rundir import RunDirectory
 
 # SLURM may deliver the signal a minute late, and needs a little to end and requeue the job
 LATE_SECONDS = 75
@@ -67,49 +65,6 @@ def submit(job: Job, cluster: SlurmCluster) -> str:
     environment = client.submission_environment(tuple(sbatch_options(job, cluster)))
     client.try_out(job.script_path, job.run_dir, environment)
     return client.submit(job.script_path, job.run_dir, environment)
-
-
-def refuse_second_job(run: RunDirectory) -> None:
-    """Raise UserError while a job of this run is in the queue, SlurmUnavailable if SLURM does not answer."""
-    job = job_in_queue(run)
-    if job is not None and job.state in ("pending", "running"):
-        raise UserError(
-            f"{run.path}: job {job.job_id} of this run is in the queue already ({job.slurm_state}); "
-            f"`dsft status` follows it, `dsft cancel` or `scancel {job.job_id}` ends it"
-        )
-
-
-def job_in_queue(run: RunDirectory) -> client.Job | None:
-    """What SLURM knows of the run's last job; None if it never had one, or SLURM has forgotten it."""
-    submitted = [event for event in read_lines(run.events_dir / "submission.jsonl") if event["event"] == "submitted"]
-    return client.job(str(submitted[-1]["job_id"])) if submitted else None
-
-
-def in_queue(run: RunDirectory, ledger: RunState) -> RunState:
-    """The state of a run from its ledger, then from what SLURM says of its job. No answer changes nothing."""
-    if ledger.state in ("running", "finished"):
-        return ledger
-    try:
-        job = job_in_queue(run)
-    except DsftError as error:
-        return replace(ledger, reason=f"{ledger.reason}; {error}".removeprefix("; "))
-    if job is None or (ledger.state != "pending" and job.state != "pending"):
-        return ledger
-    reason = f"job {job.job_id}: {job.slurm_state}"
-    if job.reason not in ("", "None"):
-        reason += f" ({job.reason})"
-    # a job that runs has yet to write its first line; one that ended has left no other account
-    states: dict[JobState, State] = {"failed": "failed", "stopped": "stopped", "finished": "stopped"}
-    return RunState(states.get(job.state, "pending"), reason)
-
-
-def cancel_pending(run: RunDirectory) -> str | None:
-    """Take the run's job out of the queue if it waits there; returns its id, or None if none waits."""
-    job = job_in_queue(run)
-    if job is None or job.state != "pending":
-        return None
-    client.cancel(job.job_id)
-    return job.job_id
 
 
 def resilience_in_job(resilience: ResilienceConfig, cluster: SlurmCluster) -> ResilienceConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,15 +16,22 @@ def run(options: argparse.Namespace) -> int:
     """Leave the stop request where the ranks and the supervisor look; it does not wait for them."""
     from launcher.registry import find_run
     from launcher.state import run_state
-    from trainer.failures import UserError
+    from trainer.failures import DsftError, UserError
 
     found = find_run(options.run)
     state = run_state(found).state
     attempts = found.attempts()
-    if state != "running" and (found.events_dir / "submission.jsonl").exists():
-        from launcher.backends.slurm import cancel_pending
+    if (found.events_dir / "submission.jsonl").exists():
+        from launcher.jobs import cancel_pending
 
-        if (job_id := cancel_pending(found)) is not None:
+        try:
+            job_id = cancel_pending(found)
+        except DsftError as error:
+            if state != "running":  # unknown is not gone: the job may start yet
+                raise
+            print(f"warning: {error}", file=sys.stderr)
+            job_id = None
+        if job_id is not None and state != "running":
             print(f"job {job_id} of {found.name} is out of the queue; `dsft resume {found.path}` submits it again")
             return 0
     if state != "running" or not attempts:

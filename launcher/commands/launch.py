@@ -99,8 +99,9 @@ def _submit(
     config: LaunchConfig, cluster: SlurmCluster, plan: dict[str, Any], target: RunDirectory, as_json: bool
 ) -> int:
     """Check everything, submit the job that will launch this run in its allocation, and print the job's id."""
-    from launcher.backends.slurm import job_of, refuse_second_job, submit
+    from launcher.backends.slurm import job_of, submit
     from launcher.gate import CheckProcess
+    from launcher.jobs import refuse_second_job
     from trainer.config.loading import redacted
     from trainer.failures import EXIT_DONE
 

@@ -15,13 +15,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print it; 0 whatever the state is."""
     from launcher.registry import find_run, known_runs
-    from launcher.reporting import render_status, status
+    from launcher.reporting import render_status, status, statuses
 
     if options.run is not None:
         value = status(find_run(options.run))
         print(json.dumps(value) if options.json else render_status(value))
         return 0
-    values = [status(run) for run in known_runs()]
+    values = statuses(known_runs())
     if options.json:
         print(json.dumps(values))
     else:

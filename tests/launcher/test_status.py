@@ -1,0 +1,152 @@
+"""`dsft status` over many runs: what SLURM says and what the ledger says, and what the question costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher import jobs
+from launcher.registry import register
+from launcher.reporting import render_status, status, statuses
+from launcher.state import RunState
+from slurm import client
+from slurm.client import Job
+from slurm.states import job_state
+from trainer.failures import UserError
+from trainer.rundir import RunDirectory, append_line, write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+DOWN = 'echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1'
+NO_ACCOUNTING = 'echo "Slurm accounting storage is disabled" >&2; exit 1'
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for programs in the place of SLURM's, each of which notes its calls."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    program(folder, "sacct", NO_ACCOUNTING)
+    return folder
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\necho {name} >> {folder}/calls\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+def make_run(folder: Path, name: str, *events: tuple[float, str], job: str = "") -> RunDirectory:
+    run = RunDirectory(folder / "runs" / name)
+    run.events_dir.mkdir(parents=True)
+    write_json(run.config_path, {"training": {"max_steps": 4}})
+    if job:
+        append_line(run.events_dir / "submission.jsonl", {"time": 1.0, "event": "submitted", "job_id": job})
+    for time, event in events:
+        append_line(run.events_dir / "supervisor.jsonl", {"time": time, "event": event, "attempt": 1})
+    return run
+
+
+def test_one_call_of_squeue_and_one_of_sacct_for_all_runs(slurm: Path, tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path, "waits", job="7"),
+        make_run(tmp_path, "requeued", (2, "attempt"), (3, "stopped"), job="8"),
+        make_run(tmp_path, "gone", job="9"),
+        make_run(tmp_path, "killed", (2, "attempt"), job="10"),
+        make_run(tmp_path, "done", (2, "attempt"), (3, "finished"), job="11"),
+        make_run(tmp_path, "chain", job="12"),
+        make_run(tmp_path, "local", (2, "attempt"), (3, "failed")),
+    ]
+    queue = ["7|PENDING|Priority||1:00|N/A", "8|PENDING|BeginTime||1:00|N/A", "12_0|COMPLETED|None|n1|0:00|N/A"]
+    queue.append("12_1|PENDING|JobArrayTaskLimit||1:00|N/A")
+    program(slurm, "squeue", "".join(f"echo '{line}'\n" for line in queue))
+    accounts = ["9|CANCELLED by 0|n1|N/A", "10|NODE_FAIL|n[1-2]|N/A"]
+    program(slurm, "sacct", "".join(f"echo '{line}'\n" for line in accounts))
+    found = {value["name"]: (value["state"], value["reason"]) for value in statuses(runs)}
+    assert found["waits"] == ("pending", "job 7: PENDING (Priority)")
+    assert found["requeued"] == ("pending", "job 8: PENDING (BeginTime)")
+    assert found["gone"] == ("stopped", "job 9: CANCELLED by 0")
+    assert found["killed"][0] == "failed"
+    assert "died without a word" in found["killed"][1]
+    assert "NODE_FAIL" in found["killed"][1]
+    assert found["done"] == ("finished", "")
+    assert found["chain"] == ("pending", "job 12_1: PENDING (JobArrayTaskLimit)")
+    assert found["local"] == ("failed", "")
+    assert (slurm / "calls").read_text().split() == ["squeue", "sacct"]
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct"),
+    [(DOWN, NO_ACCOUNTING), ("exec sleep 30", NO_ACCOUNTING), ("exit 0", DOWN)],
+    ids=["queue", "mute", "sacct"],
+)
+def test_no_answer_changes_no_state_and_is_told(
+    squeue: str, sacct: str, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "STATUS_SECONDS", 0.3)
+    program(slurm, "squeue", squeue)
+    program(slurm, "sacct", sacct)
+    value = status(make_run(tmp_path, "a", job="7"))
+    assert value["state"] == "pending"
+    assert "answer" in value["unknown"]
+    assert "answer" in render_status(value)
+
+
+def test_the_nodes_of_a_running_job_and_their_states(slurm: Path, tmp_path: Path) -> None:
+    program(slurm, "squeue", "echo '7|RUNNING|None|n[1-2]|0:59:00|N/A'")
+    program(slurm, "sinfo", "echo 'n1|allocated'\necho 'n2|down*'")
+    value = status(make_run(tmp_path, "a", job="7"))
+    assert value["job"]["nodes"] == {"n1": "allocated", "n2": "down*"}
+    assert "job 7, 0:59:00 left, on n1, n2 (down*)" in render_status(value)
+
+
+def test_what_a_job_means_for_a_run() -> None:
+    def job(slurm_state: str) -> Job:
+        return Job("7", job_state(slurm_state), slurm_state)
+
+    stopped = RunState("stopped", "stopped on request (time_limit)")
+    assert jobs.with_job(stopped, job("PENDING")).state == "pending"
+    assert jobs.with_job(stopped, job("FAILED")) == stopped
+    assert jobs.with_job(stopped, None) == stopped
+    assert jobs.with_job(RunState("running"), job("CANCELLED")).state == "running"  # the ledger's lock knows better
+    assert jobs.with_job(RunState("pending"), job("A_STATE_OF_THE_FUTURE")).state == "pending"
+
+
+def test_a_job_in_the_queue_forbids_another_only_while_it_is_there(slurm: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path, "a", job="7")
+    program(slurm, "squeue", "echo '7|RUNNING|None|n1|1:00|N/A'")
+    with pytest.raises(UserError, match="job 7 of this run is in the queue"):
+        jobs.refuse_second_job(run)
+    program(slurm, "squeue", "echo '7|COMPLETED|None|n1|1:00|N/A'")
+    jobs.refuse_second_job(run)
+    program(slurm, "squeue", DOWN)
+    with pytest.raises(client.SlurmUnavailable):
+        jobs.refuse_second_job(run)
+
+
+def test_a_thousand_runs_take_half_a_second(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of processor time, whoever else uses this machine; benchmarks/status.py has the wall time."""
+    program(slurm, "squeue", "exit 0")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    line = json.dumps({"time": 2.0, "step": 200, "loss": 1.0, "step_seconds": 1.0, "total_steps": 200}) + "\n"
+    for index in range(1000):
+        end = ("finished", "failed", "stopped")[index % 3]
+        run = make_run(tmp_path, f"r{index}", (2, "attempt"), (3, end), job=str(index))
+        run.metrics_path.write_text(line * 100)
+        register(run)
+    least = 9.0
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-P", "-m", "launcher", "status"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        least = min(least, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+        assert len(done.stdout.splitlines()) == 1000
+    assert least < 0.5
