@@ -199,6 +199,12 @@ def _backend(
 
         backend = SlurmBackend(target, config.cluster, plan["processes_per_node"], environment)
         return backend, resilience_in_job(config.resilience, config.cluster)
+    if config.cluster.backend == "ssh":
+        from launcher.backends.ssh import SshBackend
+        from launcher.ssh_preflight import check_hosts
+
+        address = check_hosts(config, config.cluster, target)
+        return SshBackend(target, config.cluster, plan["processes_per_node"], environment, address), config.resilience
     from launcher.backends.local import LocalBackend
 
     return LocalBackend(target, plan["processes_per_node"], environment), config.resilience

@@ -161,6 +161,7 @@ class _Loader:
             if cluster is None:
                 self.incomplete = True
             else:
+                _make_absolute({"cluster": cluster}, profile.parent)
                 self._merge({"cluster": cluster}, self.data, str(profile), {}, ())
         _make_absolute(layer, folder)
         self._merge(layer, self.data, origin, renamed, ())
@@ -262,6 +263,9 @@ def _make_absolute(layer: dict[str, Any], folder: Path) -> None:
         for key in ("path", "tokenizer"):
             if isinstance(model.get(key), str):
                 model[key] = _absolute_or_hub_id(model[key], folder)
+    cluster = layer.get("cluster")
+    if isinstance(cluster, dict) and isinstance(cluster.get("hostfile"), str):
+        cluster["hostfile"] = _absolute(cluster["hostfile"], folder)
     for source in _sources(layer.get("data")):
         for key in ("path", "source_path", "target_path"):
             if isinstance(source.get(key), str):

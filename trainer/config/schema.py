@@ -8,11 +8,14 @@ allowed where dsft can compute a better value. Loading (files, ``extends``, ``--
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from trainer.config.errors import is_secret_name
+from trainer.config.hostfile import with_hostfile
 
 Auto = Literal["auto"]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
@@ -22,6 +25,15 @@ NonNegativeFloat = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False
 Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
 Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
+
+# user@name; never an option, and safe as the name of a folder
+_HOST = r"^([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.:%-]*$"
+
+
+def _check_names(variables: Iterable[str]) -> None:
+    for name in variables:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"{name!r} cannot be the name of an environment variable; use letters, digits and _")
 
 
 class Section(BaseModel):
@@ -244,9 +256,7 @@ class SlurmCluster(Section):
 
     @model_validator(mode="after")
     def _names_of_variables(self) -> SlurmCluster:
-        for name in (*self.environment, *self.pass_environment):
-            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ValueError(f"{name!r} cannot be the name of an environment variable; use letters, digits and _")
+        _check_names((*self.environment, *self.pass_environment))
         if secret := next((name for name in self.environment if is_secret_name(name)), None):
             raise ValueError(
                 f"`environment` would write {secret} into the job script; name it in `pass_environment` instead, "
@@ -255,7 +265,54 @@ class SlurmCluster(Section):
         return self
 
 
-Cluster = Annotated[LocalCluster | SlurmCluster, Field(discriminator="backend")]
+class SshCluster(Section):
+    """Hosts reached by plain ssh, without passwords. See docs/ssh.md."""
+
+    backend: Literal["ssh"]
+    hosts: tuple[Annotated[str, Field(pattern=_HOST)], ...] = Field(
+        min_length=1, description="Names or addresses as ssh takes them; the first is rank 0's"
+    )
+    hostfile: str | None = Field(
+        None, description="Instead of `hosts`: a file with a line `name slots=8` for each, as DeepSpeed and Open MPI"
+    )
+    spare_nodes: NonNegativeInt = Field(0, description="So many of the hosts are taken only when others are lost")
+    processes_per_node: PositiveInt | None = Field(None, description="Default: slots, else `gpus_per_node`, else 1")
+    gpus_per_node: NonNegativeInt | None = Field(None, description="0: train on CPUs")
+    address: str | None = Field(
+        None, description="Of the launching machine, as hosts reach it; default: what ssh connects from"
+    )
+    network_interface: str | None = Field(None, description="Default: where the route to the launching machine leads")
+    python: str | None = Field(None, description="Python of the hosts; default: the one that runs dsft, same path")
+    ssh_options: tuple[str, ...] = Field((), description='Arguments of ssh: ["-p", "2222", "-o", "User=train"]')
+    connect_seconds: PositiveInt = Field(10, description="For ssh to connect")
+    setup: tuple[str, ...] = Field((), description='Lines of bash run first on each host, "module load cuda"')
+    environment: dict[str, str] = Field(default_factory=dict, description="Variables set for every rank")
+    pass_environment: tuple[str, ...] = Field(
+        (), description="Names of variables taken from the launching shell, such as tokens; never written down"
+    )
+
+    @property
+    def nodes(self) -> int:
+        """How many hosts an attempt runs on."""
+        return len(self.hosts) - self.spare_nodes
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_hostfile(cls, value: Any) -> Any:
+        return with_hostfile(value) if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _usable(self) -> SshCluster:
+        names = [host.rpartition("@")[2] for host in self.hosts]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{twice} is among the hosts twice; one agent runs all ranks of a host")
+        if self.spare_nodes >= len(self.hosts):
+            raise ValueError(f"spare_nodes is {self.spare_nodes} of {len(self.hosts)} hosts: none is left to train on")
+        _check_names((*self.environment, *self.pass_environment))
+        return self
+
+
+Cluster = Annotated[LocalCluster | SlurmCluster | SshCluster, Field(discriminator="backend")]
 
 
 class ResilienceConfig(Section):

@@ -1,0 +1,207 @@
+"""Hosts over plain ssh: one agent a host, held together by the supervisor's TCP links.
+
+The command on the remote side is always `_BOOTSTRAP`; everything else, the link's token too, goes through ssh's stdin,
+where neither `ps` nor the remote login shell sees it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import site
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from launcher.backends.links import END_SECONDS, Ends, Links
+from launcher.backends.local import package_root
+from launcher.backends.node import INTERFACE_VARIABLE, LINK_VARIABLE
+from launcher.backends.slurm import choose_nodes
+from trainer.config.schema import SshCluster
+from trainer.failures import NODE_VARIABLE, UserError
+from trainer.rundir import RunDirectory, write_json
+
+# Any login shell takes this. -l: /etc/profile is where sites define `module`
+_BOOTSTRAP = """exec bash -lc 'IFS= read -rd "" script; eval "$script"'"""
+_TAIL_CHARACTERS = 300
+
+
+def host_name(host: str) -> str:
+    """The name of a host in logs and records: as the config has it, without the user."""
+    return host.rpartition("@")[2]
+
+
+def ssh_command(cluster: SshCluster, host: str) -> list[str]:
+    """The ssh to a host. The user's options come first: of an option given twice, ssh takes the first."""
+    own = ["BatchMode=yes", f"ConnectTimeout={cluster.connect_seconds}", "ServerAliveInterval=5"]
+    own += ["ServerAliveCountMax=3", "ForwardX11=no", "ForwardAgent=no"]
+    options = [part for option in own for part in ("-o", option)]
+    return ["ssh", "-T", *cluster.ssh_options, *options, "--", host, _BOOTSTRAP]
+
+
+def remote_script(cluster: SshCluster, module: str, variables: Mapping[str, str]) -> str:
+    """What bash runs on a host: setup lines, then `module` in the host's Python.
+
+    While setup lines run, the end of stdin (ssh or the launcher is gone) kills them; after that the link decides.
+    """
+    lines = ["exec 3<&0 < /dev/null", "{ read -r _ <&3; kill -KILL 0; } > /dev/null 2>&1 &", "dsft_lifeline=$!"]
+    for number, line in enumerate(cluster.setup, start=1):
+        lines += [line, _setup_check(number)]
+    lines += ["kill $dsft_lifeline; wait $dsft_lifeline 2> /dev/null", "exec 3<&-"]
+    root = str(package_root())
+    if root not in [*site.getsitepackages(), site.getusersitepackages()]:
+        lines.append(f'export PYTHONPATH={shlex.quote(root)}"${{PYTHONPATH:+:$PYTHONPATH}}"')
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    lines.append(shlex.join(["exec", cluster.python or sys.executable, "-P", "-m", module]))
+    return "\n".join(lines) + "\n"
+
+
+def _setup_check(number: int) -> str:
+    return (
+        f"dsft_status=$?; [ $dsft_status = 0 ] || "
+        f'{{ echo "line {number} of cluster.setup failed (status $dsft_status)" >&2; kill $dsft_lifeline; exit 2; }}'
+    )
+
+
+def start_on(cluster: SshCluster, host: str, script: str, output: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Run a script on a host. Closing the process's stdin, or killing it, ends what is not held by a link."""
+    try:
+        process = subprocess.Popen(
+            ssh_command(cluster, host),
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C is the supervisor's to act on
+        )
+    except OSError as error:
+        raise UserError(f"ssh cannot be started: {error.strerror}; install OpenSSH's client here") from None
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(script.encode() + b"\0")
+        process.stdin.flush()
+    return process
+
+
+def end_processes(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Close every ssh's stdin, give the remote sides so long to end, and end what is left."""
+    for process in processes:
+        if process.stdin is not None:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def passed_environment(cluster: SshCluster) -> dict[str, str]:
+    """The variables of `pass_environment`. Raises UserError for those that are not set."""
+    missing = [name for name in cluster.pass_environment if name not in os.environ]
+    if missing:
+        raise UserError(f"cluster.pass_environment names {', '.join(missing)}: export it here, then launch again")
+    return {name: os.environ[name] for name in cluster.pass_environment}
+
+
+@dataclass
+class SshAttempt:
+    """A started attempt: one ssh and one link a host."""
+
+    run: RunDirectory
+    attempt: int
+    links: Links
+    processes: dict[str, subprocess.Popen[bytes]]
+    ends: Ends = field(init=False)
+    _closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.ends = Ends(self.links)
+
+    def release(self) -> None:
+        """Let the held agents start their ranks."""
+        self.links.release()
+
+    def poll(self) -> dict[str, int] | None:
+        """Node -> exit code of its agent (-9: the host or its link is gone) once no agent is left, else None."""
+        codes = self.ends.poll(lambda name: self.processes[name].poll())
+        for name, code in (codes or {}).items():
+            if code != 0 and not self.links.nodes[name].address:
+                self._report_missing(name, code)
+        return codes
+
+    def _report_missing(self, name: str, code: int) -> None:
+        """An agent that never was leaves no report of its own: say what ssh said."""
+        said = _tail(ssh_log(self.run, self.attempt, name)) or f"nothing was heard from it; ssh ended with {code}"
+        empty: dict[str, object] = {"exit_codes": {}, "ended": {}, "killed_ranks": [], "first_failed_rank": None}
+        value = {"node": name, **empty, "class": "node", "message": f"ssh {name}: {said}", "time": time.time()}
+        path = self.run.agent_report_path(self.attempt, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, value)
+
+    def kill(self) -> list[int]:
+        """Close the links, upon which every host kills what it has; then end what ssh is left."""
+        if not self._closed:
+            self._closed = True
+            self.links.close()
+            end_processes(list(self.processes.values()), END_SECONDS)
+        return []
+
+
+@dataclass
+class SshBackend:
+    """Starts attempts on the hosts of `cluster`. `address`: of this machine, as they reach it."""
+
+    run: RunDirectory
+    cluster: SshCluster
+    processes: int
+    environment: Mapping[str, str]
+    address: str
+    worker_module: str = "trainer.worker"
+    _suspects: list[str] = field(default_factory=list)
+    _last: SshAttempt | None = None
+
+    def start(self, attempt: int) -> SshAttempt:
+        """Start a held agent on each of `cluster.nodes` hosts, on spares rather than on hosts lost before."""
+        if self._last is not None:
+            nodes = self._last.links.nodes.values()
+            self._suspects += [node.name for node in nodes if node.lost or not node.address]
+        hosts = {host_name(host): host for host in self.cluster.hosts}
+        names = choose_nodes(list(hosts), self.cluster.nodes, self._suspects)
+        arguments = ["--run-dir", str(self.run.path), "--attempt", str(attempt)]
+        arguments += ["--worker-module", self.worker_module, "--", "--nproc-per-node", str(self.processes)]
+        links = Links(names, arguments, dict(self.environment) | passed_environment(self.cluster))
+        processes: dict[str, subprocess.Popen[bytes]] = {}
+        try:
+            for name in names:
+                variables = {LINK_VARIABLE: f"{self.address} {links.port} {links.token}", NODE_VARIABLE: name}
+                if self.cluster.network_interface:
+                    variables[INTERFACE_VARIABLE] = self.cluster.network_interface
+                script = remote_script(self.cluster, "launcher.backends.node", variables)
+                log = ssh_log(self.run, attempt, name)
+                log.parent.mkdir(parents=True, exist_ok=True)
+                with open(log, "ab") as output:
+                    processes[name] = start_on(self.cluster, hosts[name], script, output)
+        except BaseException:
+            links.close()
+            end_processes(list(processes.values()), 0.0)
+            raise
+        self._last = SshAttempt(self.run, attempt, links, processes)
+        return self._last
+
+
+def ssh_log(run: RunDirectory, attempt: int, name: str) -> Path:
+    """What ssh and the node's process said, apart from what agent and ranks write over there."""
+    return run.agent_log_path(attempt, name).with_name("ssh.log")
+
+
+def _tail(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return " ".join(path.read_text(errors="replace").split())[-_TAIL_CHARACTERS:]
+    return ""
