@@ -47,6 +47,7 @@ setup(
         "tokenizers>=0.22",
         "torch>=2.11",
         "transformers>=5.0",
+        "xxhash>=3.5",
     ],
     extras_require={
         "test": [

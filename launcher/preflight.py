@@ -45,13 +45,13 @@ def _output(config: LaunchConfig, plan: Plan, facts: Facts) -> Iterator[str]:
     if plan.checkpoint_bytes is None or plan.model.parameters is None:
         return
     # one more than is kept: the oldest goes only when the newest is whole
-    checkpoints = plan.checkpoint_bytes * (config.checkpoint.keep_last + 1)
+    number = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
+    checkpoints = plan.checkpoint_bytes * number
     dtype = config.model.dtype if config.export.dtype == "auto" else config.export.dtype
     export = plan.model.parameters * (2 if dtype == "bfloat16" else 4) if config.export.enabled else 0
     written = sum(file.stat().st_size for file in Path(plan.run_dir).glob("*/**/*") if file.is_file())
     needed = checkpoints + export - written
     if needed > facts.disk_free:
-        number = config.checkpoint.keep_last + 1
         yield (
             f"output_dir: the run needs {gib(needed)} more disk in {parent} ({number} checkpoints of "
             f"{gib(plan.checkpoint_bytes)}, {gib(export)} for the export), and {gib(facts.disk_free)} are free; "

@@ -14,6 +14,7 @@ buffers; a thread then writes them while training goes on, without collectives: 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import threading
@@ -24,60 +25,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from trainer.checkpoint_files import (
+    Retention,
+    checksum,
+    folder_name,
+    list_checkpoints,
+    rank_file,
+    remove,
+    superfluous,
+)
 from trainer.engine import Engine, Shard
 from trainer.failures import StorageError
 from trainer.rundir import RunDirectory, write_json
 
 FORMAT = 1
-_PREFIX = "step-"
 _REPORT_TIMEOUT_SECONDS = 3600.0
-
-
-def folder_name(step: int) -> str:
-    return f"{_PREFIX}{step:08d}"
-
-
-def remove_unpublished(checkpoints: Path) -> list[str]:
-    """Remove what a killed save or removal has left; names of the folders removed."""
-    removed = []
-    if checkpoints.is_dir():
-        for folder in sorted(checkpoints.iterdir()):
-            suffix = folder.name.removeprefix(_PREFIX)
-            unpublished = suffix.isdigit() and not (folder / "manifest.json").is_file()
-            if folder.name.startswith(_PREFIX) and (unpublished or suffix.endswith(".deleting")):
-                shutil.rmtree(folder, ignore_errors=True)
-                removed.append(folder.name)
-    return removed
-
-
-def checksum(path: Path) -> str:
-    """XXH3-128 of a file, hexadecimal."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def damage(folder: Path, share: Callable[[int], bool] = lambda _: True) -> str | None:
-    """What is wrong with a published checkpoint, or None. ``share`` picks the files to check, by their index."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        for index, (name, entry) in enumerate(sorted(manifest["files"].items())):
-            path = folder / name
-            if not path.is_file():
-                return f"{path} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-            if share(index) and checksum(path) != entry["xxh3_128"]:
-                return f"{path} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{folder}: {type(error).__name__}: {error}"
-    return None
+_CLEAN_UP_SECONDS = 30.0
 
 
 def _fsync(path: Path) -> None:
@@ -88,8 +54,9 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _rank_file(rank: int, world_size: int) -> str:
-    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+# Called before each act of a save with its name; tests kill, fill the disk or take rights away there.
+AtPoint = Callable[[str], None]
+POINTS = ("folder", "write", "sync", "rename", "report", "collect", "state", "manifest", "published", "retain")
 
 
 class Saver:
@@ -98,24 +65,36 @@ class Saver:
     Args:
         run: the run directory.
         engine: whose slices are saved.
-        keep_last: published checkpoints to keep.
-        on_published: called on rank 0, in the writing thread, with (step, seconds, bytes of all ranks).
+        retention: which checkpoints are kept.
+        tell: called in the writing thread with an event and its fields: ``checkpoint`` (step, seconds, bytes of all
+            ranks) on rank 0; ``checkpoint_failed`` (step, message) on a rank that could not write.
+        at_point: see `AtPoint`.
     """
 
     def __init__(
-        self, run: RunDirectory, engine: Engine, keep_last: int, on_published: Callable[[int, float, int], None]
+        self,
+        run: RunDirectory,
+        engine: Engine,
+        retention: Retention,
+        tell: Callable[..., Any],
+        at_point: AtPoint = lambda _: None,
     ) -> None:
         self._run = run
         self._checkpoints = run.checkpoints_dir
         self._engine = engine
-        self._keep_last = keep_last
-        self._on_published = on_published
+        self._retention = retention
+        self._tell = tell
+        self._at = at_point
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self.error: str | None = None  # of the latest save
+        self.seconds = 0.0  # of the latest save, from its start to its publication
 
     def save(self, step: int, state: dict[str, Any]) -> float:
-        """Stage this rank's slices and write them in the background; returns the seconds training stood still."""
+        """Stage this rank's slices and write them in the background; returns the seconds training stood still.
+
+        ``state`` goes into state.json; its ``evaluation``, if any, into the manifest as well.
+        """
         start = time.monotonic()
         self.wait()
         tensors, offsets = self._stage()
@@ -126,6 +105,7 @@ class Saver:
             "zero_stage": self._engine.stage,
             "optimizer_steps": self._engine.optimizer_steps(),
             "parameters": self._engine.parameters(),
+            "buffers": [(name, tuple(buffer.shape)) for name, buffer in self._engine.buffers()],
             **state,
         }
         self.error = None
@@ -133,11 +113,31 @@ class Saver:
         self._thread.start()
         return time.monotonic() - start
 
-    def wait(self) -> None:
-        """Wait until the save under way, if any, is published or has failed (see ``error``)."""
+    def wait(self, timeout_seconds: float | None = None) -> bool:
+        """Wait until the save under way, if any, is published or has failed (see ``error``); False: it still runs."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout_seconds)
+            if self._thread.is_alive():
+                return False
             self._thread = None
+        return True
+
+    def bytes_of_all_ranks(self) -> int:
+        """Bytes of one checkpoint, without headers: fp32 masters and two moments, or the frozen weight."""
+        frozen = self._engine.frozen_itemsize()
+        return sum(math.prod(shape) * (12 if trained else frozen) for _, shape, trained in self._engine.parameters())
+
+    def missing_space(self) -> str | None:
+        """What to tell the user if the disk has no room for one more checkpoint."""
+        needed = self.bytes_of_all_ranks() * 101 // 100 + (1 << 20)
+        self._checkpoints.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._checkpoints).free
+        if needed <= free:
+            return None
+        return (
+            f"a checkpoint takes {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free in {self._checkpoints}: "
+            "free some space (`dsft checkpoint gc`), or lower checkpoint.keep_last or keep_best"
+        )
 
     def _stage(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         tensors: dict[str, torch.Tensor] = {}
@@ -147,17 +147,23 @@ class Saver:
                 continue
             for kind, source in shard.tensors.items():
                 key = f"{kind}/{shard.name}"
-                buffer = self._buffers.get(key)
-                if buffer is None:
-                    pinned = source.device.type == "cuda"
-                    buffer = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=pinned)
-                    self._buffers[key] = buffer
-                buffer.copy_(source, non_blocking=True)
-                tensors[key] = buffer
-                offsets[key] = shard.offset
+                tensors[key], offsets[key] = self._staged(key, source), shard.offset
+        if self._engine.rank == 0:  # equal on all ranks
+            for name, buffer in self._engine.buffers():
+                if buffer.numel():
+                    key = f"buffer/{name}"
+                    tensors[key], offsets[key] = self._staged(key, buffer.detach().reshape(-1)), 0
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         return tensors, offsets
+
+    def _staged(self, key: str, source: torch.Tensor) -> torch.Tensor:
+        buffer = self._buffers.get(key)
+        if buffer is None:
+            pinned = source.device.type == "cuda"
+            buffer = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=pinned)
+            self._buffers[key] = buffer
+        return buffer.copy_(source, non_blocking=True)
 
     def _write(
         self, step: int, tensors: dict[str, torch.Tensor], offsets: dict[str, int], state: dict[str, Any]
@@ -165,60 +171,107 @@ class Saver:
         start = time.monotonic()
         folder = self._checkpoints / folder_name(step)
         rank, world_size = self._engine.rank, self._engine.world_size
-        report = folder / f"report-{rank:05d}.json"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            name = _rank_file(rank, world_size)
-            sharding = {key: {"saved_offsets": [offset]} for key, offset in offsets.items()}
-            partial = folder / f"{name}.partial"
-            save_file(tensors, partial, metadata={"DCP_SHARDING_INFO": json.dumps(sharding), "DCP_VERSION": "1.0"})
-            _fsync(partial)
-            partial.replace(folder / name)
-            entry = {"bytes": (folder / name).stat().st_size, "xxh3_128": checksum(folder / name)}
-            write_json(report, {"files": {name: entry}})
+            self._write_own(folder, tensors, offsets)
             if rank == 0:
-                files = self._collect(folder, world_size)
-                write_json(folder / "state.json", state)
-                state_file = folder / "state.json"
-                files["state.json"] = {"bytes": state_file.stat().st_size, "xxh3_128": checksum(state_file)}
-                manifest = {"format": FORMAT, "step": step, "world_size": world_size, "files": files}
-                _fsync(folder)
-                write_json(folder / "manifest.json", manifest)
-                _fsync(self._checkpoints)
-                for leftover in folder.glob("report-*.json"):
-                    leftover.unlink(missing_ok=True)
-                self._on_published(step, time.monotonic() - start, sum(entry["bytes"] for entry in files.values()))
-                self._retain()
-        except Exception as error:  # reported by the training loop; the run and older checkpoints are unharmed
+                size = self._publish(folder, step, state)
+                self.seconds = time.monotonic() - start
+                self._tell("checkpoint", step=step, seconds=self.seconds, bytes=size)
+        except (
+            Exception
+        ) as error:  # told, and passed on to the training loop; the run and older checkpoints are unharmed
             self.error = f"checkpoint of step {step} not written: {type(error).__name__}: {error}"
-            with suppress(OSError):  # without a report rank 0 gives up on this checkpoint after its time limit
-                write_json(report, {"error": self.error})
+            self._clean_up(folder, rank, world_size)
+            with suppress(OSError):
+                self._tell("checkpoint_failed", step=step, message=self.error)
+            return
+        if rank == 0:
+            with suppress(OSError):  # tried again after the next save
+                self._at("retain")
+                for leftover in folder.glob("report-*"):
+                    leftover.unlink(missing_ok=True)
+                for checkpoint in superfluous(list_checkpoints(self._run), self._retention):
+                    remove(checkpoint.folder)
 
-    def _collect(self, folder: Path, world_size: int) -> dict[str, Any]:
+    def _write_own(self, folder: Path, tensors: dict[str, torch.Tensor], offsets: dict[str, int]) -> None:
+        rank = self._engine.rank
+        name = rank_file(rank, self._engine.world_size)
+        sharding = {key: {"saved_offsets": [offset]} for key, offset in offsets.items()}
+        partial = folder / f"{name}.partial"
+        self._at("folder")
+        if (folder / "manifest.json").exists():
+            raise StorageError(f"{folder} is there already; a published checkpoint is never overwritten")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._at("write")
+        save_file(tensors, partial, metadata={"DCP_SHARDING_INFO": json.dumps(sharding), "DCP_VERSION": "1.0"})
+        self._at("sync")
+        _fsync(partial)
+        self._at("rename")
+        partial.replace(folder / name)
+        _fsync(folder)
+        self._at("report")
+        entry = {"bytes": (folder / name).stat().st_size, "xxh3_128": checksum(folder / name)}
+        write_json(folder / _report(rank), {"files": {name: entry}})
+
+    def _publish(self, folder: Path, step: int, state: dict[str, Any]) -> int:
+        """Rank 0: wait for all ranks, then make their files a checkpoint; its bytes."""
+        self._at("collect")
+        files = self._collect(folder)
+        self._at("state")
+        state_file = folder / "state.json"
+        write_json(state_file, state)
+        files["state.json"] = {"bytes": state_file.stat().st_size, "xxh3_128": checksum(state_file)}
+        manifest = {"format": FORMAT, "step": step, "world_size": self._engine.world_size, "files": files}
+        manifest["evaluation"] = state.get("evaluation")
+        self._at("manifest")
+        _fsync(folder)
+        write_json(folder / "manifest.json", manifest)
+        self._at("published")
+        with suppress(OSError):  # it is published; a power failure now could still undo that
+            _fsync(folder)
+            _fsync(self._checkpoints)
+        return sum(int(entry["bytes"]) for entry in files.values())
+
+    def _collect(self, folder: Path) -> dict[str, Any]:
         """Wait for every rank's report; the files they have written."""
         files: dict[str, Any] = {}
         deadline = time.monotonic() + _REPORT_TIMEOUT_SECONDS
-        for rank in range(world_size):
-            path = folder / f"report-{rank:05d}.json"
+        for rank in range(self._engine.world_size):
+            path = folder / _report(rank)
+            delay = 0.005
             while not path.is_file():
+                if path.with_suffix(".failed").exists():
+                    raise StorageError(f"rank {rank} could not write its part; its log says why")
                 if time.monotonic() > deadline:
                     raise StorageError(f"rank {rank} has not written its part within {_REPORT_TIMEOUT_SECONDS:.0f} s")
-                time.sleep(0.01)
-            report = json.loads(path.read_text())
-            if "error" in report:
-                raise StorageError(f"rank {rank}: {report['error']}")
-            files.update(report["files"])
+                time.sleep(delay)
+                delay = min(2 * delay, 0.25)
+            files.update(json.loads(path.read_text())["files"])
         return files
 
-    def _retain(self) -> None:
-        for step in self._run.published_checkpoints()[: -self._keep_last]:
-            folder = self._checkpoints / folder_name(step)
-            doomed = folder.with_name(folder.name + ".deleting")
-            try:
-                folder.rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
-            except OSError:
-                pass  # tried again after the next save
+    def _clean_up(self, folder: Path, rank: int, world_size: int) -> None:
+        """Give back the space of a failed save, and let rank 0 know, without needing a block of the disk."""
+        with suppress(OSError):
+            for path in folder.glob(f"{rank_file(rank, world_size)}*"):
+                path.unlink(missing_ok=True)
+        with suppress(OSError):
+            (folder / _report(rank)).with_suffix(".failed").touch()
+        if rank == 0 and not (folder / "manifest.json").exists():
+            self._wait_for_others(folder, world_size)
+            with suppress(OSError):
+                shutil.rmtree(folder)
+
+    def _wait_for_others(self, folder: Path, world_size: int) -> None:
+        deadline = time.monotonic() + _CLEAN_UP_SECONDS
+        reports = [folder / _report(rank) for rank in range(1, world_size)]
+        while folder.is_dir() and time.monotonic() < deadline:
+            if all(report.is_file() or report.with_suffix(".failed").exists() for report in reports):
+                return
+            time.sleep(0.02)
+
+
+def _report(rank: int) -> str:
+    return f"report-{rank:05d}.json"
 
 
 class Slices:
@@ -232,7 +285,7 @@ class Slices:
 
     def _open(self, rank: int) -> tuple[Any, dict[str, int]]:
         if rank not in self._files:
-            file: Any = safe_open(self._folder / _rank_file(rank, self._world_size), framework="pt")
+            file: Any = safe_open(self._folder / rank_file(rank, self._world_size), framework="pt")
             sharding = json.loads(file.metadata()["DCP_SHARDING_INFO"])
             offsets = {key: int(entry["saved_offsets"][0]) for key, entry in sharding.items()}
             self._files[rank] = (file, offsets)
@@ -292,14 +345,11 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
             for kind, target in shard.tensors.items():
                 if shard.length:
                     slices.read_into(f"{kind}/{shard.name}", shard, target)
+        buffers = dict(engine.buffers())
+        for name, shape in state.get("buffers", ()):
+            if name in buffers and math.prod(shape):
+                whole = torch.empty(math.prod(shape), dtype=buffers[name].dtype)
+                slices.read_into(f"buffer/{name}", Shard(name, whole.numel(), 0, whole.numel(), {}), whole)
+                buffers[name].copy_(whole.view(shape))
         engine.finish_loading(int(state["optimizer_steps"]))
     return state
-
-
-def abandon(folder: Path) -> Path:
-    """Set a checkpoint aside under a name that is never taken for one; nothing is deleted."""
-    for number in range(1, 10_000):
-        target = folder.with_name(f"{folder.name}.abandoned-{number}")
-        if not target.exists():
-            return folder.rename(target)
-    raise StorageError(f"too many abandoned checkpoints beside {folder}: remove some")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+TIMEOUT_SECONDS = 1800.0
 _LIMB = 21  # bits: sums of 21-bit integers over 2**32 ranks stay exact in a float64
 
 
@@ -40,15 +41,15 @@ def make_gather(group: dist.ProcessGroup | None) -> Callable[[np.ndarray], list[
 
 
 def sum_step(
-    group: dist.ProcessGroup | None, loss_sum: float, digest: int, padded_tokens: int, stop: bool
-) -> tuple[float, int, int, bool]:
-    """One all-reduce a step: (loss sum, digest mod 2**63, padded tokens, whether any rank wants to stop)."""
+    group: dist.ProcessGroup | None, loss_sum: float, digest: int, padded_tokens: int, request: int = 0
+) -> tuple[float, int, int, int]:
+    """One all-reduce a step: (loss sum, digest mod 2**63, padded tokens, request). One rank alone may request."""
     mask = (1 << _LIMB) - 1
     limbs = [(digest >> (_LIMB * i)) & mask for i in range(3)]
-    values = torch.tensor([loss_sum, float(padded_tokens), float(stop), *map(float, limbs)], dtype=torch.float64)
+    values = torch.tensor([loss_sum, float(padded_tokens), float(request), *map(float, limbs)], dtype=torch.float64)
     dist.all_reduce(values, group=group)
     total = sum(int(values[3 + i]) << (_LIMB * i) for i in range(3)) % (1 << 63)
-    return float(values[0]), total, int(values[1]), bool(values[2] > 0)
+    return float(values[0]), total, int(values[1]), int(values[2])
 
 
 def any_rank(group: dist.ProcessGroup | None, flag: bool) -> bool:

@@ -24,7 +24,7 @@ def evaluate(engine: Engine, loss: LanguageModelLoss, batches: Iterable[GlobalBa
             for micro_batch in batch.micro_batches:
                 loss_sum, _ = loss(engine.forward, micro_batch.sequences)
                 share += float(loss_sum)
-            total += sum_step(group, share, 0, 0, False)[0]
+            total += sum_step(group, share, 0, 0)[0]
             targets += batch.target_tokens
     engine.train()
     mean = total / targets if targets else math.nan

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from trainer import checkpoint
+from trainer.checkpoint_files import damage, published
 from trainer.config.schema import LaunchConfig, ModelConfig
 from trainer.engine import Shard
 from trainer.failures import UserError
@@ -36,13 +37,10 @@ def export_run(run: RunDirectory, config: LaunchConfig, step: int | None = None,
     Raises:
         UserError: there is no such checkpoint, or it is damaged.
     """
-    steps = run.published_checkpoints()
-    if not steps or (step is not None and step not in steps):
-        raise UserError(f"{run.checkpoints_dir}: no checkpoint of step {step or 'any'}; there are {steps or 'none'}")
-    source = run.checkpoints_dir / checkpoint.folder_name(steps[-1] if step is None else step)
-    found = checkpoint.damage(source)
+    source = published(run, step)
+    found = damage(source)
     if found:
-        raise UserError(f"the checkpoint is damaged: {found}; export another step ({steps})")
+        raise UserError(f"the checkpoint is damaged: {found}; export another step ({run.published_checkpoints()})")
 
     target = run.export_dir
     partial = target.with_name(target.name + ".partial")

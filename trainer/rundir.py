@@ -241,6 +241,10 @@ class RunDirectory:
         request: Json | None = read_json(self.stop_path(attempt))
         return request
 
+    def save_request_path(self, attempt: int) -> Path:
+        """While this file is there, a checkpoint has been asked for (`dsft checkpoint save`)."""
+        return self.attempt_dir(attempt) / "save"
+
     # -- ledger and metrics
 
     def event_writer(self, writer: str, attempt: int | None = None) -> EventWriter:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import json
 import math
 import resource
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 
 from trainer import checkpoint, collectives
+from trainer.checkpoint_files import Retention, abandon, damage, folder_name, remove_unpublished
 from trainer.config.schema import LaunchConfig
 from trainer.data.stream import BatchStream, GlobalBatch, build_evaluation_stream, build_training_stream
 from trainer.engine import Engine, init_distributed
@@ -29,14 +32,17 @@ from trainer.model import (
     quiet_libraries,
 )
 from trainer.planning.flops import peak_flops
+from trainer.rollback import roll_back
 from trainer.rundir import RunDirectory, cut_torn_tail
+from trainer.saving import SavePolicy, tell
 from trainer.schedule import learning_rate_factor
+from trainer.spikes import cause_to_go_back, rollbacks_of
 from trainer.tasks import get_task
 from trainer.tokenizer import load_tokenizer
 
-COLLECTIVE_TIMEOUT_SECONDS = 1800.0
 _MAX_SKIPPED_IN_A_ROW = 3
 _STOP_POLL_SECONDS = 0.5
+_STOP, _SAVE = 1, 2  # what rank 0 asks of all ranks after a step
 
 
 def train(run: RunDirectory, attempt: int) -> None:
@@ -52,18 +58,18 @@ def train(run: RunDirectory, attempt: int) -> None:
 class Trainer:
     """One rank of one attempt."""
 
-    step = 0  # completed global batches
+    step = 0  # completed optimizer steps
 
     def __init__(self, run: RunDirectory, attempt: int) -> None:
         self.run, self.attempt = run, attempt
         self.config = LaunchConfig.model_validate_json(run.config_path.read_text())
         self.plan: dict[str, Any] = json.loads(run.plan_path.read_text())
         quiet_libraries()
-        self.device = init_distributed(self.plan["device"], COLLECTIVE_TIMEOUT_SECONDS)
+        self.device = init_distributed(self.plan["device"], collectives.TIMEOUT_SECONDS)
         if self.config.training.deterministic:
             torch.use_deterministic_algorithms(True)
-        self.control = collectives.new_group(COLLECTIVE_TIMEOUT_SECONDS)
-        self.gather = collectives.make_gather(collectives.new_group(COLLECTIVE_TIMEOUT_SECONDS))
+        self.control = collectives.new_group(collectives.TIMEOUT_SECONDS)
+        self.gather = collectives.make_gather(collectives.new_group(collectives.TIMEOUT_SECONDS))
 
         tokenizer = load_tokenizer(self.config.model)
         self.task = get_task(self.config, tokenizer)
@@ -88,12 +94,22 @@ class Trainer:
         self.is_main = self.rank == 0
 
         self.events = run.event_writer(f"rank{self.rank}", attempt)
-        self.saver = checkpoint.Saver(run, self.engine, self.config.checkpoint.keep_last, self._published)
+        settings = self.config.checkpoint
+        retention = Retention(settings.keep_last, settings.keep_best, settings.keep_every_steps)
+        self.saver = checkpoint.Saver(run, self.engine, retention, functools.partial(tell, self.events))
+        self.save_policy = SavePolicy(settings, self.saver, run, attempt, self.world_size) if self.is_main else None
         self.last_saved: int | None = None
         self.last_evaluated: int | None = None
+        self.scores: dict[str, float] = {}  # of the last evaluation
         self.data_state: dict[str, Any] | None = None
         self.progress = 0.0
         self.skipped_in_a_row = 0
+        # global batches drawn from the stream so far; step -> its batch, of the last steps
+        self.batches = 0
+        self.batch_of: dict[int, int] = {}
+        self.rollbacks, self.left_out = 0, frozenset[int]()
+        spike = self.config.training.loss_spike
+        self.losses: collections.deque[float] = collections.deque(maxlen=spike.window if spike else 0)
         self._next_stop_poll = 0.0
 
     def run_to_end(self) -> None:
@@ -108,7 +124,8 @@ class Trainer:
         for batch in self.remaining_batches():
             waited = time.monotonic() - mark
             self.step += 1
-            line, stopped = self.train_step(batch)
+            line, request = self.train_step(batch)
+            stopped = bool(request & _STOP)
             seconds = time.monotonic() - mark  # with the wait for data: what a step really takes
             line |= {"step_seconds": seconds, "data_seconds": waited, **self.utilisation(batch, seconds)}
             if first and self.is_main:
@@ -116,17 +133,20 @@ class Trainer:
             first = False
             if metrics and (self.step % self.config.logging.interval_steps == 0 or self.is_last(batch) or stopped):
                 metrics.step(line)
+            if self.go_back(line):
+                mark = time.monotonic()
+                continue
             if stopped:
                 break
             if self.is_due(self.config.evaluation.interval_steps):
                 self.evaluate(metrics)
-            if self.is_due(self.config.checkpoint.interval_steps):
+            if request & _SAVE:
                 self.save()
             mark = time.monotonic()
         self.finish(metrics, stopped)
 
-    def train_step(self, batch: GlobalBatch) -> tuple[dict[str, Any], bool]:
-        """One optimizer step; (the step's metrics, whether to stop after it)."""
+    def train_step(self, batch: GlobalBatch) -> tuple[dict[str, Any], int]:
+        """One optimizer step; (the step's metrics, what rank 0 asks for after it)."""
         padded_tokens, loss_sum = 0, torch.zeros((), dtype=torch.float64, device=self.device)
         scale = self.world_size / max(batch.target_tokens, 1)  # DeepSpeed averages gradients over ranks
         for micro_batch in batch.micro_batches:
@@ -137,12 +157,11 @@ class Trainer:
             padded_tokens += padded
         learning_rate = self.learning_rate(batch)
         result = self.engine.step(learning_rate)
-        total, digest, padded_tokens, stop = collectives.sum_step(
-            self.control, float(loss_sum), batch.digest, padded_tokens, self.stop_requested()
+        total, digest, padded_tokens, request = collectives.sum_step(
+            self.control, float(loss_sum), batch.digest, padded_tokens, self.request()
         )
         loss = total / max(batch.target_tokens, 1)
         self.data_state, self.progress = batch.state, batch.progress
-        self.watch_numerics(loss, result.applied)
         line = {
             "step": self.step,
             "loss": loss,
@@ -158,38 +177,71 @@ class Trainer:
         }
         if not result.applied:
             line["skipped"] = True
-        return line, stop
+        return line, request
 
     # -- pieces of the loop --------------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Load the newest whole checkpoint, if there is one; set damaged ones aside."""
-        folder = self.run.checkpoints_dir
+        """Load the newest whole checkpoint, if there is one; learn from the ledger which batches are left out."""
         if self.is_main:
-            for name in checkpoint.remove_unpublished(folder):
+            for name in remove_unpublished(self.run.checkpoints_dir):
                 print(f"removed {name}: it was never published", flush=True)
-        candidates = self.run.published_checkpoints() if self.is_main else []
-        for step in reversed([int(s) for s in self.gather(np.array(candidates, dtype=np.int64))[0]]):
-            path = folder / checkpoint.folder_name(step)
-            found = checkpoint.damage(path, lambda index: index % self.world_size == self.rank)
+        ledger = self.run.merged_events() if self.is_main else []
+        rollbacks, left_out = rollbacks_of(ledger)
+        told = self.gather(np.array([rollbacks, *sorted(left_out)], dtype=np.int64))[0]
+        self.rollbacks, self.left_out = int(told[0]), frozenset(int(batch) for batch in told[1:])
+        self.load_newest()
+
+    def load_newest(self, before: int | None = None) -> bool:
+        """Load the newest whole checkpoint (of a step less than ``before``); set damaged ones aside."""
+        published = self.run.published_checkpoints() if self.is_main else []
+        for step in reversed([int(s) for s in self.gather(np.array(published, dtype=np.int64))[0]]):
+            if before is not None and step >= before:
+                continue
+            path = self.run.checkpoints_dir / folder_name(step)
+            found = damage(path, lambda index: index % self.world_size == self.rank)
             if found:
                 print(f"warning: checkpoint of step {step} is damaged and not used: {found}", flush=True)
+                tell(self.events, "checkpoint_damaged", step=step, message=found)
             if collectives.any_rank(self.control, found is not None):
                 if self.is_main:
-                    checkpoint.abandon(path)
+                    abandon(path)
                 continue
             state = checkpoint.load(path, self.engine)
             self.step = self.last_saved = int(state["step"])
             self.data_state, self.progress = state["data"], float(state["progress"])
+            self.batches = int(state["batches"])
+            self.batch_of = {self.step: self.batches - 1}
+            self.losses.clear()
+            self.losses.extend(state["losses"])
+            self.last_evaluated, self.skipped_in_a_row, self.saver.error = None, 0, None
             print(f"resumed from {path}", flush=True)
-            return
+            return True
+        return False
 
     def remaining_batches(self) -> Iterator[GlobalBatch]:
-        """Global batches from here to the end of the training."""
+        """Global batches from here to the end of the training, without those that a rollback has left out."""
         limit = self.config.training.max_steps
-        if limit is not None and self.step >= limit:
-            return
-        stream: BatchStream = build_training_stream(
+        while limit is None or self.step < limit:
+            rollbacks = self.rollbacks
+            for batch in self.open_stream():
+                index = self.batches
+                self.batches += 1
+                if index in self.left_out:
+                    self.data_state, self.progress = batch.state, batch.progress
+                    continue
+                self.batch_of[self.step + 1] = index
+                yield batch
+                if self.rollbacks != rollbacks or (limit is not None and self.step >= limit):
+                    break
+            if self.rollbacks == rollbacks:
+                return
+
+    def open_stream(self) -> BatchStream:
+        """The training data from `data_state` on."""
+        limit = self.config.training.max_steps
+        ahead = sum(index >= self.batches for index in self.left_out)
+        return build_training_stream(
             self.config,
             self.task,
             rank=self.rank,
@@ -197,12 +249,19 @@ class Trainer:
             micro_batch_size=self.plan["batch"]["micro_batch_size"],
             gather=self.gather,
             state=self.data_state,
-            limit=None if limit is None else limit - self.step,
+            limit=None if limit is None else limit - self.step + ahead,
         )
-        for batch in stream:
-            yield batch
-            if limit is not None and self.step >= limit:
-                return
+
+    def go_back(self, line: dict[str, Any]) -> bool:
+        """After a bad step: load the last checkpoint before it and leave its batches out; False: go on."""
+        loss, applied = line["loss"], "skipped" not in line
+        cause = cause_to_go_back(self.config.training, self.losses, loss, applied)
+        if cause is not None and roll_back(self, cause):
+            return True
+        self.watch_numerics(loss, applied)
+        if math.isfinite(loss):
+            self.losses.append(loss)
+        return False
 
     def is_last(self, batch: GlobalBatch) -> bool:
         training = self.config.training
@@ -228,6 +287,11 @@ class Trainer:
         seeds = np.random.SeedSequence([self.config.training.seed, self.step, micro_batch])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
+    def request(self) -> int:
+        """What rank 0 asks of all ranks after this step; 0 on the others."""
+        save = self.save_policy is not None and self.save_policy.due(self.step)
+        return _STOP * self.stop_requested() + _SAVE * save
+
     def stop_requested(self) -> bool:
         if not self.is_main or time.monotonic() < self._next_stop_poll:
             return False
@@ -238,6 +302,10 @@ class Trainer:
         """A step whose gradients are not finite is skipped by ZeRO; several in a row mean that training is lost."""
         finite = math.isfinite(loss) and applied
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if not finite and self.config.training.on_nonfinite == "stop":
+            raise NumericError(
+                f"step {self.step}: loss {loss} or its gradients not finite (training.on_nonfinite: stop)"
+            )
         if self.skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
             raise NumericError(
                 f"loss or gradients were not finite in {self.skipped_in_a_row} steps in a row (step {self.step}, loss "
@@ -281,7 +349,7 @@ class Trainer:
             micro_batch_size=self.plan["batch"]["micro_batch_size"],
             gather=self.gather,
         )
-        scores = evaluate(self.engine, self.loss, stream, self.control)
+        self.scores = scores = evaluate(self.engine, self.loss, stream, self.control)
         if metrics:
             metrics.evaluation(self.step, scores)
             self.events.write("evaluation", step=self.step, seconds=time.monotonic() - start, **scores)
@@ -290,25 +358,40 @@ class Trainer:
         if self.last_saved == self.step:
             return
         self.last_saved = self.step
-        state = {"data": self.data_state, "progress": self.progress, "config_hash": self.plan["config_hash"]}
+        state = {
+            "data": self.data_state,
+            "progress": self.progress,
+            "batches": self.batches,
+            "losses": list(self.losses),
+            "evaluation": self.scores if self.last_evaluated == self.step else None,
+            "config_hash": self.plan["config_hash"],
+        }
         stall = self.saver.save(self.step, state)
-        if self.is_main:
-            self.events.write("checkpoint_started", step=self.step, stall_seconds=stall)
+        if self.save_policy:
+            self.save_policy.saved(stall)
+            tell(self.events, "checkpoint_started", step=self.step, stall_seconds=stall)
 
-    def _published(self, step: int, seconds: float, size: int) -> None:
-        self.events.write("checkpoint", step=step, seconds=seconds, bytes=size)
+    def save_last(self) -> None:
+        """The checkpoint that the end of a run depends on; tried twice. Raises StorageError."""
+        for _ in range(2):
+            self.saver.wait()
+            problem = self.saver.missing_space() if self.is_main and self.last_saved != self.step else None
+            if collectives.any_rank(self.control, problem is not None):
+                raise StorageError(problem or "no room for the last checkpoint; rank 0 says more")
+            self.save()
+            self.saver.wait()
+            if not collectives.any_rank(self.control, self.saver.error is not None):
+                return
+            self.last_saved = None
+        raise StorageError(self.saver.error or "another rank could not write its part of the last checkpoint")
 
     def finish(self, metrics: MetricsLog | None, stopped: bool) -> None:
         """Last evaluation, last checkpoint, export."""
         if not stopped:
             self.evaluate(metrics)
-        self.save()
-        self.saver.wait()
-        failed = collectives.any_rank(self.control, self.saver.error is not None)
+        self.save_last()
         if metrics:
             metrics.close()
-        if failed:
-            raise StorageError(self.saver.error or "another rank could not write its part of the last checkpoint")
         if not self.is_main:
             return
         self.events.write("stopped" if stopped else "trained", step=self.step)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from trainer import checkpoint, collectives
+from trainer.checkpoint_files import Retention
 from trainer.config.schema import ModelConfig, OptimizerConfig
 from trainer.data.sample import PackedSequence, Sample
 from trainer.engine import Engine, init_distributed
@@ -97,10 +98,10 @@ def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) 
             engine.backward(micro_loss * world_size / targets)
             share += float(micro_loss.detach())
         outcome = engine.step(OPTIMIZER.learning_rate)
-        total = collectives.sum_step(group, share, 0, 0, False)[0]
+        total = collectives.sum_step(group, share, 0, 0)[0]
         results.append({"step": step, "loss": total / targets, "grad_norm": outcome.grad_norm})
     if case.get("save"):
-        saver = checkpoint.Saver(RunDirectory(Path(case["save"])), engine, 2, lambda *_: None)
+        saver = checkpoint.Saver(RunDirectory(Path(case["save"])), engine, Retention(2), lambda *_, **__: None)
         saver.save(case["steps"][1], {"data": {}, "progress": 0.0})
         saver.wait()
         assert not collectives.any_rank(group, saver.error is not None), saver.error

@@ -78,17 +78,46 @@ class ModelConfig(Section):
 
 
 class DataSource(Section):
-    """One source of records: a file, a glob or a folder."""
+    """One source of records: files, folders or globs, here or remote, or a Hugging Face dataset. See docs/data.md."""
 
-    path: str
-    format: Literal["auto", "jsonl", "text"] = "auto"
+    path: str = Field(
+        description="File, folder, glob, URL (https://, s3://, hf://datasets/org/name/file) or hub dataset "
+        "(hf://org/name, hf://org/name@revision)"
+    )
+    format: Literal["auto", "jsonl", "text", "csv", "tsv", "parquet", "arrow", "webdataset", "datasets"] = "auto"
     weight: PositiveFloat | None = Field(
         None,
         description="Share of the sequences drawn from this source, relative to the others; without any weights, each "
         "source's share is that of its records",
     )
     columns: dict[str, str] = Field(default_factory=dict, description="Task column -> column in the file")
+    column_names: tuple[str, ...] = Field((), description="Columns of a csv or tsv file without a header")
+    quoting: Flag = Field(True, description="csv and tsv: double quotes as in RFC 4180; off: they are ordinary text")
+    template: dict[str, str] = Field(
+        default_factory=dict,
+        description='Task column -> text with placeholders: {"prompt": "Q: {question}\\nA: ", "completion": "{answer}"}',
+    )
+    subset: str | None = Field(None, description="Configuration of a hub dataset")
+    split: str | None = Field(None, description="Split of a Hugging Face dataset; default: train")
     limit: PositiveInt | None = Field(None, description="Use only the first so many records")
+
+    @field_validator("template")
+    @classmethod
+    def _placeholders(cls, template: dict[str, str]) -> dict[str, str]:
+        for name, text in template.items():
+            try:
+                fields = [field for _, field, form, how in Formatter().parse(text) if field is not None or form or how]
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}; write {{{{ and }}}} for braces that are text") from None
+            if any(not field or re.search(r"[.\[\]!:]", field) for field in fields):
+                raise ValueError(f"{name}: a placeholder is {{column}}, nothing more; {{{{ and }}}} stand for braces")
+        return template
+
+    @model_validator(mode="after")
+    def _one_mapping(self) -> DataSource:
+        if self.template and self.columns:
+            raise ValueError("give `columns` or `template`, not both: placeholders name the columns of the file")
+        return self
 
 
 class DataConfig(Section):
@@ -103,6 +132,16 @@ class DataConfig(Section):
         "split", description="A record longer than `sequence_length`"
     )
     on_bad_record: Literal["error", "skip"] = "error"
+    loss_on: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="Of `messages`: every assistant turn is learned, the last one, or everything"
+    )
+    chat_template_arguments: dict[str, Any] = Field(
+        default_factory=dict, description='Variables of the tokenizer\'s chat template: {"enable_thinking": false}'
+    )
+    workers: NonNegativeInt | Auto = Field(
+        "auto", description="Processes of a rank that tokenise its training data; 0: a thread of the rank does"
+    )
+    allow_changed: Flag = Field(False, description="Go on with a run although its data has changed")
     window_documents: PositiveInt = Field(
         4096, description="Documents shuffled and packed together; part of the global order"
     )
@@ -126,6 +165,16 @@ class ScheduleConfig(Section):
     final_ratio: Fraction = Field(0.0, description="Final learning rate / peak learning rate")
 
 
+class LossSpikeConfig(Section):
+    """A loss far above those before it: training goes back to the last checkpoint and leaves out suspect batches."""
+
+    window: Annotated[int, Field(ge=8, strict=True)] = Field(64, description="Steps whose median and MAD count")
+    threshold: PositiveFloat = Field(10.0, description="Robust standard deviations (1.4826 MAD) above the median")
+    batches_before: NonNegativeInt = Field(
+        1, description="Left out besides the batch of the spike: the update before it may have caused it"
+    )
+
+
 class TrainingConfig(Section):
     """The optimisation. `global_batch_size` counts sequences over all ranks and micro-batches."""
 
@@ -138,6 +187,14 @@ class TrainingConfig(Section):
     max_grad_norm: NonNegativeFloat = Field(1.0, description="Clip the global gradient norm; 0: off")
     seed: NonNegativeInt = Field(0, description="Initial weights and dropout")
     deterministic: Flag = Field(False, description="Deterministic GPU kernels: bit-for-bit resume, slower")
+
+    on_nonfinite: Literal["skip", "rollback", "stop"] = Field(
+        "skip",
+        description="A step whose loss or gradients are not finite: leave its update out, go back to the last "
+        "checkpoint and leave its batch out, or end the run",
+    )
+    loss_spike: LossSpikeConfig | None = Field(None, description="Go back when the loss jumps; null: off")
+    max_rollbacks: NonNegativeInt = Field(3, description="Of one run, over all its restarts; then it ends")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:
@@ -155,10 +212,21 @@ class DeepSpeedConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written and which are kept. There is always one at the end."""
+    """When checkpoints are written and which are kept. There is always one at the end. See docs/checkpoints.md."""
 
-    interval_steps: PositiveInt | None = None
+    interval_steps: PositiveInt | Auto | None = Field(
+        "auto",
+        description="auto: by the Young/Daly interval, unless `interval_minutes` is given; null: not by steps",
+    )
+    interval_minutes: PositiveFloat | None = None
+    mean_time_between_failures_hours: PositiveFloat | Auto = Field(
+        "auto", description="Of the whole job, for the Young/Daly interval; auto: from this run's ledger"
+    )
     keep_last: PositiveInt = 2
+    keep_best: NonNegativeInt = Field(0, description="Keep those with the lowest evaluation loss as well")
+    keep_every_steps: PositiveInt | None = Field(
+        None, description="Keep the first checkpoint at or after each multiple for ever"
+    )
 
 
 class EvaluationConfig(Section):

@@ -1,0 +1,95 @@
+"""When a checkpoint is written: one rank decides, between steps, and never lets training wait long for the disk."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from trainer.checkpoint import Saver
+from trainer.checkpoint_interval import auto_interval_seconds, estimate_mtbf_seconds
+from trainer.config.schema import CheckpointConfig
+from trainer.rundir import EventWriter, RunDirectory
+
+# Before a save was measured: bytes that a rank copies per second
+_COPY_RATE = 2e9
+# When a save meets the one before it still being written: training waits this share of the time since then, and at
+# least so long, before the save is put off
+_WAITING_SHARE = 0.1
+_WAITING_SECONDS = 2.0
+_POLL_SECONDS = 1.0
+
+
+class SavePolicy:
+    """Rank 0's decisions. The others follow them: see `trainer.train`."""
+
+    def __init__(self, config: CheckpointConfig, saver: Saver, run: RunDirectory, attempt: int, ranks: int) -> None:
+        self._config, self._saver, self._run = config, saver, run
+        self._events: EventWriter = run.event_writer("checkpoints", attempt)
+        self._request = run.save_request_path(attempt)
+        self._stall = saver.bytes_of_all_ranks() / ranks / _COPY_RATE
+        self._mtbf: float | None = None
+        self._saved_at = time.monotonic()
+        self._next_poll = 0.0
+        self._waiting = self._told = False
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is to be written after this step."""
+        self._waiting = self._waiting or self._wanted(step)
+        if not self._waiting:
+            return False
+        elapsed = time.monotonic() - self._saved_at
+        if not self._saver.wait(0.0 if self._told else max(_WAITING_SECONDS, _WAITING_SHARE * elapsed)):
+            if not self._told:
+                self._tell("checkpoint_postponed", step, "the checkpoint before is still being written")
+            self._told = True
+            return False
+        self._waiting = self._told = False
+        problem = self._saver.missing_space()
+        if problem:
+            self._tell("checkpoint_failed", step, problem)
+            self._saved_at = time.monotonic()
+        return problem is None
+
+    def saved(self, stall_seconds: float) -> None:
+        """A save has begun; training stood still for so long."""
+        self._stall = stall_seconds
+        self._saved_at = time.monotonic()
+        self._mtbf = None
+
+    def interval_seconds(self) -> float | None:
+        """Seconds between saves by time, or None where only steps count."""
+        if self._config.interval_minutes is not None:
+            return 60 * self._config.interval_minutes
+        if self._config.interval_steps != "auto":
+            return None
+        if self._mtbf is None:  # once a save: the ledger is a file on shared storage
+            hours = self._config.mean_time_between_failures_hours
+            ledger = self._run.merged_events() if hours == "auto" else []
+            self._mtbf = estimate_mtbf_seconds(ledger, time.time()) if hours == "auto" else 3600.0 * hours
+        return auto_interval_seconds(self._stall, self._saver.seconds, self._mtbf)
+
+    def _wanted(self, step: int) -> bool:
+        steps = self._config.interval_steps
+        if isinstance(steps, int) and step % steps == 0:
+            return True
+        interval = self.interval_seconds()
+        if interval is not None and time.monotonic() - self._saved_at >= interval:
+            return True
+        if time.monotonic() >= self._next_poll:
+            self._next_poll = time.monotonic() + _POLL_SECONDS
+            if self._request.exists():
+                self._request.unlink(missing_ok=True)
+                return True
+        return False
+
+    def _tell(self, event: str, step: int, message: str) -> None:
+        print(f"warning: step {step}: {message}", flush=True)
+        tell(self._events, event, step=step, message=message)
+
+
+def tell(events: EventWriter, event: str, **fields: Any) -> None:
+    """An event that must not end the run where the disk is full."""
+    try:
+        events.write(event, **fields)
+    except OSError as error:
+        print(f"warning: event {event} not written: {error}", flush=True)
