@@ -43,7 +43,7 @@ def ask(job_ids: Mapping[Path, str], told: Collection[Path] = (), seconds: float
     except DsftError as error:
         return Answer(unknown=dict.fromkeys(job_ids, str(error)))
     unknown: dict[Path, str] = {}
-    in_queue = {_base(job) for job in found.values()}
+    in_queue = {base_id(job) for job in found.values()}
     missing = [path for path, number in job_ids.items() if path not in told and number not in in_queue]
     if missing:
         try:
@@ -52,11 +52,12 @@ def ask(job_ids: Mapping[Path, str], told: Collection[Path] = (), seconds: float
             unknown = dict.fromkeys(missing, str(error))
     by_id: dict[str, list[client.Job]] = {}
     for job in found.values():
-        by_id.setdefault(_base(job), []).append(job)
+        by_id.setdefault(base_id(job), []).append(job)
     return Answer({path: current(by_id[i]) for path, i in job_ids.items() if i in by_id}, unknown)
 
 
-def _base(job: client.Job) -> str:
+def base_id(job: client.Job) -> str:
+    """The job's id, of an array's the whole array's."""
     return job.job_id.split("_")[0]
 
 
@@ -98,7 +99,7 @@ def refuse_second_job(run: RunDirectory) -> None:
     if (job := waiting_job(run)) is not None:
         raise UserError(
             f"{run.path}: job {job.job_id} of this run is in the queue already ({job.slurm_state}); "
-            f"`dsft status` follows it, `dsft cancel` or `scancel {_base(job)}` ends it"
+            f"`dsft status` follows it, `dsft cancel` or `scancel {base_id(job)}` ends it"
         )
 
 
@@ -107,5 +108,5 @@ def cancel_pending(run: RunDirectory) -> str | None:
     job = waiting_job(run)
     if job is None or (job.state != "pending" and "_" not in job.job_id):
         return None
-    client.cancel(_base(job), pending=True)
-    return _base(job) if job.state == "pending" else None
+    client.cancel(base_id(job), pending=True)
+    return base_id(job) if job.state == "pending" else None

@@ -100,6 +100,7 @@ class Supervisor:
     lease: Lease
     gate: Gate | None = None
     tick: Callable[[], None] = lambda: None
+    released: Callable[[], None] = lambda: None  # called once, when everything is checked and the first ranks start
     _history: list[Attempt] = field(default_factory=list)
 
     def supervise(self) -> Result:
@@ -137,6 +138,8 @@ class Supervisor:
             if signals.count:
                 return Verdict("stopped", message=f"stopped on request ({signals.reason})"), signals.reason
             handle.release()
+            if gate is not None:
+                self.released()
             codes, reason = self._watch(attempt, handle, signals)
         except DsftError as error:  # the gate's
             return Verdict("failed", error.failure_class, message=str(error)), None

@@ -30,8 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the config"
     )
+    add_ways(parser)
+    parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)  # of `launcher.detach`
+
+
+def add_ways(parser: argparse.ArgumentParser) -> None:
+    """Declare how to launch."""
     parser.add_argument("--dry-run", action="store_true", help="show what would run; create nothing")
     parser.add_argument("--json", action="store_true", help="print JSON: the plan of a dry run, else the final report")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--watch", action="store_true", help="on SLURM: follow the job (Ctrl-C leaves it alone)")
+    group.add_argument("--detach", action="store_true", help="elsewhere: return once the ranks start, and let it run")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,10 +61,24 @@ def run(options: argparse.Namespace) -> int:
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     gpus = [gpu.name for gpu in facts.gpus]
-    return launch(config, plan.to_json() | {"gpus": gpus}, RunDirectory(Path(plan.run_dir)), options.json)
+    target = RunDirectory(Path(plan.run_dir))
+    if options.detach and config.cluster.backend != "slurm":
+        from launcher.detach import detach
+
+        words = [str(options.config), *(word for value in options.set for word in ("--set", value))]
+        return detach(words, target, options.json)
+    ready_fd = getattr(options, "ready_fd", None)
+    return launch(config, plan.to_json() | {"gpus": gpus}, target, options.json, options.watch, ready_fd)
 
 
-def launch(config: LaunchConfig, plan: dict[str, Any], target: RunDirectory, as_json: bool) -> int:
+def launch(
+    config: LaunchConfig,
+    plan: dict[str, Any],
+    target: RunDirectory,
+    as_json: bool,
+    watch: bool = False,
+    ready_fd: int | None = None,
+) -> int:
     """Run `config` in `target` under its lock, show how it goes, and print the account at the end."""
     from launcher.gate import CheckProcess
     from trainer.config.loading import redacted
@@ -66,7 +89,7 @@ def launch(config: LaunchConfig, plan: dict[str, Any], target: RunDirectory, as_
         from launcher.backends.slurm import in_allocation
 
         if not in_allocation():
-            return _submit(config, config.cluster, plan, target, as_json)
+            return _submit(config, config.cluster, plan, target, as_json, watch)
     environment = _rank_environment(config, plan)
     resolved = redacted(config)
     if _is_finished(target, resolved, as_json):
@@ -84,7 +107,8 @@ def launch(config: LaunchConfig, plan: dict[str, Any], target: RunDirectory, as_
             raise _cannot_write(target, error) from error
         gate = CheckProcess(target.config_path)
         try:
-            result = _supervise(config, plan, target, lease, gate, environment, sys.stderr if as_json else sys.stdout)
+            stream = sys.stderr if as_json else sys.stdout
+            result = _supervise(config, plan, target, lease, gate, environment, stream, ready_fd)
         except OSError as error:
             raise StorageError(f"{error.filename or target.path}: {error.strerror or error}") from error
         finally:
@@ -96,18 +120,28 @@ def launch(config: LaunchConfig, plan: dict[str, Any], target: RunDirectory, as_
 
 
 def _submit(
-    config: LaunchConfig, cluster: SlurmCluster, plan: dict[str, Any], target: RunDirectory, as_json: bool
+    config: LaunchConfig,
+    cluster: SlurmCluster,
+    plan: dict[str, Any],
+    target: RunDirectory,
+    as_json: bool,
+    watch: bool,
 ) -> int:
-    """Check everything, submit the job that will launch this run in its allocation, and print the job's id."""
+    """Check everything, submit the job that will launch this run in its allocation, and print the job's id.
+
+    `watch`: follow it then, or the run's job that is in the queue already.
+    """
     from launcher.backends.slurm import job_of, submit
     from launcher.gate import CheckProcess
-    from launcher.jobs import refuse_second_job
+    from launcher.jobs import base_id, refuse_second_job, waiting_job
     from trainer.config.loading import redacted
     from trainer.failures import EXIT_DONE
 
     resolved = redacted(config)
     if _is_finished(target, resolved, as_json):
         return EXIT_DONE
+    if watch and (job_there := waiting_job(target)) is not None:
+        return _follow(config, target, base_id(job_there), as_json)
     refuse_second_job(target)
     try:
         target.path.mkdir(parents=True, exist_ok=True)
@@ -126,8 +160,20 @@ def _submit(
     job_id = submit(job, cluster)
     target.event_writer("submission").write("submitted", job_id=job_id, backend="slurm")
     value = {"run": str(target.path), "job_id": job_id, "script": str(job.script_path), "log": str(job.log_path)}
-    print(json.dumps(value) if as_json else f"submitted job {job_id}: {job.script_path}, output in {job.log_path}")
+    text = f"submitted job {job_id}: {job.script_path}, output in {job.log_path}"
+    if watch:
+        print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
+        return _follow(config, target, job_id, as_json)
+    print(json.dumps(value) if as_json else text)
     return EXIT_DONE
+
+
+def _follow(config: LaunchConfig, target: RunDirectory, job_id: str, as_json: bool) -> int:
+    from launcher.follow import follow
+
+    code = follow(target, job_id, sys.stderr if as_json else sys.stdout, config.training.epochs)
+    _print_account(target, as_json)
+    return code
 
 
 def _is_finished(target: RunDirectory, resolved: dict[str, Any], as_json: bool) -> bool:
@@ -163,6 +209,7 @@ def _supervise(
     gate: CheckProcess,
     environment: dict[str, str],
     stream: TextIO,
+    ready_fd: int | None,
 ) -> Result:
     """The run itself, with its progress and its end told on `stream`."""
     from launcher.supervisor import Supervisor
@@ -181,8 +228,14 @@ def _supervise(
                 watch.say(f"warning: {warning}")
         watch.tick()
 
+    def released() -> None:
+        if ready_fd is not None:
+            from launcher.detach import tell_ready
+
+            tell_ready(ready_fd)
+
     try:
-        result = Supervisor(target, backend, resilience, lease, gate, tick).supervise()
+        result = Supervisor(target, backend, resilience, lease, gate, tick, released).supervise()
     finally:
         watch.close()
     if result.action.reason:

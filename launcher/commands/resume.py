@@ -8,12 +8,13 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
+    from launcher.commands.launch import add_ways
+
     parser.add_argument("run", metavar="RUN", help="run directory or name")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the config"
     )
-    parser.add_argument("--dry-run", action="store_true", help="show what would run; create nothing")
-    parser.add_argument("--json", action="store_true", help="print JSON: the plan of a dry run, else the final report")
+    add_ways(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from trainer.processes import processes_of_run
+from trainer.processes import kill_run, processes_of_run
 from trainer.rundir import RunDirectory
 
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -162,3 +162,35 @@ def test_a_run_directory_that_cannot_be_written_is_a_user_error(folder: Path, tm
     code, _, errors = dsft(folder, "launch", str(config_file(folder, "w")), "--set", f"output_dir={tmp_path}/runs")
     assert code == 2
     assert str(tmp_path) in errors
+
+
+def test_a_detached_launch_goes_on_alone_and_is_told_to_stop(folder: Path) -> None:
+    config = config_file(folder, "alone", max_steps=100000)
+    code, output, errors = dsft(folder, "launch", str(config), "--detach", "--json")
+    assert code == 0, errors
+    answer = json.loads(output)
+    run = RunDirectory(Path(answer["run"]))
+    try:
+        assert os.getsid(answer["pid"]) == answer["pid"]  # no terminal's end reaches it
+        assert state_of(folder, run) == "running"
+        wait_for(lambda: len(run.step_lines()) >= 2)
+        logs = start(folder, "logs", "-f", "alone")
+        assert dsft(folder, "cancel", "alone")[0] == 0
+        text, _ = logs.communicate(timeout=60)  # ends with the run
+        assert "attention:" in text
+        assert state_of(folder, run) == "stopped"
+        assert run.published_checkpoints() != []
+        assert processes_of_run(run.path) == []
+        assert "stopped on request (cancel)" in Path(answer["log"]).read_text()
+    finally:
+        kill_run(run.path)
+
+
+def test_a_detached_launch_that_cannot_start_says_why(folder: Path) -> None:
+    config = config_file(folder, "cannot")
+    settings = json.loads(config.read_text())
+    settings["data"]["train"][0]["columns"]["prompt"] = "no_such_column"
+    config.write_text(json.dumps(settings))
+    code, _, errors = dsft(folder, "launch", str(config), "--detach")
+    assert code == 2
+    assert "no_such_column" in errors

@@ -1,0 +1,71 @@
+"""`dsft launch --watch` on SLURM: the job in the queue, then the run as a local launch shows it, over all requeues."""
+
+from __future__ import annotations
+
+import time
+from typing import TextIO
+
+from launcher import jobs
+from launcher.state import DIED, ledger, run_state
+from launcher.watch import Watch
+from slurm.client import Job
+from trainer.failures import EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY
+from trainer.rundir import RunDirectory
+
+_TICK_SECONDS = 0.2
+_ASK_SECONDS = 5.0  # between two questions to SLURM while it is its turn, and while the run is at it
+_ASK_RUNNING_SECONDS = 30.0
+
+
+def follow(run: RunDirectory, job_id: str, stream: TextIO, epochs: float | None = None) -> int:
+    """Show how the job and the run go until both have ended; the run's exit code. Ctrl-C leaves the job alone.
+
+    "SLURM does not answer" and "the job is not known any more" end nothing that the ledger does not say has ended.
+    """
+    watch = Watch(run, stream, epochs)
+    try:
+        return _follow(run, job_id, watch)
+    except KeyboardInterrupt:
+        watch.say(
+            f"job {job_id} goes on without this terminal: `dsft status {run.path}` tells how, `dsft resume --watch "
+            f"{run.path}` comes back to this view, `dsft cancel {run.path}` saves and stops it"
+        )
+        return EXIT_DONE
+    finally:
+        watch.close()
+
+
+def _follow(run: RunDirectory, job_id: str, watch: Watch) -> int:
+    said = ""
+    next_ask = 0.0
+    started = time.time()
+    while True:
+        watch.tick()
+        time.sleep(_TICK_SECONDS)
+        if time.monotonic() < next_ask:
+            continue
+        events = ledger(run)
+        state = run_state(run, events)
+        next_ask = time.monotonic() + (_ASK_RUNNING_SECONDS if state.state == "running" else _ASK_SECONDS)
+        answer = jobs.ask({run.path: job_id})
+        job = answer.jobs.get(run.path)
+        if (text := answer.unknown.get(run.path) or (_words(job) if job else "")) and text != said:
+            watch.say(text)
+            said = text
+        if state.state == "running" or run.path in answer.unknown or (job and job.state in ("pending", "running")):
+            continue
+        last = next((event for event in reversed(events) if event["event"] in ("finished", "failed", "stopped")), None)
+        if last is not None and float(last["time"]) >= started - 1 and state.reason != DIED:
+            return int(last.get("exit_code", EXIT_FAILED))
+        if state.state == "finished":
+            return EXIT_DONE
+        watch.say(
+            f"job {job_id} {'has ended' if job else 'is not known to SLURM any more'}: {state.reason or 'no word'}"
+        )
+        return EXIT_TEMPORARY if job and job.state == "stopped" else EXIT_FAILED
+
+
+def _words(job: Job) -> str:
+    reason = f" ({job.reason})" if job.reason not in ("", "None") else ""
+    nodes = f" on {job.node_list}" if job.state == "running" and job.node_list else ""
+    return f"job {job.job_id}: {job.slurm_state.lower()}{reason}{nodes}"
