@@ -22,6 +22,8 @@ VERBS = {
     "report": "what became of a run: steps, evaluation, goodput, failures",
     "cancel": "stop a run, after a last checkpoint",
     "resume": "go on with a stopped run from its last checkpoint",
+    "checkpoint": "list, verify, compare, thin out or ask for checkpoints of a run",
+    "export": "write a checkpoint as a Hugging Face model folder",
     "schema": "print the JSON Schema of the config, for editors",
 }
 

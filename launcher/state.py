@@ -36,7 +36,7 @@ def ledger(run: RunDirectory) -> list[dict[str, Any]]:
 
 def run_state(run: RunDirectory, events: Sequence[Mapping[str, Any]] | None = None) -> RunState:
     """Derive the state, from `events` if the ledger was read already. A launcher that was killed leaves `failed`."""
-    told = ("submitted", "attempt", "finished", "failed", "stopped")
+    told = ("submitted", "attempt", "finished", "failed", "stopped", "reopened")
     events = ledger(run) if events is None else events
     last = next((event for event in reversed(events) if event["event"] in told), {"event": "submitted"})
     if last["event"] == "finished":
@@ -49,6 +49,8 @@ def run_state(run: RunDirectory, events: Sequence[Mapping[str, Any]] | None = No
             return RunState("failed", str(last.get("reason", "")))
         case "stopped":
             return RunState("stopped", str(last.get("reason", "")))
+        case "reopened":
+            return RunState("stopped", f"to go on from step {last.get('step')}")
         case "attempt":
             return RunState("failed", DIED)
     return RunState("pending")

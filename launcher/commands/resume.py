@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.rundir import RunDirectory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the config"
     )
+    parser.add_argument("--step", type=int, help="go back to the checkpoint of this step; later ones are set aside")
     add_ways(parser)
 
 
@@ -23,5 +28,30 @@ def run(options: argparse.Namespace) -> int:
     from launcher.registry import find_run
 
     found = find_run(options.run)
+    if options.step is not None:
+        _go_back(found, options.step, options.dry_run)
     options.config = Path(found.config_path)
     return launch.run(options)
+
+
+def _go_back(run: RunDirectory, step: int, dry_run: bool) -> None:
+    """Make the checkpoint of ``step`` the newest one. A finished run is then unfinished again."""
+    import sys
+
+    from launcher.state import run_state
+    from trainer.checkpoint_files import abandon_after, damage, published
+    from trainer.failures import UserError
+    from trainer.lease import acquire
+
+    problem = damage(published(run, step))
+    if problem:
+        raise UserError(f"the checkpoint of step {step} is damaged: {problem}; `dsft checkpoint verify` shows others")
+    if run_state(run).state == "running":
+        raise UserError(f"{run.path} is running; `dsft cancel` stops it")
+    if dry_run:
+        return
+    with acquire(run.lock_dir, lambda _: None):
+        aside = abandon_after(run, step)
+        run.event_writer("supervisor").write("reopened", step=step, set_aside=aside)
+    for name in aside:
+        print(f"set aside: {name}", file=sys.stderr)

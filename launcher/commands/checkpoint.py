@@ -1,0 +1,140 @@
+"""`dsft checkpoint list|verify|diff|gc|save RUN`: a run's checkpoints, without torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from trainer.checkpoint_files import (
+    Checkpoint,
+    Retention,
+    damage,
+    differences,
+    list_checkpoints,
+    published,
+    remove,
+    superfluous,
+)
+from trainer.failures import EXIT_DONE, EXIT_FAILED, UserError
+from trainer.rundir import RunDirectory, write_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    helps = {
+        "list": "what there is: step, size, evaluation loss",
+        "verify": "check every file of every published checkpoint against its checksum",
+        "diff": "what differs between two checkpoints",
+        "gc": "remove what the config's retention does not keep, and what was set aside",
+        "save": "ask a running run for a checkpoint after its next step",
+    }
+    for action, text in helps.items():
+        subparser = actions.add_parser(action, help=text, description=text[0].upper() + text[1:] + ".")
+        subparser.add_argument("run", metavar="RUN", help="run directory or name")
+        if action == "verify":
+            subparser.add_argument("--step", type=int, metavar="N", help="only this one")
+        if action == "diff":
+            subparser.add_argument("a", type=int, metavar="A", help="a step")
+            subparser.add_argument("b", type=int, metavar="B", help="another step")
+        if action == "gc":
+            subparser.add_argument("--dry-run", action="store_true", help="show what would be removed; remove nothing")
+        subparser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it; `verify` ends with 1 where something is damaged, `diff` where something differs."""
+    from launcher.registry import find_run
+
+    found = find_run(options.run)
+    actions = {"list": _list, "verify": _verify, "diff": _diff, "gc": _gc, "save": _save}
+    return actions[options.action](found, options)
+
+
+def _show(options: argparse.Namespace, values: list[dict[str, Any]], lines: list[str], none: str) -> None:
+    print(json.dumps(values) if options.json else "\n".join(lines) or none)
+
+
+def _to_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "step": checkpoint.step,
+        "status": checkpoint.status,
+        "bytes": checkpoint.size,
+        "world_size": checkpoint.world_size,
+        "evaluation_loss": checkpoint.evaluation_loss,
+        "path": str(checkpoint.folder),
+    }
+
+
+def _list(target: RunDirectory, options: argparse.Namespace) -> int:
+    found = list_checkpoints(target)
+    lines = []
+    for checkpoint in found:
+        loss = "" if checkpoint.evaluation_loss is None else f"  evaluation loss {checkpoint.evaluation_loss:.6g}"
+        ranks = "" if checkpoint.world_size is None else f"  {checkpoint.world_size} ranks"
+        lines.append(f"{checkpoint.folder.name}  {checkpoint.status}  {checkpoint.size / 1e9:.3f} GB{ranks}{loss}")
+    _show(options, [_to_json(checkpoint) for checkpoint in found], lines, "no checkpoints yet")
+    return EXIT_DONE
+
+
+def _verify(target: RunDirectory, options: argparse.Namespace) -> int:
+    steps = target.published_checkpoints() if options.step is None else [options.step]
+    results = [{"step": step, "damage": damage(published(target, step))} for step in steps]
+    lines = [f"step {result['step']}: {result['damage'] or 'whole'}" for result in results]
+    _show(options, results, lines, "no checkpoints yet")
+    return EXIT_FAILED if any(result["damage"] for result in results) else EXIT_DONE
+
+
+def _diff(target: RunDirectory, options: argparse.Namespace) -> int:
+    found = list(differences(published(target, options.a), published(target, options.b)))
+    values = [{"what": what, "a": old, "b": new} for what, old, new in found]
+    _show(options, values, [f"{what}: {_short(old)} -> {_short(new)}" for what, old, new in found], "no difference")
+    return EXIT_FAILED if found else EXIT_DONE
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _gc(target: RunDirectory, options: argparse.Namespace) -> int:
+    from trainer.config.schema import LaunchConfig
+    from trainer.lease import acquire
+
+    config = LaunchConfig.model_validate_json(target.config_path.read_text()).checkpoint
+    _refuse_while_running(target)
+    with acquire(target.lock_dir, lambda _: None):  # nobody trains in it meanwhile
+        found = list_checkpoints(target)
+        retention = Retention(config.keep_last, config.keep_best, config.keep_every_steps)
+        doomed = [c for c in found if c.status != "published"] + superfluous(found, retention)
+        steps = target.published_checkpoints()
+        if steps and not options.dry_run and (problem := damage(published(target))):
+            raise UserError(
+                f"the newest checkpoint is damaged: {problem}; nothing is removed. `dsft resume` sets it aside"
+            )
+        if not options.dry_run:
+            for checkpoint in doomed:
+                remove(checkpoint.folder)
+    word = "would remove" if options.dry_run else "removed"
+    lines = [f"{word} {c.folder.name}  {c.status}  {c.size / 1e9:.3f} GB" for c in doomed]
+    _show(options, [_to_json(c) for c in doomed], lines, "nothing to remove")
+    return EXIT_DONE
+
+
+def _refuse_while_running(target: RunDirectory) -> None:
+    from launcher.state import run_state
+
+    if run_state(target).state == "running":
+        raise UserError(f"{target.path} is running, and thins out its checkpoints itself; `dsft cancel` stops it")
+
+
+def _save(target: RunDirectory, options: argparse.Namespace) -> int:
+    from launcher.state import run_state
+
+    if run_state(target).state != "running":
+        raise UserError(f"{target.path} is not running: nothing can be saved")
+    attempt = target.attempts()[-1]
+    write_json(target.save_request_path(attempt), {})
+    _show(options, [{"attempt": attempt}], ["asked for: `dsft checkpoint list` shows it when it is written"], "")
+    return EXIT_DONE
