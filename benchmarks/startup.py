@@ -64,15 +64,15 @@ def make_config(folder: Path, ranks: int, hidden: int, layers: int, vocabulary: 
     return path
 
 
-def measure_help(folder: Path, repeats: int) -> dict[str, Any]:
+def measure_help(folder: Path, repeats: int, warm_up: int) -> dict[str, Any]:
     """{"dsft": [{"wall", "cpu"}], "torch": [...], "wall_ratio", "cpu_ratio"}."""
     variables = environment(folder)
     commands = {"dsft": [*dsft_command(), "--help"], "torch": [sys.executable, "-c", "import torch"]}
     times: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
-    for turn in range(repeats + 1):
+    for turn in range(repeats + warm_up):
         for name, command in commands.items():
             found = timed(command, variables, folder)
-            if turn:
+            if turn >= warm_up:
                 times[name].append(found)
     ratios = {
         f"{clock}_ratio": median_ratio([t[clock] for t in times["dsft"]], [t[clock] for t in times["torch"]])
@@ -138,15 +138,15 @@ def first_step_of_bare(folder: Path, job: Path, ranks: int, turn: int) -> float:
     return float(told["first_step"]) - start
 
 
-def measure_first_step(folder: Path, config: Path, ranks: int, repeats: int) -> dict[str, Any]:
+def measure_first_step(folder: Path, config: Path, ranks: int, repeats: int, warm_up: int) -> dict[str, Any]:
     """{"dsft": [seconds], "bare": [seconds], "events": [...], "ratio"}."""
     job = bare_job(folder, config)
     dsft, bare, events = [], [], []
-    for turn in range(repeats + 1):
+    for turn in range(repeats + warm_up):
         seconds, told = first_step_of_dsft(folder, config, turn)
         other = first_step_of_bare(folder, job, ranks, turn)
         print(f"pair {turn}: dsft {seconds:.2f} s, bare {other:.2f} s, {seconds / other:.3f}", flush=True)
-        if turn:
+        if turn >= warm_up:
             dsft.append(seconds)
             bare.append(other)
             events.append(told)
@@ -157,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=11, help="pairs of --help and import torch, and plans")
     parser.add_argument("--launches", type=int, default=5, help="pairs of launches")
+    parser.add_argument("--warm-up", type=int, default=1, help="pairs that do not count, of each")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
@@ -167,9 +168,9 @@ def main() -> None:
         folder = Path(name)
         config = make_config(folder, options.ranks, options.hidden, options.layers, options.vocabulary)
         found = {
-            "help": measure_help(folder, options.repeats),
+            "help": measure_help(folder, options.repeats, options.warm_up),
             "plan": measure_plan(folder, config, options.repeats),
-            "first_step": measure_first_step(folder, config, options.ranks, options.launches),
+            "first_step": measure_first_step(folder, config, options.ranks, options.launches, options.warm_up),
         }
     helps, plan, first = found["help"], found["plan"], found["first_step"]
 

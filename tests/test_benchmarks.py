@@ -1,0 +1,49 @@
+"""Each benchmark in small, so that none of them rots; its figures mean nothing here, but they have to be there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(name, folder, *arguments):
+    """The JSON that a benchmark has written."""
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--output", str(folder), *map(str, arguments)]
+    result = subprocess.run(command, env={**os.environ, "TMPDIR": str(folder)}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    value = json.loads((folder / f"{name}.json").read_text())
+    assert value["formula"]
+    assert value["machine"]["packages"]["torch"]
+    assert f"# {name}" in (folder / f"{name}.md").read_text()
+    return value
+
+
+def test_startup(tmp_path):
+    small = ["--ranks", 1, "--hidden", 64, "--layers", 1, "--vocabulary", 2048]
+    value = run("startup", tmp_path, "--repeats", 1, "--launches", 1, "--warm-up", 0, *small)
+    assert 0 < value["help"]["cpu_ratio"] < 0.5
+    assert value["plan"]["wall"] > 0
+    assert value["first_step"]["ratio"] > 0
+    assert value["first_step"]["dsft"][0] < value["first_step"]["events"][0]["finished"]
+
+
+def test_step_overhead(tmp_path):
+    small = ["--hidden", 64, "--layers", 1, "--vocabulary", 2048, "--sequence-length", 128]
+    value = run("step_overhead", tmp_path, "--block", 2, "--cycles", 3, *small)
+    assert value["batches"] == 6
+    assert value["ratio_bare"] > 0
+    assert value["ratio_full_logits"] > 0
+    # the script refuses loops that do other work; the loss function proper is the same one
+    assert value["largest_loss_difference_bare"] < 2e-3
+
+
+def test_load_memory(tmp_path):
+    value = run("load_memory", tmp_path, "--ranks", 2, "--hidden", 512, "--layers", 4, "--vocabulary", 8000)
+    first = value["runs"][0]
+    assert [told["rank"] for told in first["per_rank"]] == [0, 1]
+    for told in first["per_rank"]:
+        assert 0.49 < told["partition"] / value["model_bytes"] < 0.55  # the file has a header
+        assert told["peak_anonymous"] >= 0.9 * told["partition"]
