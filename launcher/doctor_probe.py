@@ -2,7 +2,8 @@
 
     DSFT_LINK="ADDRESS PORT TOKEN" python -P -m launcher.doctor_probe
 
-ADDRESS "ssh" stands for where ssh came from. The other end is `launcher.doctor_nodes`; one JSON object a line each way.
+ADDRESS "ssh" or "srun" stands for where that came from. The other end is
+`launcher.doctor_nodes`; one JSON object a line each way.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ def main() -> int:
     client = os.environ.get("SSH_CONNECTION", "").split(" ")[0]
     if address == "ssh":
         address = client
+    elif address == "srun":
+        address = os.environ["SLURM_LAUNCH_NODE_IPADDR"]
+        die_with_parent()
     else:
         die_with_parent()
     try:
