@@ -226,8 +226,8 @@ class Saver:
         self._at("manifest")
         _fsync(folder)
         write_json(folder / "manifest.json", manifest)
-        self._at("published")
         with suppress(OSError):  # it is published; a power failure now could still undo that
+            self._at("published")
             _fsync(folder)
             _fsync(self._checkpoints)
         return sum(int(entry["bytes"]) for entry in files.values())
@@ -251,12 +251,14 @@ class Saver:
 
     def _clean_up(self, folder: Path, rank: int, world_size: int) -> None:
         """Give back the space of a failed save, and let rank 0 know, without needing a block of the disk."""
+        if (folder / "manifest.json").exists():
+            return
         with suppress(OSError):
             for path in folder.glob(f"{rank_file(rank, world_size)}*"):
                 path.unlink(missing_ok=True)
         with suppress(OSError):
             (folder / _report(rank)).with_suffix(".failed").touch()
-        if rank == 0 and not (folder / "manifest.json").exists():
+        if rank == 0:
             self._wait_for_others(folder, world_size)
             with suppress(OSError):
                 shutil.rmtree(folder)

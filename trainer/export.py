@@ -1,57 +1,71 @@
-"""Exports a checkpoint as a Hugging Face model folder, parameter by parameter.
-
-Peak memory is one shard of the export plus one parameter: the slices of a checkpoint are read where they lie, joined,
-cast and written; the model itself is never built (only its structure, on the meta device).
-"""
+"""Exports a checkpoint as a Hugging Face model folder: structure, weights, tokenizer, model card."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import shutil
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from trainer import checkpoint
 from trainer.checkpoint_files import damage, published
 from trainer.config.schema import LaunchConfig, ModelConfig
-from trainer.engine import Shard
-from trainer.failures import UserError
-from trainer.model import DTYPES
-from trainer.rundir import RunDirectory, write_json
+from trainer.export_weights import Weights
+from trainer.failures import DsftError, StorageError, UserError
+from trainer.model import DTYPES, quiet_libraries
+from trainer.rundir import RunDirectory
 from trainer.tokenizer import load_tokenizer
 
-_WEIGHTS = "model"
+_ROOM_BYTES = 100 << 20  # tokenizer, configs
 
 
-def export_run(run: RunDirectory, config: LaunchConfig, step: int | None = None, dtype: str | None = None) -> Path:
-    """Write ``export/`` from a checkpoint (the newest one by default); returns the folder.
+def export_run(
+    run: RunDirectory,
+    config: LaunchConfig,
+    step: int | None = None,
+    dtype: str | None = None,
+    output: Path | None = None,
+) -> Path:
+    """Write a checkpoint (the newest one by default) as a Hugging Face folder and check it; returns the folder.
 
-    The folder appears by one rename, whole; an older export is replaced.
+    The folder appears by one rename, whole and checked; an older export of the run is replaced, other folders are not.
 
     Raises:
-        UserError: there is no such checkpoint, or it is damaged.
+        UserError: there is no such checkpoint, it is damaged, or ``output`` is in use.
+        StorageError: no room on the disk, or what was written is not what the checkpoint holds.
     """
     source = published(run, step)
     found = damage(source)
     if found:
         raise UserError(f"the checkpoint is damaged: {found}; export another step ({run.published_checkpoints()})")
+    target = run.export_dir if output is None else output.absolute()
+    if output is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--output {target} is there already: choose a folder that is not, or is empty")
 
-    target = run.export_dir
+    chosen = dtype or (config.model.dtype if config.export.dtype == "auto" else config.export.dtype)
+    model = _meta_model(config.model)
+    weights = Weights(source, model, DTYPES[chosen])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if weights.total_bytes + _ROOM_BYTES > free:
+        raise StorageError(
+            f"the export takes {weights.total_bytes / 1e9:.3g} GB and {free / 1e9:.3g} GB are free in {target.parent}: "
+            "free some, or give `dsft export` another --output"
+        )
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    chosen = dtype or (config.model.dtype if config.export.dtype == "auto" else config.export.dtype)
-    state = json.loads((source / "state.json").read_text())
-    _write_weights(source, state, partial, DTYPES[chosen], int(config.export.max_shard_size_gib * 2**30))
-    _write_model_config(config.model, partial, chosen)
+    partial.mkdir()
+    weights.write(partial, int(config.export.max_shard_size_gib * 2**30))
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = chosen
+    model.config.save_pretrained(partial)
+    if model.can_generate():
+        model.generation_config.save_pretrained(partial)
     load_tokenizer(config.model).save(partial)
-    (partial / "README.md").write_text(_model_card(run, config, int(state["step"])), encoding="utf-8")
+    (partial / "README.md").write_text(_model_card(run, config, int(weights.state["step"])), encoding="utf-8")
+    weights.check(partial, config.model.trust_remote_code)
     if target.exists():
         old = target.with_name(target.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
@@ -63,54 +77,8 @@ def export_run(run: RunDirectory, config: LaunchConfig, step: int | None = None,
     return target
 
 
-def whole_parameters(folder: Path, state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every parameter of a checkpoint, one at a time: fp32 masters, frozen ones as they are."""
-    slices = checkpoint.Slices(folder, state)
-    frozen_dtype = None
-    for name, shape, trained in state["parameters"]:
-        numel = math.prod(shape)
-        key = f"{'master' if trained else 'frozen'}/{name}"
-        if not trained and frozen_dtype is None:
-            frozen_dtype = slices.dtype(key)
-        whole = torch.empty(numel, dtype=torch.float32 if trained else frozen_dtype)
-        slices.read_into(key, Shard(name, numel, 0, numel, {}), whole)
-        yield name, whole.view(shape)
-
-
-def _write_weights(source: Path, state: dict[str, Any], target: Path, dtype: torch.dtype, max_bytes: int) -> None:
-    shards: list[tuple[Path, list[str]]] = []
-    pending: dict[str, torch.Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        nonlocal pending, size
-        path = target / f"{_WEIGHTS}-{len(shards) + 1:05d}.safetensors"
-        save_file(pending, path, metadata={"format": "pt"})
-        shards.append((path, list(pending)))
-        pending, size = {}, 0
-
-    for name, tensor in whole_parameters(source, state):
-        tensor = tensor.to(dtype)
-        if pending and size + tensor.nbytes > max_bytes:
-            flush()
-        pending[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    if len(shards) == 1:
-        shards[0][0].rename(target / f"{_WEIGHTS}.safetensors")
-        return
-    weight_map = {}
-    for index, (path, names) in enumerate(shards, 1):
-        file = f"{_WEIGHTS}-{index:05d}-of-{len(shards):05d}.safetensors"
-        path.rename(target / file)
-        weight_map.update(dict.fromkeys(names, file))
-    write_json(
-        target / f"{_WEIGHTS}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-    )
-
-
-def _write_model_config(config: ModelConfig, target: Path, dtype: str) -> None:
+def _meta_model(config: ModelConfig) -> Any:
+    """The model's structure, without memory for its weights."""
     import transformers
 
     if config.config is not None:
@@ -119,12 +87,7 @@ def _write_model_config(config: ModelConfig, target: Path, dtype: str) -> None:
     else:
         model_config = transformers.AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
-    model_config.architectures = [type(model).__name__]
-    model_config.dtype = dtype
-    model_config.save_pretrained(target)
-    if model.can_generate():
-        model.generation_config.save_pretrained(target)
+        return transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
 
 
 def _model_card(run: RunDirectory, config: LaunchConfig, step: int) -> str:
@@ -162,10 +125,16 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--step", type=int)
     parser.add_argument("--dtype", choices=sorted(DTYPES))
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     run = RunDirectory(arguments.run_dir)
     config = LaunchConfig.model_validate_json(run.config_path.read_text())
-    print(export_run(run, config, arguments.step, arguments.dtype))
+    quiet_libraries()
+    try:
+        print(export_run(run, config, arguments.step, arguments.dtype, arguments.output))
+    except DsftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import fnmatch
 import importlib.util
 import logging
 import math
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from trainer.engine import whole_shape
 from trainer.failures import UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _NORM = re.compile(r"(^|[._])(ln|norm|layernorm|rmsnorm)", re.IGNORECASE)
 
 
@@ -26,6 +30,27 @@ def choose_attention(requested: str, device: torch.device) -> str | None:
         return requested
     flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
     return "flash_attention_2" if flash else None
+
+
+@contextmanager
+def returning_freed_memory() -> Iterator[None]:
+    """Inside, glibc gives large freed blocks back to the system at once; loading frees as much as the model holds.
+
+    Its default keeps them (the threshold follows the largest block freed), and a rank on CPUs would hold a whole model
+    for a while. Afterwards the threshold is the largest that the default would have reached.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is None:
+        yield
+        return
+    for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+        mallopt(option, 1 << 20)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).malloc_trim(0)
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def build_model(
@@ -50,24 +75,24 @@ def build_model(
     import transformers
     from transformers.integrations import HfDeepSpeedConfig
 
-    transformers.utils.logging.disable_progress_bar()
     # transformers keeps only a weak reference to this object, and partitions models while it lives
     partitioning = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config["zero_optimization"]["stage"] == 3 else None
     dtype = DTYPES[config.dtype]
     torch.manual_seed(seed)
     try:
-        if config.config is not None:
-            arguments = dict(config.config)
-            model_config = transformers.AutoConfig.for_model(arguments.pop("model_type"), **arguments)
-            model = auto_class.from_config(model_config, dtype=dtype, attn_implementation=attention)
-        else:
-            model = auto_class.from_pretrained(
-                config.path,
-                dtype=dtype,
-                attn_implementation=attention,
-                trust_remote_code=config.trust_remote_code,
-                use_safetensors=True,  # never a pickle
-            )
+        with returning_freed_memory():
+            if config.config is not None:
+                arguments = dict(config.config)
+                model_config = transformers.AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+                model = auto_class.from_config(model_config, dtype=dtype, attn_implementation=attention)
+            else:
+                model = auto_class.from_pretrained(
+                    config.path,
+                    dtype=dtype,
+                    attn_implementation=attention,
+                    trust_remote_code=config.trust_remote_code,
+                    use_safetensors=True,  # never a pickle
+                )
     except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
         origin = f"model.path {config.path!r}" if config.path else "model.config"
         raise UserError(f"{origin}: the model cannot be built: {error}") from error
@@ -120,6 +145,9 @@ def output_head_parameters(model: Any) -> int:
 
 def quiet_libraries() -> None:
     """Leave warnings and errors of the libraries in the log, not their chatter."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     for name in ("transformers", "accelerate", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # DeepSpeed calls functions that torch has renamed: two warnings for every parameter of every step

@@ -1,0 +1,215 @@
+"""A checkpoint's weights as sharded safetensors, a chunk at a time, and the proof that they came out right.
+
+Memory: one chunk, or one parameter where the file format of a model family splits it (transformers fuses the experts
+of some families when it loads them). The safetensors layout is written here, since the library's writer wants all
+tensors of a file in memory: 8 bytes of header length (little endian), the header as JSON, the tensors one by one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import safe_open
+
+from trainer.checkpoint import Slices
+from trainer.engine import Shard
+from trainer.failures import StorageError
+from trainer.rundir import write_json
+
+_CHUNK = 1 << 23  # elements
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+# Two models of this size are held in memory for the comparison of logits
+_LOGITS_BYTES = 2 << 30
+_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the export: ``name`` there, from the checkpoint's ``source`` (split, if the names differ)."""
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Weights:
+    """The weights of one checkpoint, to be written in ``dtype`` (buffers keep their own).
+
+    Args:
+        folder: of the checkpoint.
+        model: on the meta device; says how transformers names parameters in files.
+        dtype: of the exported parameters.
+    """
+
+    def __init__(self, folder: Path, model: Any, dtype: torch.dtype) -> None:
+        self.state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        self._slices = Slices(folder, self.state)
+        self._model, self._dtype = model, dtype
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._keys: dict[str, str] = {}
+        self._dtypes: dict[str, torch.dtype] = {}  # in the checkpoint
+        frozen: torch.dtype | None = None
+        for name, shape, trained in self.state["parameters"]:
+            self._shapes[name], self._keys[name] = tuple(shape), f"{'master' if trained else 'frozen'}/{name}"
+            if not trained and frozen is None:
+                frozen = self._slices.dtype(self._keys[name])
+            self._dtypes[name] = torch.float32 if trained or frozen is None else frozen
+        self._parameters = list(self._shapes)
+        for name, shape in self.state["buffers"]:
+            self._shapes[name], self._keys[name] = tuple(shape), f"buffer/{name}"
+            self._dtypes[name] = self._slices.dtype(self._keys[name]) if math.prod(shape) else torch.float32
+        self.entries = self._plan()
+        self.total_bytes = sum(entry.bytes for entry in self.entries)
+
+    def _plan(self) -> list[Entry]:
+        """The export's tensors, in the checkpoint's order."""
+        entries = []
+        for name in self._parameters:
+            meta = torch.empty(self._shapes[name], dtype=self._dtype, device="meta")
+            entries += [Entry(n, name, tuple(t.shape), self._dtype) for n, t in self._for_files(name, meta).items()]
+        if len({entry.name for entry in entries}) != len(entries):  # a family that joins several parameters in files
+            entries = [Entry(name, name, self._shapes[name], self._dtype) for name in self._parameters]
+        buffers = [name for name in self._shapes if name not in set(self._parameters)]
+        return entries + [Entry(name, name, self._shapes[name], self._dtypes[name]) for name in buffers]
+
+    def _for_files(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A parameter under the names that files of this model family use."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        found: dict[str, torch.Tensor] = revert_weight_conversion(self._model, {name: tensor})
+        return found
+
+    # -- reading the checkpoint
+
+    def _chunk(self, name: str, begin: int, length: int) -> torch.Tensor:
+        chunk = torch.empty(length, dtype=self._dtypes[name])
+        numel = math.prod(self._shapes[name])
+        self._slices.read_into(self._keys[name], Shard(name, numel, begin, length, {}), chunk)
+        return chunk
+
+    def whole(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """A parameter or buffer of the checkpoint, whole."""
+        numel = math.prod(self._shapes[name])
+        return self._chunk(name, 0, numel).to(dtype).view(self._shapes[name]) if numel else torch.empty(0, dtype=dtype)
+
+    def chunks(self, entry: Entry) -> Iterator[torch.Tensor]:
+        """The flattened tensor of an entry, in order, in its dtype."""
+        if entry.name != entry.source or entry.shape != self._shapes[entry.source]:
+            tensor = self._for_files(entry.source, self.whole(entry.source, entry.dtype))[entry.name]
+            yield tensor.contiguous().view(-1)
+            return
+        numel = math.prod(entry.shape)
+        for begin in range(0, numel, _CHUNK):
+            yield self._chunk(entry.source, begin, min(_CHUNK, numel - begin)).to(entry.dtype)
+
+    # -- writing
+
+    def write(self, folder: Path, max_bytes: int) -> None:
+        """model.safetensors, or shards of ``max_bytes`` at most (but one tensor at least) and their index."""
+        shards: list[list[Entry]] = [[]]
+        for entry in self.entries:
+            if shards[-1] and sum(e.bytes for e in shards[-1]) + entry.bytes > max_bytes:
+                shards.append([])
+            shards[-1].append(entry)
+        weight_map = {}
+        for index, shard in enumerate(shards, 1):
+            file_name = (
+                f"model-{index:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            )
+            with (folder / file_name).open("wb") as file:
+                self._write_shard(file, shard)
+            weight_map.update({entry.name: file_name for entry in shard})
+        if len(shards) > 1:
+            index_file = folder / "model.safetensors.index.json"
+            write_json(index_file, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map})
+
+    def _write_shard(self, file: IO[bytes], shard: list[Entry]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for entry in shard:
+            span = [offset, offset + entry.bytes]
+            header[entry.name] = {
+                "dtype": _DTYPE_NAMES[entry.dtype],
+                "shape": list(entry.shape),
+                "data_offsets": span,
+            }
+            offset = span[1]
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(struct.pack("<Q", len(text)) + text)
+        for entry in shard:
+            for chunk in self.chunks(entry):
+                file.write(chunk.view(torch.uint8).numpy().data)
+
+    # -- checking
+
+    def check(self, folder: Path, trust_remote_code: bool) -> None:
+        """Read the export back: every element equals the checkpoint's; for smaller models plain transformers also
+        loads the folder and gives the logits of the checkpoint's weights. Raises StorageError."""
+        files: dict[str, Any] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            file: Any = safe_open(path, framework="pt")
+            files.update(dict.fromkeys(file.keys(), file))
+        for entry in self.entries:
+            tensor = files[entry.name].get_slice(entry.name)
+            if math.prod(entry.shape) <= _CHUNK or entry.name != entry.source:
+                written = files[entry.name].get_tensor(entry.name).reshape(-1)
+                equal = torch.equal(written, torch.cat([*self.chunks(entry), torch.empty(0, dtype=entry.dtype)]))
+            else:  # rows at a time
+                rows = max(_CHUNK // math.prod(entry.shape[1:]), 1)
+                width = math.prod(entry.shape[1:])
+                equal = all(
+                    torch.equal(
+                        tensor[row : row + rows].reshape(-1),
+                        self._chunk(entry.source, row * width, min(rows, entry.shape[0] - row) * width).to(entry.dtype),
+                    )
+                    for row in range(0, entry.shape[0], rows)
+                )
+            if not equal:
+                raise StorageError(f"{folder}: {entry.name} was not written as the checkpoint has it; try again")
+        if self.total_bytes <= _LOGITS_BYTES:
+            self._check_logits(folder, trust_remote_code)
+
+    def _check_logits(self, folder: Path, trust_remote_code: bool) -> None:
+        kind = type(self._model)
+        loaded, report = kind.from_pretrained(
+            folder, dtype=self._dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+        )
+        wrong = {key: sorted(map(str, value)) for key, value in report.items() if value}
+        if wrong:
+            raise StorageError(f"{folder}: transformers does not take the export as it is: {wrong}")
+        expected = kind._from_config(loaded.config, dtype=self._dtype)
+        weights = {name: self.whole(name, self._dtype) for name in self._parameters}
+        weights |= {name: self.whole(name, self._dtypes[name]) for name in self._shapes if name not in weights}
+        expected.load_state_dict(weights, strict=False)
+        expected.tie_weights()
+        vocabulary = int(loaded.get_input_embeddings().weight.shape[0])
+        ids = torch.arange(_TOKENS)[None] * 7919 % vocabulary
+        with torch.no_grad():
+            found, wanted = loaded.eval()(input_ids=ids).logits, expected.eval()(input_ids=ids).logits
+        if not torch.allclose(found.float(), wanted.float(), rtol=1e-5, atol=1e-5, equal_nan=True):
+            difference = float((found.float() - wanted.float()).abs().max())
+            raise StorageError(f"{folder}: logits of the reloaded export differ by {difference} from the checkpoint's")
