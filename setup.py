@@ -35,10 +35,14 @@ setup(
     entry_points={"console_scripts": ["dsft = launcher.cli:main"]},
     install_requires=[
         "accelerate>=1.1.0",  # transformers asks for it before it builds a model under ZeRO-3
+        "aiohttp>=3.10",  # fsspec's https://
         "datasets>=5.0",
         "deepspeed>=0.19.6",  # managed_gradient_accumulation
+        "fsspec>=2024.6",
+        "jinja2>=3.1",
         "numpy>=2.0",
         "protobuf>=5.0",  # sentencepiece reads its models by it
+        "pyarrow>=18.0",
         "pydantic>=2.10",
         "rich>=14.0",
         "safetensors>=0.6",

@@ -106,10 +106,10 @@ class DataSource(Section):
     def _placeholders(cls, template: dict[str, str]) -> dict[str, str]:
         for name, text in template.items():
             try:
-                fields = [field for _, field, form, how in Formatter().parse(text) if field is not None or form or how]
+                fields = [parsed[1:] for parsed in Formatter().parse(text) if parsed[1] is not None]
             except ValueError as error:
                 raise ValueError(f"{name}: {error}; write {{{{ and }}}} for braces that are text") from None
-            if any(not field or re.search(r"[.\[\]!:]", field) for field in fields):
+            if any(not field or form or how or re.search(r"[.\[\]]", field) for field, form, how in fields):
                 raise ValueError(f"{name}: a placeholder is {{column}}, nothing more; {{{{ and }}}} stand for braces")
         return template
 

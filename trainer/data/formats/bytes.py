@@ -1,0 +1,351 @@
+"""Formats whose records are ranges of bytes: an index of their starts makes any record a seek away.
+
+- `jsonl`: one JSON object a line; blank lines do not count.
+- `text`: UTF-8 text; paragraphs, separated by blank lines, are the records, each under the column `text`.
+- `csv`, `tsv`: RFC 4180; fields in quotes may hold line ends. Every value is a string.
+- `webdataset`: a tar file; members with the same name up to the first dot are a record, their extensions its columns.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import mmap
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import xxhash
+
+from trainer.config.schema import DataSource
+from trainer.data.cache import cached, file_identity
+from trainer.data.formats.base import Outcome, Record
+from trainer.data.retry import retried
+from trainer.failures import DataError, StorageError
+
+BLOCK = 1 << 24  # bytes scanned at a time
+_LONGEST_FIELD = 1 << 24  # bytes: a quote that is never closed would swallow the file
+_BLANK_LINES = re.compile(rb"\r?\n[ \t]*\r?\n\s*")
+_BLANK = b"\xef\xbb\xbf \t\r\n"
+
+Parse = Callable[[bytes], Record]
+Starts = Iterator[np.ndarray]  # int64, rising, in pieces
+
+
+@dataclass(frozen=True)
+class ByteFile:
+    """A file, and int64 [records + 1]: the first byte of each record, and the end of the last."""
+
+    path: Path
+    name: str
+    bounds: np.ndarray
+    parse: Parse
+    file_size: int  # bytes, when the index was made
+    digest: str
+    lines: bool  # whether lines mean something in it
+
+    @property
+    def records(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def size(self) -> int:
+        return int(self.bounds[-1])
+
+    def position(self, number: int) -> int:
+        return int(self.bounds[number])
+
+    def find(self, position: int) -> int:
+        return int(np.searchsorted(self.bounds, position, side="right")) - 1
+
+    def content(self) -> str:
+        return self.digest
+
+    def read(self, numbers: Sequence[int]) -> list[Outcome]:
+        results: list[Outcome] = []
+        for number, data in zip(numbers, self._bytes(numbers), strict=True):
+            try:
+                results.append((self.parse(data), None))
+            except ValueError as error:
+                results.append((None, f"{self.where(number)}: {error}"))
+        return results
+
+    def _bytes(self, numbers: Sequence[int]) -> list[bytes]:
+        def attempt() -> list[bytes]:
+            with self.path.open("rb", buffering=0) as file:  # nothing is read twice, nothing beyond a record
+                if (size := os.fstat(file.fileno()).st_size) != self.file_size:
+                    raise DataError(f"{self.name} has changed since it was opened: {size} bytes, {self.file_size} then")
+                return [
+                    os.pread(file.fileno(), int(self.bounds[n + 1] - self.bounds[n]), int(self.bounds[n]))
+                    for n in numbers
+                ]
+
+        try:
+            return retried(attempt, self.name)
+        except OSError as error:
+            raise DataError(f"{self.name} cannot be read: {error.strerror or error}") from error
+
+    def where(self, number: int) -> str:
+        if not self.lines:
+            return f"{self.name}, record {number + 1}"
+        line, left = 1, int(self.bounds[number])
+        with self.path.open("rb") as file:
+            while left > 0 and (block := file.read(min(BLOCK, left))):
+                line += block.count(b"\n")
+                left -= len(block)
+        return f"{self.name}, line {line}"
+
+
+def open_bytes(path: Path, name: str, format_name: str, config: DataSource) -> ByteFile:
+    """Index a file, or take its cached index.
+
+    Raises:
+        DataError: it is not in its format.
+        OSError: it cannot be read.
+    """
+    delimiter = "\t" if format_name == "tsv" else ","
+    quoting = csv.QUOTE_MINIMAL if config.quoting else csv.QUOTE_NONE
+    dialect: dict[str, Any] = {"delimiter": delimiter, "quoting": quoting}
+    scan: Callable[[Path], Starts]
+    if format_name in ("csv", "tsv"):
+        scan = lambda path: _rows(path, dialect)  # noqa: E731
+    else:
+        scan = {"jsonl": _lines, "text": _paragraphs, "webdataset": _tar_groups}[format_name]
+
+    def write(file: IO[bytes]) -> None:
+        try:
+            for starts in scan(path):
+                file.write(starts.astype(np.int64).tobytes())
+        except (csv.Error, tarfile.TarError) as error:
+            raise DataError(f"{name} is no {format_name} file that can be read: {error}") from error
+        file.write(np.array([path.stat().st_size], dtype=np.int64).tobytes() + _digest(path))
+
+    identity = f"4 {file_identity(path)} {format_name} {quoting}"
+    index: np.ndarray
+    try:
+        index = _load_index(cached("index", identity, ".int64", write), path)
+    except StorageError:  # a cache that cannot be written only costs each start a scan
+        memory = io.BytesIO()
+        write(memory)
+        index = np.frombuffer(memory.getvalue(), dtype=np.int64)
+    bounds, digest = index[:-2], index[-2:].tobytes().hex()
+    if format_name in ("csv", "tsv"):
+        bounds, parse = _csv_parser(path, name, bounds, dialect, config.column_names)
+    else:
+        if config.column_names:
+            raise DataError(f"{name}: `column_names` is for csv and tsv files; a {format_name} file has its own names")
+        parse = {"jsonl": parse_json, "text": _parse_text, "webdataset": _parse_tar}[format_name]
+    return ByteFile(path, name, bounds, parse, path.stat().st_size, digest, format_name != "webdataset")
+
+
+def _load_index(stored: Path, path: Path) -> np.ndarray:
+    """Bounds and digest, int64 [records + 3]. A damaged index is removed, and raises StorageError."""
+    # Bare numbers: the header of a .npy file is parsed by `ast`, which in threads of CPython 3.11 can raise a
+    # SystemError ("AST constructor recursion depth mismatch") on perfectly good input
+    try:
+        index = np.memmap(stored, dtype=np.int64, mode="r")
+        if len(index) < 3 or index[-3] != path.stat().st_size:
+            raise ValueError("not an index of this file")
+    except ValueError as error:
+        stored.unlink(missing_ok=True)
+        raise StorageError(f"{stored}: {error}") from error
+    return index
+
+
+def _digest(path: Path) -> bytes:
+    """128 bits of everything in a file (XXH3), at the speed of the disk."""
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            state.update(block)
+    return state.digest()
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {data[error.start]:#04x}): convert the file to UTF-8") from None
+
+
+# -- jsonl -------------------------------------------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> Starts:
+    """The first byte of each line that is not blank."""
+    with path.open("rb") as file:
+        start = 0  # of the line that goes on into the next block
+        size = os.fstat(file.fileno()).st_size
+        position = 0
+        while position < size:
+            file.seek(position)
+            block = file.read(BLOCK)
+            if not block:
+                break
+            ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == 10) + position
+            position += len(block)
+            if position >= size:
+                ends = np.append(ends, size)
+            if not len(ends):
+                continue
+            starts = np.concatenate([[start], ends[:-1] + 1])
+            start = int(ends[-1]) + 1
+            keep = ends > starts
+            for line in np.flatnonzero(keep & (ends - starts < 64)):  # only short lines can be blank
+                file.seek(int(starts[line]))
+                keep[line] = bool(file.read(int(ends[line] - starts[line])).strip(_BLANK))
+            yield starts[keep]
+
+
+def parse_json(data: bytes) -> Record:
+    """The JSON object in bytes. Raises ValueError, in the user's words."""
+    try:
+        value = json.loads(_text(data).rstrip())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("not valid JSON: nested too deeply") from None
+    if not isinstance(value, dict):
+        kind = "a JSON array, not one object a line" if isinstance(value, list) else f"a {type(value).__name__}"
+        raise ValueError(f"expected a JSON object, found {kind}")
+    return value
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def _paragraphs(path: Path) -> Starts:
+    """The first byte of each paragraph."""
+    if path.stat().st_size == 0:
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        starts, start = [], 0
+        for match in _BLANK_LINES.finditer(data):
+            if data[start : min(match.start(), start + 4096)].strip(_BLANK):
+                starts.append(start)
+            start = match.end()
+            if len(starts) == 1 << 16:
+                yield np.array(starts)
+                starts = []
+        if data[start : start + 4096].strip(_BLANK):
+            starts.append(start)
+        yield np.array(starts, dtype=np.int64)
+
+
+def _parse_text(data: bytes) -> Record:
+    end = _BLANK_LINES.search(data)
+    return {"text": _text(data[: end.start()] if end else data)}
+
+
+# -- csv and tsv -------------------------------------------------------------------------------------------------------
+
+
+def _rows(path: Path, dialect: dict[str, Any]) -> Starts:
+    """The first byte of each row that is not blank, the header's included."""
+    csv.field_size_limit(_LONGEST_FIELD)
+    position = 0  # after the lines that the reader has taken
+
+    def lines(file: IO[bytes]) -> Iterator[str]:
+        nonlocal position
+        for line in file:
+            position += len(line)
+            yield line.decode("latin-1")  # delimiters are ASCII; bad UTF-8 is a matter of its record alone
+
+    with path.open("rb") as file:
+        starts, start = [], 0
+        for row in csv.reader(lines(file), **dialect):
+            if row and any(row):
+                starts.append(start)
+            start = position
+            if len(starts) == 1 << 16:
+                yield np.array(starts)
+                starts = []
+        yield np.array(starts, dtype=np.int64)
+
+
+def _csv_parser(
+    path: Path, name: str, bounds: np.ndarray, dialect: dict[str, Any], column_names: tuple[str, ...]
+) -> tuple[np.ndarray, Parse]:
+    def fields(data: bytes) -> list[str]:
+        try:
+            return next(csv.reader(io.StringIO(_text(data), newline=""), strict=True, **dialect))
+        except csv.Error as error:
+            hint = "; set `quoting` to false if quotes are ordinary text here" if '"' in str(error) else ""
+            raise ValueError(f"not a row of fields as in RFC 4180: {error}{hint}") from None
+
+    names = list(column_names)
+    if not names and len(bounds) > 1:
+        with path.open("rb") as file:
+            file.seek(int(bounds[0]))
+            try:
+                names = fields(file.read(int(bounds[1] - bounds[0])))
+            except ValueError as error:
+                raise DataError(f"{name}, its header: {error}") from None
+        bounds = bounds[1:]
+    twice = sorted({column for column in names if names.count(column) > 1})
+    if twice:
+        raise DataError(f"{name}: column {twice[0]!r} comes twice in its header; name its columns in `column_names`")
+
+    def parse(data: bytes) -> Record:
+        values = fields(data)
+        if len(values) != len(names):
+            raise ValueError(f"{len(values)} fields, but {len(names)} columns ({', '.join(names)})")
+        return dict(zip(names, values, strict=True))
+
+    return bounds, parse
+
+
+# -- WebDataset --------------------------------------------------------------------------------------------------------
+
+
+def _key(name: str) -> tuple[str, str]:
+    """(key, extension) of a member: the name splits at the first dot of its last part."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}/{stem}" if folder else stem, extension.lower()
+
+
+def _tar_groups(path: Path) -> Starts:
+    """The first byte of the first member of each record."""
+    with tarfile.open(path, "r:") as tar:
+        starts, last = [], None
+        while (member := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # or it would keep them all
+            if member.isfile() and _key(member.name)[0] != last:
+                last = _key(member.name)[0]
+                starts.append(member.offset)
+        end = tar.offset
+    with path.open("rb") as file:  # tarfile takes half a header for the end; the true one is of zeros
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError("unexpected end of data")
+    yield np.array(starts, dtype=np.int64)
+
+
+def _parse_tar(data: bytes) -> Record:
+    record: Record = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                record["__key__"], extension = _key(member.name)
+                file = tar.extractfile(member)
+                body = file.read() if file else b""
+                if len(body) != member.size:
+                    raise ValueError(f"{member.name} is cut short: {len(body)} bytes of {member.size}")
+                if extension.rpartition(".")[2] == "json":
+                    record |= {f"{extension}.{column}": value for column, value in parse_json(body).items()}
+                elif extension.rpartition(".")[2] in ("txt", "text", "md", "cls"):
+                    record[extension] = _text(body)
+                else:
+                    record[extension] = body
+    except tarfile.TarError as error:
+        raise ValueError(f"no tar member: {error}") from None
+    return record
