@@ -74,8 +74,8 @@ def _transfer(buffer: torch.Tensor, rank: int, source: int, target: int) -> dict
     for count in _SIZES[buffer.device.type]:
         if best and count / best > _LONGEST_SECONDS:
             break
-        speeds = []
-        for _ in range(_REPEATS):
+        speeds: list[float] = []
+        while len(speeds) < _REPEATS and sum(count / speed for speed in speeds) < _LONGEST_SECONDS:
             size.fill_(count)
             started = time.monotonic()
             dist.send(size, target)
