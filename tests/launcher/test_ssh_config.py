@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from launcher.backends.ssh import remote_script, ssh_command
 from trainer.config.hostfile import parse_hostfile, with_hostfile
+from trainer.config.loading import load_config
 from trainer.config.schema import SshCluster
 
 
@@ -119,3 +120,11 @@ def test_a_setup_line_that_fails_ends_it(tmp_path: Path) -> None:
     done = run_script(section(hosts=["n1"], setup=["true", "(exit 7) # why"]), {})
     assert done.returncode == 2
     assert "line 2 of cluster.setup failed (status 7)" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["ssh", "slurm"])
+def test_the_profiles_that_come_with_dsft_can_be_used(name: str) -> None:
+    configs = Path(__file__).parents[2] / "configs"
+    profile = configs / "clusters" / f"{name}.json"
+    config = load_config(configs / "quickstart.json", [f"cluster={profile}"])
+    assert (config.cluster.backend, config.cluster.nodes, config.cluster.gpus_per_node) == (name, 2, 8)
