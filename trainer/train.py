@@ -69,7 +69,9 @@ class Trainer:
         if self.config.training.deterministic:
             torch.use_deterministic_algorithms(True)
         self.control = collectives.new_group(collectives.TIMEOUT_SECONDS)
+        # a group each: both streams may be under way, and ranks need not reach their calls in the same order
         self.gather = collectives.make_gather(collectives.new_group(collectives.TIMEOUT_SECONDS))
+        self.evaluation_gather = collectives.make_gather(collectives.new_group(collectives.TIMEOUT_SECONDS))
 
         tokenizer = load_tokenizer(self.config.model)
         self.task = get_task(self.config, tokenizer)
@@ -347,7 +349,7 @@ class Trainer:
             rank=self.rank,
             world_size=self.world_size,
             micro_batch_size=self.plan["batch"]["micro_batch_size"],
-            gather=self.gather,
+            gather=self.evaluation_gather,
         )
         self.scores = scores = evaluate(self.engine, self.loss, stream, self.control)
         if metrics:
