@@ -91,12 +91,12 @@ def _record(run: RunDirectory, attempt: int, rank: int, error: BaseException) ->
 
 
 def _exit(code: int) -> None:
-    """End at once after a failure: destructors of communication libraries may wait for ranks that are gone."""
+    """End at once: destructors of communication libraries wait for ranks that are gone, or abort under a thread that
+    still reads data ahead. Whatever the run needs is on disk by now.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    if code != 0:
-        os._exit(code)
-    sys.exit(0)
+    os._exit(code)
 
 
 if __name__ == "__main__":
