@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from trainer.config.schema import DataSource, LaunchConfig
+from trainer.data.encoding import OUTCOMES, SourceEncoder
 from trainer.data.sources import open_source
-from trainer.data.windows import OUTCOMES, Options, SourceStream
 from trainer.failures import EXIT_DONE, EXIT_USER, DsftError
 from trainer.tasks import Task, get_task
 from trainer.tokenizer import load_tokenizer
@@ -69,13 +69,11 @@ def check(config: LaunchConfig) -> dict[str, Any]:
 def look_at(source: DataSource, task: Task, config: LaunchConfig) -> dict[str, Any]:
     """Encode the first records of a source and some over its whole length; figures of these."""
     data = config.data
-    windows = data.window_documents
-    options = Options(data.sequence_length, True, 0, False, 1.0, data.on_long, data.on_bad_record, windows, 0, 1)
     opened = open_source(source)
-    stream = SourceStream(0, opened, task, options, lambda rows: [rows], None)
+    encoder = SourceEncoder(opened, task, data.sequence_length, data.on_long, data.on_bad_record)
     spread = np.linspace(0, opened.records - 1, _SPREAD).astype(np.int64)
     numbers = np.unique(np.concatenate([np.arange(min(_FIRST, opened.records)), spread]))
-    samples, outcomes = stream.encode(numbers, range(len(numbers)))
+    samples, outcomes = encoder.encode(numbers, range(len(numbers)))
     lengths = [len(sample.tokens) for made in samples.values() for sample in made]
     counted = np.bincount([outcome for _, outcome in outcomes], minlength=len(OUTCOMES))
     return {

@@ -30,6 +30,7 @@ class Tokenizer:
         eos_id: the token that ends a text, or None.
         pad_id: the padding token, or None.
         chat_template: Jinja template of the tokenizer, or None.
+        special_tokens: `bos_token` and the like by name, as chat templates use them.
     """
 
     origin: str
@@ -38,13 +39,24 @@ class Tokenizer:
     eos_id: int | None
     pad_id: int | None
     chat_template: str | None
+    special_tokens: dict[str, str]
     _encode: Callable[[list[str]], list[list[int]]]
+    _encode_with_starts: Callable[[list[str]], list[tuple[list[int], list[int]]]]
     _decode: Callable[[list[int]], str]
     _save: Callable[[Path], None]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int32, without special tokens."""
         return [np.asarray(ids, dtype=np.int32) for ids in self._encode(list(texts))]
+
+    def encode_with_starts(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As encode_batch, with the character at which each token begins, int64.
+
+        Raises:
+            DataError: the tokenizer does not tell (a slow one of transformers).
+        """
+        found = self._encode_with_starts(list(texts))
+        return [(np.asarray(ids, dtype=np.int32), np.asarray(starts, dtype=np.int64)) for ids, starts in found]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -120,6 +132,8 @@ def _fast(path: Path, settings: dict[str, Any], folder: Path | None) -> Tokenize
         else:
             _save_fast(fast, target, eos, bos if begins else None, pad)
 
+    named = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": token_id("unk_token")}
+    special = {name: str(fast.id_to_token(token)) for name, token in named.items() if token is not None}
     template = settings.get("chat_template")
     if folder is not None and (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -130,10 +144,17 @@ def _fast(path: Path, settings: dict[str, Any], folder: Path | None) -> Tokenize
         eos,
         pad,
         template if isinstance(template, str) else None,
+        special,
         lambda texts: [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)],
+        lambda texts: _with_starts(fast, texts),
         lambda ids: str(fast.decode(ids)),
         save,
     )
+
+
+def _with_starts(fast: Any, texts: list[str]) -> list[tuple[list[int], list[int]]]:
+    found = fast.encode_batch(texts, add_special_tokens=False)
+    return [(encoding.ids, [start for start, _ in encoding.offsets]) for encoding in found]
 
 
 def _save_fast(fast: Any, target: Path, eos: int | None, bos: int | None, pad: int | None, **more: Any) -> None:
@@ -180,7 +201,9 @@ def _sentencepiece(path: Path) -> Tokenizer:
         eos,
         pad,
         None,
+        {name: fast.id_to_token(i) for name, i in (("bos_token", bos), ("eos_token", eos)) if i is not None},
         lambda texts: [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)],
+        lambda texts: _with_starts(fast, texts),
         lambda ids: str(fast.decode(ids)),
         save,
     )
@@ -252,6 +275,14 @@ def _transformers(origin: str, trust_remote_code: bool) -> Tokenizer:
     tokenizer = transformers.AutoTokenizer.from_pretrained(origin, trust_remote_code=trust_remote_code)
     begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     template = getattr(tokenizer, "chat_template", None)
+
+    def with_starts(texts: list[str]) -> list[tuple[list[int], list[int]]]:
+        if not tokenizer.is_fast:
+            raise DataError(f"{origin}: a slow tokenizer does not tell where its tokens begin, as `messages` needs")
+        found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        starts = [[start for start, _ in offsets] for offsets in found["offset_mapping"]]
+        return list(zip(found["input_ids"], starts, strict=True))
+
     return Tokenizer(
         origin,
         max(tokenizer.get_vocab().values()) + 1,
@@ -259,7 +290,9 @@ def _transformers(origin: str, trust_remote_code: bool) -> Tokenizer:
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
         template if isinstance(template, str) else None,
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
         lambda texts: list(tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else [],
+        with_starts,
         lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
         lambda target: tokenizer.save_pretrained(target),
     )

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from trainer.config.schema import DataSource, LaunchConfig
+from trainer.data.encoding import OUTCOMES, Encoder
 from trainer.data.order import next_source
 from trainer.data.sample import PackedSequence
 from trainer.data.sources import open_source
-from trainer.data.windows import OUTCOMES, Encoder, Gather, Options, SourceStream, Window
+from trainer.data.windows import Gather, Options, SourceStream, Window
 
 _PREFETCH = 4  # global batches
 
@@ -83,9 +84,11 @@ class BatchStream:
         limit: int | None = None,
     ) -> None:
         states = state["sources"] if state else [None] * len(sources)
+        opened = [open_source(source) for source in sources]
+        encoders = [options.encoder(source, task) for source in opened]
         self._streams = [
-            SourceStream(index, open_source(source), task, options, gather, states[index])
-            for index, source in enumerate(sources)
+            SourceStream(index, source, encoders[index].encode, options, gather, states[index])
+            for index, source in enumerate(opened)
         ]
         weights = [source.weight for source in sources]
         sizes = [float(stream.source.records) for stream in self._streams]

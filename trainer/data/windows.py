@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from trainer.data.encoding import OUTCOMES, Encoded, Encoder, SourceEncoder
 from trainer.data.order import document_order, sequence_order, window_order
 from trainer.data.packing import pack
 from trainer.data.sample import PackedSequence, Sample
@@ -17,22 +17,15 @@ from trainer.failures import DataError
 
 Gather = Callable[[np.ndarray], list[np.ndarray]]
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 WINDOW_BYTES = 8 << 20  # bounds memory, and the time to the first batch, where documents are long
 
 _OUTCOME, _ERROR = -1, -2  # rows of the exchange that are no piece of a document
 
-# What became of a record that gives no sample, or more than one; counted over all ranks.
-BAD, LONG_SKIPPED, NOTHING_TO_LEARN, SPLIT, TRUNCATED = range(5)
-OUTCOMES = ("bad", "skipped_long", "nothing_to_learn", "split", "truncated")
 
+class Encode(Protocol):
+    """Encodes documents of a source: (numbers [documents], positions in them) -> what `SourceEncoder.encode` gives."""
 
-class Encoder(Protocol):
-    """The part of a task that the data needs."""
-
-    def columns(self, source_columns: dict[str, str], record: dict[str, Any]) -> dict[str, str]: ...
-
-    def encode(self, records: Sequence[dict[str, Any]]) -> list[Sample]: ...
+    def __call__(self, numbers: np.ndarray, positions: Iterable[int]) -> Encoded: ...
 
 
 @dataclass(frozen=True)
@@ -50,6 +43,10 @@ class Options:
     rank: int
     world_size: int
 
+    def encoder(self, source: Source, task: Encoder) -> SourceEncoder:
+        """What turns this source's records into samples."""
+        return SourceEncoder(source, task, self.sequence_length, self.on_long, self.on_bad_record)
+
 
 @dataclass(frozen=True)
 class Window:
@@ -66,11 +63,10 @@ class SourceStream:
     """The sequences of one source from a position on. Every rank walks it alike; opening a window is collective."""
 
     def __init__(
-        self, index: int, source: Source, task: Encoder, options: Options, gather: Gather, state: dict[str, int] | None
+        self, index: int, source: Source, encode: Encode, options: Options, gather: Gather, state: dict[str, int] | None
     ) -> None:
-        self.source, self._index, self._task, self._options, self._gather = source, index, task, options, gather
+        self.source, self._index, self.encode, self._options, self._gather = source, index, encode, options, gather
         self._bounds = source.windows(options.window_documents, WINDOW_BYTES)
-        self._columns = self._find_columns()
         self.epoch, self.window, self.offset = (
             (state["epoch"], state["window"], state["offset"]) if state else (0, 0, 0)
         )
@@ -181,82 +177,3 @@ class SourceStream:
             PackedSequence(tuple(window.cache[position][piece] for position, piece in window.sequences[number]))
             for number in numbers
         ]
-
-    def encode(
-        self, documents: np.ndarray, positions: Iterable[int]
-    ) -> tuple[dict[int, list[Sample]], list[tuple[int, int]]]:
-        """(position -> samples, [(position, outcome)]) of the documents at these positions of a window."""
-        positions = list(positions)
-        outcomes: list[tuple[int, int]] = []
-        records, kept = [], []
-        for position, (record, problem) in zip(positions, self.source.read(documents[positions].tolist()), strict=True):
-            if problem is None and record is not None:
-                problem = self._column_problem(record, int(documents[position]))
-            if problem is not None:
-                if self._options.on_bad_record == "error":
-                    raise DataError(f'{problem} (data.on_bad_record: "skip" counts such records instead)')
-                outcomes.append((position, BAD))
-                continue
-            assert record is not None
-            records.append({name: record[column] for name, column in self._columns.items()})
-            kept.append(position)
-        pieces = {}
-        for position, sample in zip(kept, self._task.encode(records) if records else [], strict=True):
-            pieces[position], found = self._cut(sample, int(documents[position]))
-            outcomes += [(position, outcome) for outcome in found]
-        return pieces, outcomes
-
-    def _cut(self, sample: Sample, number: int) -> tuple[list[Sample], list[int]]:
-        """Samples that fit, with at least one target each, and what is to be counted."""
-        limit, on_long = self._options.sequence_length, self._options.on_long
-        pieces, outcomes = [sample], []
-        if len(sample.tokens) > limit:
-            if on_long == "error":
-                raise DataError(
-                    f"{self.source.where(number)}: {len(sample.tokens)} tokens are more than data.sequence_length "
-                    f"({limit}): raise it, or set data.on_long to split, truncate or skip"
-                )
-            if on_long == "skip":
-                return [], [LONG_SKIPPED]
-            outcomes.append(SPLIT if on_long == "split" else TRUNCATED)
-            # pieces overlap by a token: the last of one is what the first target of the next is predicted from
-            starts = range(0, len(sample.tokens) - 1, limit - 1) if on_long == "split" else (0,)
-            pieces = [_piece(sample, start, start + limit) for start in starts]
-        pieces = [piece for piece in pieces if piece.targets.any()]
-        return pieces, outcomes if pieces else [*outcomes, NOTHING_TO_LEARN]
-
-    def _find_columns(self) -> dict[str, str]:
-        """Task column -> column of this source, from its first readable record."""
-        problem: str | None = None
-        for number in range(min(self.source.records, 100)):
-            record, found = self.source.read([number])[0]
-            problem = problem or found
-            if record is not None:
-                try:
-                    return self._task.columns(self.source.config.columns, record)
-                except DataError as error:
-                    raise DataError(f"{self.source.where(number)}: {error}") from None
-            if self._options.on_bad_record == "error":
-                break
-        raise DataError(problem or f"{self.source.config.path}: no records")
-
-    def _column_problem(self, record: dict[str, Any], number: int) -> str | None:
-        for column in self._columns.values():
-            if column not in record:
-                found = ", ".join(map(repr, record)) or "none"
-                return f"{self.source.where(number)}: no column {column!r}; the record has {found}"
-            value = record[column]
-            if not isinstance(value, str):
-                kind = "null" if value is None else type(value).__name__
-                return f"{self.source.where(number)}: column {column!r} is {kind}, expected a string"
-            if not value.isascii() and _SURROGATE.search(value):  # JSON allows \ud800 alone, no tokenizer does
-                return (
-                    f"{self.source.where(number)}: column {column!r} holds half of a surrogate pair, which is no text"
-                )
-        return None
-
-
-def _piece(sample: Sample, start: int, end: int) -> Sample:
-    targets = sample.targets[start:end].copy()
-    targets[0] = False
-    return Sample(sample.tokens[start:end], targets)

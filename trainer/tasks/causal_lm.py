@@ -1,18 +1,21 @@
-"""Next-token prediction: `prompt` + `completion` (the completion is learned), or `text` (everything is).
+"""Next-token prediction: `prompt` + `completion` (the completion is learned), `text` (everything is), or `messages`.
 
 A prompt and its completion are tokenised apart and joined, so that the prompt's tokens in training are those of the
 prompt alone at generation. BOS, where the tokenizer uses one, stands first exactly once; EOS ends the completion and is
-learned. Masks go by position, never by token id: an EOS that is also the padding token is still learned.
+learned. A conversation is tokenised as one text, exactly as its chat template writes it: nothing is added. Masks go by
+position, never by token id: an EOS that is also the padding token is still learned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from trainer.config.schema import LaunchConfig
+from trainer.data.chat import Chat
 from trainer.data.sample import Sample
 from trainer.failures import DataError
 from trainer.tokenizer import Tokenizer
@@ -25,31 +28,56 @@ class CausalLM:
 
     def __init__(self, config: LaunchConfig, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self._data = config.data
+
+    @cached_property
+    def chat(self) -> Chat:
+        """Raises DataError where the tokenizer has no chat template."""
+        if self.tokenizer.chat_template is None:
+            raise DataError(
+                f"{self.tokenizer.origin} has no chat template, which `messages` need: use the tokenizer of an "
+                "instruction-tuned model (model.tokenizer), or put a chat_template.jinja into its folder"
+            )
+        return Chat(
+            self.tokenizer.chat_template,
+            self.tokenizer.special_tokens,
+            self._data.chat_template_arguments,
+            self._data.loss_on,
+        )
 
     def columns(self, source_columns: dict[str, str], record: dict[str, Any]) -> dict[str, str]:
         """Task column -> column of the file, for a source whose first record is given.
 
         Raises:
-            DataError: the record has neither `text` nor `prompt` and `completion`.
+            DataError: the record has neither `text` nor `prompt` and `completion` nor `messages`.
         """
-        known = {"text", "prompt", "completion"}
+        known = {"text", "prompt", "completion", "messages", "tools"}
         unknown = sorted(set(source_columns) - known)
         if unknown:
             raise DataError(f"columns: {unknown[0]!r} is no column of causal-lm; known are {', '.join(sorted(known))}")
         names = {name: source_columns.get(name, name) for name in known}
-        chosen = ("text",) if "text" in source_columns else ("prompt", "completion")
-        if not source_columns and "text" in record:
-            chosen = ("text",)
+        chosen: tuple[str, ...] = ("prompt", "completion")
+        for name in ("text", "messages"):
+            if name in source_columns or (not {"text", *chosen} & source_columns.keys() and names[name] in record):
+                chosen = (name,)
         missing = [names[name] for name in chosen if names[name] not in record]
         if missing:
             raise DataError(
                 f"no column {missing[0]!r}; the record has {', '.join(map(repr, record)) or 'none'}: map `text`, or "
-                "`prompt` and `completion`, under `columns`"
+                "`prompt` and `completion`, or `messages`, under `columns`"
             )
+        if chosen == ("messages",):
+            _ = self.chat
+            chosen = ("messages", "tools")
         return {name: names[name] for name in chosen}
 
-    def encode(self, records: Sequence[dict[str, Any]]) -> list[Sample]:
-        """One sample per record. Records have the task's columns, `text` or `prompt` and `completion`, as strings."""
+    def encode(self, records: Sequence[dict[str, Any]]) -> list[Sample | str]:
+        """A sample for each record of the task's columns, or what is wrong with it."""
+        if records and "messages" in records[0]:
+            return self._encode_chats(records)
+        return [*self._encode_texts(records)]
+
+    def _encode_texts(self, records: Sequence[dict[str, Any]]) -> list[Sample]:
         texts: list[str] = []
         for record in records:
             texts += [record["text"]] if "text" in record else [record["prompt"], record["completion"]]
@@ -70,3 +98,26 @@ class CausalLM:
                 targets[:] = False
             samples.append(Sample(tokens, targets))
         return samples
+
+    def _encode_chats(self, records: Sequence[dict[str, Any]]) -> list[Sample | str]:
+        results: list[Sample | str] = []
+        rendered = []
+        for record in records:
+            try:
+                rendered.append(self.chat.render(record["messages"], record.get("tools")))
+                results.append("")
+            except ValueError as error:
+                results.append(str(error))
+        encoded = iter(self.tokenizer.encode_with_starts([text for text, _ in rendered]))
+        spans = iter(spans for _, spans in rendered)
+        for place, problem in enumerate(results):
+            if problem:
+                continue
+            tokens, starts = next(encoded)
+            # a token that begins before a span belongs to what the model is given
+            targets = np.zeros(len(tokens), dtype=bool)
+            for start, end in next(spans):
+                targets |= (starts >= start) & (starts < end)
+            targets[:1] = False
+            results[place] = Sample(tokens, targets)
+        return results

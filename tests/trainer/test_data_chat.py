@@ -1,0 +1,217 @@
+"""Conversations: rendered as transformers renders them, and only what the assistant writes is learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from trainer.check import check
+from trainer.config.schema import DataSource, LaunchConfig
+from trainer.data.encoding import SourceEncoder
+from trainer.data.sample import Sample
+from trainer.data.sources import open_source
+from trainer.failures import DataError
+from trainer.tasks import get_task
+from trainer.tasks.causal_lm import CausalLM
+from trainer.tokenizer import load_tokenizer
+
+CHATML = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# as published with transformers' documentation: the answer and its end are marked
+MARKED = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'assistant' %}<|im_start|>assistant\n"
+    "{% generation %}{{ message.content | trim }}<|im_end|>{% endgeneration %}\n"
+    "{% else %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endif %}{% endfor %}"
+)
+# what came before the last question loses its reasoning, as in templates of reasoning models
+FORGETFUL = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.role == 'assistant' and not loop.last %}{{ message.content.split('</think>')[-1] }}"
+    "{% else %}{{ message.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+STRICT = (
+    "{% for message in messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "[{{ message.role }}]{{ message.content }}{% if message.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hé?"},
+    {"role": "assistant", "content": "<think>hm</think>Yes, 你好."},
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "No."},
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def make_tokenizer(folder: Path, template: str | None) -> Path:
+    """Bytes, and two special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fast = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = tokenizers.decoders.ByteLevel()
+    fast.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    folder.mkdir(exist_ok=True)
+    fast.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | ({"chat_template": template} if template else {}))
+    )
+    return folder
+
+
+def make_config(folder: Path, template: str | None, **data: Any) -> LaunchConfig:
+    tokenizer = make_tokenizer(folder / "tokenizer", template)
+    return LaunchConfig.model_validate(
+        {
+            "name": "chat",
+            "task": {"type": "causal-lm"},
+            "model": {"config": {"model_type": "llama", "vocab_size": 300}, "tokenizer": str(tokenizer)},
+            "data": {"train": [{"path": str(folder / "a.jsonl")}], "sequence_length": 400, **data},
+            "training": {"global_batch_size": 4, "max_steps": 1},
+        }
+    )
+
+
+def task_of(config: LaunchConfig) -> CausalLM:
+    return get_task(config, load_tokenizer(config.model))
+
+
+def shown(task: CausalLM, sample: Sample | str) -> tuple[str, list[str]]:
+    """The whole text, and each learned stretch of it."""
+    assert isinstance(sample, Sample)
+    fast = tokenizers.Tokenizer.from_file(f"{task.tokenizer.origin}/tokenizer.json")
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], sample.targets, [0]])))
+    learned = [fast.decode(sample.tokens[a:b].tolist(), skip_special_tokens=False) for a, b in edges.reshape(-1, 2)]
+    return fast.decode(sample.tokens.tolist(), skip_special_tokens=False), learned
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "learned"),
+    [
+        ("assistant", ["<think>hm</think>Yes, 你好.<|im_end|>\n", "No.<|im_end|>\n"]),
+        ("last", ["No.<|im_end|>\n"]),
+        ("all", None),
+    ],
+)
+def test_turn_by_turn(tmp_path: Path, loss_on: str, learned: list[str] | None) -> None:
+    task = task_of(make_config(tmp_path, CHATML, loss_on=loss_on))
+    (sample,) = task.encode([{"messages": TALK}])
+    text, found = shown(task, sample)
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHé?")
+    assert found == (learned or [text.removeprefix("<|im_start|>")])  # the first token is predicted from nothing
+
+
+def test_as_transformers_renders_tokenises_and_masks(tmp_path: Path) -> None:
+    import transformers
+
+    for template in (CHATML, MARKED):
+        task = task_of(make_config(tmp_path, template))
+        reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+        (sample,) = task.encode([{"messages": TALK}])
+        marked = template == MARKED
+        expected = reference.apply_chat_template(
+            TALK, tokenize=True, return_dict=True, return_assistant_tokens_mask=marked
+        )
+        assert isinstance(sample, Sample)
+        assert sample.tokens.tolist() == expected["input_ids"]
+        if marked:
+            assert sample.targets.tolist() == [bool(value) for value in expected["assistant_masks"]]
+            assert shown(task, sample)[1] == ["<think>hm</think>Yes, 你好.<|im_end|>", "No.<|im_end|>"]
+
+
+def test_tools_and_tool_calls(tmp_path: Path) -> None:
+    task = task_of(make_config(tmp_path, CHATML))
+    call = [{"type": "function", "function": {"name": "sum", "arguments": {"a": 1}}}]
+    talk = [
+        {"role": "user", "content": "1+1?", "tool_calls": None},  # as tables fill in
+        {"role": "assistant", "content": "", "tool_calls": call},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "Two"},
+    ]
+    tools = [{"type": "function", "function": {"name": "sum"}}]
+    as_values, as_text = task.encode(
+        [{"messages": talk, "tools": tools}, {"messages": json.dumps(talk), "tools": json.dumps(tools)}]
+    )
+    text, learned = shown(task, as_values)
+    assert text.startswith("<|im_start|>tools\n" + json.dumps(tools))
+    assert learned == [json.dumps(call) + "<|im_end|>\n", "Two<|im_end|>\n"]
+    assert shown(task, as_text) == (text, learned)
+
+
+def test_masks_that_cannot_be_found_are_refused(tmp_path: Path) -> None:
+    (problem,) = task_of(make_config(tmp_path, FORGETFUL)).encode([{"messages": TALK}])
+    assert "turn 3 cannot be found: the text changes with what follows" in str(problem)
+    assert 'data.loss_on to "last"' in str(problem)
+    task = task_of(make_config(tmp_path, FORGETFUL, loss_on="last"))
+    assert shown(task, task.encode([{"messages": TALK}])[0])[1] == ["No.<|im_end|>\n"]
+    hidden = FORGETFUL.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>{% endif %}")
+    (problem,) = task_of(make_config(tmp_path, hidden, loss_on="last")).encode([{"messages": TALK}])
+    assert "the prompt is not part of it" in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "assistant", "content": "x"}], "roles must alternate"),
+        ([], "a list of objects"),
+        ("[1", "`messages` is text, but not JSON"),
+        ([{"content": "x"}], "message 1 has no `role`"),
+        ([{"role": "user"}], "neither `content` nor `tool_calls`"),
+        ([{"role": "user", "content": "\ufdd0"}], "U\\+FDD0"),
+    ],
+)
+def test_bad_conversations(tmp_path: Path, messages: Any, message: str) -> None:
+    good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (good, messages, good)))
+    task = task_of(make_config(tmp_path, STRICT))
+    source = open_source(DataSource(path=str(path)))
+    with pytest.raises(DataError, match=rf"a\.jsonl, line 2: .*{message}"):
+        SourceEncoder(source, task, 400, "split", "error").encode(np.arange(3), range(3))
+    pieces, outcomes = SourceEncoder(source, task, 400, "split", "skip").encode(np.arange(3), range(3))
+    assert sorted(pieces) == [0, 2]
+    assert outcomes == [(1, 0)]
+
+
+def test_the_check_refuses_before_a_launch(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")
+    for template, message in ((None, "has no chat template"), ("{% for %}", "cannot be read"), (FORGETFUL, "turn 3")):
+        report = check(make_config(tmp_path, template))
+        assert not report["ok"]
+        assert message in report["errors"][0]
+    assert check(make_config(tmp_path, CHATML))["ok"]
+
+
+def test_prompt_templates(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"q": "1+{x}?", "a": 2, "text": "t"}, {"q": "?", "a": None}, {"q": "?"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = task_of(make_config(tmp_path, None))
+    config = DataSource(path=str(path), template={"prompt": "Q: {q}\n{{A}}:", "completion": " {a}"})
+    encoder = SourceEncoder(open_source(config), task, 400, "split", "skip")
+    pieces, outcomes = encoder.encode(np.arange(3), range(3))
+    assert shown(task, pieces[0][0]) == ("Q: 1+{x}?\n{A}: 2<|im_end|>", [" 2<|im_end|>"])
+    assert outcomes == [(1, 0), (2, 0)]
+    with pytest.raises(DataError, match="'answer' is no column of causal-lm"):
+        SourceEncoder(open_source(DataSource(path=str(path), template={"answer": "x"})), task, 400, "split", "skip")
+    for wrong in ("{a.b}", "{a!r}", "{a:>9}", "{}", "{"):
+        with pytest.raises(ValueError, match="template"):
+            DataSource(path="a", template={"text": wrong})

@@ -1,0 +1,167 @@
+"""Records of one source -> samples that fit into a sequence. Nothing here depends on ranks or on order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from trainer.config.schema import DataSource
+from trainer.data.sample import Sample
+from trainer.data.sources import Source
+from trainer.failures import DataError
+
+# What became of a record that gives no sample, or more than one; counted over all ranks.
+BAD, LONG_SKIPPED, NOTHING_TO_LEARN, SPLIT, TRUNCATED = range(5)
+OUTCOMES = ("bad", "skipped_long", "nothing_to_learn", "split", "truncated")
+
+STRUCTURED = ("messages", "tools")  # task columns that are no strings
+_OPTIONAL = ("tools",)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_LOOKED_AT = 100  # records, for their columns
+
+Encoded = tuple[dict[int, list[Sample]], list[tuple[int, int]]]
+
+
+class Encoder(Protocol):
+    """The part of a task that the data needs."""
+
+    def columns(self, source_columns: dict[str, str], record: dict[str, Any]) -> dict[str, str]:
+        """Task column -> column of the file. Raises DataError where the record has not what the task needs."""
+
+    def encode(self, records: Sequence[dict[str, Any]]) -> Sequence[Sample | str]:
+        """A sample for each record of the task's columns, or what is wrong with it."""
+
+
+class SourceEncoder:
+    """Reads records of a source and encodes them as a task does."""
+
+    def __init__(self, source: Source, task: Encoder, sequence_length: int, on_long: str, on_bad_record: str) -> None:
+        self.source, self._task = source, task
+        self._limit, self._on_long, self._on_bad = sequence_length, on_long, on_bad_record
+        self._columns = self._find_columns()
+
+    def encode(self, numbers: np.ndarray, positions: Iterable[int]) -> Encoded:
+        """(position -> samples, [(position, outcome)]) of the documents ``numbers[positions]``.
+
+        Raises:
+            DataError: a bad record with on_bad_record "error", a long one with on_long "error".
+        """
+        positions = list(positions)
+        outcomes: list[tuple[int, int]] = []
+        records, kept = [], []
+
+        def bad(position: int, problem: str) -> None:
+            if self._on_bad == "error":
+                raise DataError(f'{problem} (data.on_bad_record: "skip" counts such records instead)')
+            outcomes.append((position, BAD))
+
+        for position, (record, problem) in zip(positions, self.source.read(numbers[positions].tolist()), strict=True):
+            if record is not None:
+                problem = self._column_problem(record, int(numbers[position]))
+            if record is None or problem is not None:
+                bad(position, problem or "")
+                continue
+            records.append(self._task_record(record))
+            kept.append(position)
+        pieces = {}
+        for position, sample in zip(kept, self._task.encode(records) if records else [], strict=True):
+            if isinstance(sample, str):
+                bad(position, f"{self.source.where(int(numbers[position]))}: {sample}")
+                continue
+            pieces[position], found = self._cut(sample, int(numbers[position]))
+            outcomes += [(position, outcome) for outcome in found]
+        return pieces, outcomes
+
+    def _task_record(self, record: dict[str, Any]) -> dict[str, Any]:
+        if template := self.source.config.template:
+            return {name: text.format_map(_Shown(record)) for name, text in template.items()}
+        return {name: record.get(column) for name, column in self._columns.items()}
+
+    def _cut(self, sample: Sample, number: int) -> tuple[list[Sample], list[int]]:
+        """Samples that fit, with at least one target each, and what is to be counted."""
+        limit, on_long = self._limit, self._on_long
+        pieces, outcomes = [sample], []
+        if len(sample.tokens) > limit:
+            if on_long == "error":
+                raise DataError(
+                    f"{self.source.where(number)}: {len(sample.tokens)} tokens are more than data.sequence_length "
+                    f"({limit}): raise it, or set data.on_long to split, truncate or skip"
+                )
+            if on_long == "skip":
+                return [], [LONG_SKIPPED]
+            outcomes.append(SPLIT if on_long == "split" else TRUNCATED)
+            # pieces overlap by a token: the last of one is what the first target of the next is predicted from
+            starts = range(0, len(sample.tokens) - 1, limit - 1) if on_long == "split" else (0,)
+            pieces = [_piece(sample, start, start + limit) for start in starts]
+        pieces = [piece for piece in pieces if piece.targets.any()]
+        return pieces, outcomes if pieces else [*outcomes, NOTHING_TO_LEARN]
+
+    def _find_columns(self) -> dict[str, str]:
+        """Task column -> column of this source, from its first readable record."""
+        problem: str | None = None
+        config = self.source.config
+        for number in range(min(self.source.records, _LOOKED_AT)):
+            record, found = self.source.read([number])[0]
+            problem = problem or found
+            if record is not None:
+                try:
+                    if config.template:
+                        self._task.columns({name: name for name in config.template}, dict(config.template))
+                        return {name: name for name in placeholders(config)}
+                    return self._task.columns(config.columns, record)
+                except DataError as error:
+                    raise DataError(f"{self.source.where(number)}: {error}") from None
+            if self._on_bad == "error":
+                break
+        raise DataError(problem or f"{config.path}: no records")
+
+    def _column_problem(self, record: dict[str, Any], number: int) -> str | None:
+        for name, column in self._columns.items():
+            if column not in record:
+                if name in _OPTIONAL:
+                    continue
+                found = ", ".join(map(repr, record)) or "none"
+                return f"{self.source.where(number)}: no column {column!r}; the record has {found}"
+            value = record[column]
+            plain = self.source.config.template and isinstance(value, int | float) and not isinstance(value, bool)
+            if not isinstance(value, str) and name not in STRUCTURED and not plain:
+                kind = "null" if value is None else type(value).__name__
+                return f"{self.source.where(number)}: column {column!r} is {kind}, expected a string"
+            if has_surrogates(value):  # JSON allows \ud800 alone, no tokenizer does
+                return (
+                    f"{self.source.where(number)}: column {column!r} holds half of a surrogate pair, which is no text"
+                )
+        return None
+
+
+class _Shown(dict[str, Any]):
+    """Values for placeholders; braces in them are text."""
+
+    def __getitem__(self, key: str) -> str:
+        return str(super().__getitem__(key))
+
+
+def placeholders(config: DataSource) -> list[str]:
+    """Columns that a source's template names."""
+    from string import Formatter
+
+    named = (field for text in config.template.values() for _, field, _, _ in Formatter().parse(text))
+    return sorted({field for field in named if field})
+
+
+def has_surrogates(value: Any) -> bool:
+    """Whether a text, or any text in lists and objects, holds half of a surrogate pair."""
+    if isinstance(value, str):
+        return not value.isascii() and bool(_SURROGATE.search(value))
+    if isinstance(value, dict):
+        return any(has_surrogates(item) for pair in value.items() for item in pair)
+    return isinstance(value, list | tuple) and any(map(has_surrogates, value))
+
+
+def _piece(sample: Sample, start: int, end: int) -> Sample:
+    targets = sample.targets[start:end].copy()
+    targets[0] = False
+    return Sample(sample.tokens[start:end], targets)
