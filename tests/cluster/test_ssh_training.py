@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
 DSFT = (sys.executable, "-P", "-m", "launcher")
 HOSTS = ("n1", "n2", "n3")
+HOSTILE = " a,b 'c' \"d\" $(id) `id` ${HOME} \\n \t#!\r\n;& ü漢\u200b\x1b[0m %j *"
 OURS = "[t]rainer.agent|[t]rainer.worker|[b]ackends.node|[d]octor_probe"
 
 
@@ -99,19 +100,36 @@ def test_a_killed_rank_is_restarted(cluster: Cluster, config: Path, tmp_path: Pa
     assert [line["step"] for line in run.step_lines()] == list(range(1, 41))
 
 
-def test_an_interrupt_saves_and_ends_everywhere(cluster: Cluster, config: Path, tmp_path: Path) -> None:
-    launched = launch(config)
+def test_an_interrupt_saves_and_ends_everywhere(
+    cluster: Cluster, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PASSED_TOKEN", "s3cret")
+    cluster_section = json.loads(config.read_text())["cluster"]
+    cluster_section |= {
+        "pass_environment": ["PASSED_TOKEN"],
+        "environment": {"OMP_NUM_THREADS": "1", "HOSTILE": HOSTILE},
+    }
+    cluster_section["setup"] = ["# a comment", 'export FROM_SETUP="it\'s" # another']
+    launched = launch(config, f"cluster={json.dumps(cluster_section)}")
     run = RunDirectory(tmp_path / "runs" / "words")
     steps(cluster, run, 3)
+    for host in HOSTS:  # what the ranks have
+        text = cluster("exec", host, "sh", "-c", "cat /proc/$(pgrep -f '[t]rainer.worker --run-dir')/environ")
+        variables = dict(item.partition("=")[::2] for item in text.split("\0"))
+        assert (variables["HOSTILE"], variables["PASSED_TOKEN"]) == (HOSTILE.replace("\r\n", "\n"), "s3cret")
+        assert (variables["FROM_SETUP"], variables["GLOO_SOCKET_IFNAME"]) == ("it's", "eth0")
+        assert variables["MASTER_ADDR"] == "10.77.0.11"
     # neither the token nor the environment is an argument of any process
     for host in ("login", *HOSTS):
         arguments = cluster("exec", host, "ps", "-eo", "args", "ww")
         assert "DSFT_LINK" not in arguments
-        assert "OMP_NUM" not in arguments
+        assert "s3cret" not in arguments
     cluster("exec", "login", "kill", "-INT", launcher_pid(cluster))
     out, errors = launched.communicate(timeout=60)
     assert launched.returncode == 130, errors + out
     assert run.verdicts()[0]["outcome"] == "stopped"
+    for path in run.path.rglob("*"):
+        assert not path.is_file() or b"s3cret" not in path.read_bytes(), path
     assert run.published_checkpoints()[-1] == run.step_lines()[-1]["step"]
 
 
@@ -153,6 +171,25 @@ def test_a_host_cut_off_ends_its_ranks(cluster: Cluster, config: Path, tmp_path:
         cluster("linkup", "n3")
     assert launched.returncode == 75
     assert (run.verdicts()[0]["class"], run.verdicts()[0]["node"]) == ("node", "n3")
+
+
+def test_a_spare_takes_the_place_of_a_host_that_lost_its_power(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    launched = launch(config, "training.max_steps=300", "cluster.spare_nodes=1", "cluster.connect_seconds=3")
+    run = RunDirectory(tmp_path / "runs" / "words")
+    cluster.wait(lambda: len(run.published_checkpoints()) > 0, "a checkpoint", 90)
+    cluster("kill", "n2")
+    try:
+        cluster.wait(lambda: bool(run.verdicts()), "a verdict", 40)
+        cluster.wait(
+            lambda: any(e["event"] == "first_step" and e["attempt"] == 2 for e in run.merged_events()), "n3", 60
+        )
+        cluster("exec", "n1", *DSFT, "cancel", str(run.path))
+        launched.communicate(timeout=60)
+    finally:
+        cluster("boot", "n2")
+    first = run.verdicts()[0]
+    assert (first["class"], first["node"], first["action"]) == ("node", "n2", "retry")
+    assert {report["node"] for report in run.agent_reports(2)} == {"n1", "n3"}
 
 
 def test_every_problem_of_the_hosts_is_told_before_a_rank_starts(
