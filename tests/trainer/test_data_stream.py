@@ -83,6 +83,7 @@ def rank_results(
     size: int = 4,
     state: dict[str, Any] | None = None,
     limit: int | None = None,
+    allow_changed: bool = False,
     **changes: Any,
 ) -> list[Any]:
     """Batches or the error of each rank; ranks are threads with a real exchange between them."""
@@ -107,6 +108,7 @@ def rank_results(
                 micro_batch_size=micro,
                 gather=gather,
                 state=state,
+                allow_changed=allow_changed,
                 limit=limit,
             )
             results[rank] = list(stream)
@@ -203,6 +205,51 @@ def test_resume_after_any_batch_at_another_world_size(
     state = json.loads(json.dumps(whole[0][cut].state))  # as a checkpoint keeps it
     rest = run_ranks(sources, world_sizes[1], epochs=2.0, packing=packing, state=state)
     assert digests(rest) == digests(whole)[cut + 1 :]
+
+
+def test_changed_data_is_refused_at_resume(tmp_path: Path) -> None:
+    sources = (write_source(tmp_path / "a.jsonl", [8] * 32), write_source(tmp_path / "b.jsonl", [4] * 8, first=50))
+    whole = run_ranks(sources, 1)[0]
+    state = json.loads(json.dumps(whole[1].state))
+    path = tmp_path / "a.jsonl"
+    content = path.read_text()
+
+    def resumed(**changes: Any) -> list[int]:
+        return digests(run_ranks(sources, 2, state=state, **changes))
+
+    expected = digests([whole])[2:]
+    (tmp_path / "copy").write_text(content)  # another inode, another time, the same data
+    (tmp_path / "copy").replace(path)
+    assert resumed() == expected
+    path.write_text(content.replace(" 7", " 9", 1))  # the same size
+    with pytest.raises(
+        DataError, match=r"data\.train\[0\]: a\.jsonl has changed since the last checkpoint \(other content"
+    ):
+        resumed()
+    path.write_text(content + '{"text": "1 2"}\n')
+    with pytest.raises(DataError, match=r"32 records before, 33 now\); put it back"):
+        resumed()
+    path.write_text(content.replace('"text": "', '"text": "99 '))
+    assert len(resumed(allow_changed=True)) == len(expected)
+    assert not set(resumed(allow_changed=True)) & set(expected)
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"data\.seed was 3 before and is 4 now"):
+        resumed(seed=4)
+    with pytest.raises(DataError, match="other sources"):
+        run_ranks(sources[:1], 1, state=state)
+    assert run_ranks(sources[:1], 1, state=state, allow_changed=True)[0]
+    assert resumed() == expected
+
+
+def test_a_file_that_disappears_mid_run(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "a.jsonl", [16] * 1000)
+    batches = iter(
+        BatchStream((source,), Words(), options(), global_batch_size=4, micro_batch_size=4, gather=lambda rows: [rows])
+    )
+    next(batches)
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(DataError, match=r"a\.jsonl cannot be read: No such file"):
+        list(batches)
 
 
 def test_order_depends_on_the_seed_and_the_epoch(tmp_path: Path) -> None:

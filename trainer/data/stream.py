@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +20,9 @@ from trainer.config.schema import DataSource, LaunchConfig
 from trainer.data.encoding import OUTCOMES, Encoder
 from trainer.data.order import next_source
 from trainer.data.sample import PackedSequence
-from trainer.data.sources import open_source
+from trainer.data.sources import Source, open_source
 from trainer.data.windows import Gather, Options, SourceStream, Window
+from trainer.failures import DataError
 
 _PREFETCH = 4  # global batches
 
@@ -68,6 +69,7 @@ class BatchStream:
         micro_batch_size: sequences of a micro-batch.
         gather: all-gather of int64 arrays over ranks; called in the background thread alone.
         state: of the batch after which to go on, or None.
+        allow_changed: go on from the state although it is of other data.
         limit: number of batches after which to end, or None. All ranks then make the same calls of ``gather``.
     """
 
@@ -81,10 +83,15 @@ class BatchStream:
         micro_batch_size: int,
         gather: Gather,
         state: dict[str, Any] | None = None,
+        allow_changed: bool = False,
         limit: int | None = None,
     ) -> None:
-        states = state["sources"] if state else [None] * len(sources)
         opened = [open_source(source) for source in sources]
+        self._identity = _identity(opened, options)
+        if state and not allow_changed:
+            _refuse_changed(state.get("data"), self._identity)
+        states = state["sources"] if state else []
+        states = [*states[: len(sources)], *[None] * (len(sources) - len(states))]
         encoders = [options.encoder(source, task) for source in opened]
         self._streams = [
             SourceStream(index, source, encoders[index].encode, options, gather, states[index])
@@ -93,7 +100,8 @@ class BatchStream:
         weights = [source.weight for source in sources]
         sizes = [float(stream.source.records) for stream in self._streams]
         self._weights = [weight or 1.0 for weight in weights] if any(weights) else sizes
-        self._drawn: list[int] = list(state["drawn"]) if state else [0] * len(sources)
+        drawn = state["drawn"] if state else []
+        self._drawn: list[int] = [*drawn[: len(sources)], *[0] * (len(sources) - len(drawn))]
         self._options, self._limit = options, limit
         self._global, self._micro = global_batch_size, micro_batch_size
 
@@ -153,7 +161,11 @@ class BatchStream:
             int(sum(window.lengths[number] for _, window, number in references)),
             sum(digest(i, sequence) for i, sequence in sequences.items()) % (1 << 63),
             done / self.records,
-            {"sources": [stream.state() for stream in self._streams], "drawn": list(self._drawn)},
+            {
+                "sources": [stream.state() for stream in self._streams],
+                "drawn": list(self._drawn),
+                "data": self._identity,
+            },
         )
 
     def _materialise(
@@ -168,6 +180,37 @@ class BatchStream:
             stream, window, _ = references[places[0]]
             result.update(zip(places, stream.sequences(window, [references[i][2] for i in places]), strict=True))
         return result
+
+
+def _identity(sources: Sequence[Source], options: Options) -> dict[str, Any]:
+    """What a position in the order means something for: the data, and what makes its order and sequences."""
+    return {
+        "files": [source.fingerprint() for source in sources],
+        "limits": [source.config.limit for source in sources],
+        "order": {name: getattr(options, name) for name in _ORDER},
+    }
+
+
+_ORDER = ("seed", "shuffle", "packing", "sequence_length", "on_long", "window_documents")
+
+
+def _refuse_changed(before: dict[str, Any] | None, now: dict[str, Any]) -> None:
+    """Raises DataError where a position in ``before`` is none in ``now``. Names may differ: data can be moved."""
+    advice = "; put it back, start a new run under another `name`, or set data.allow_changed to go on regardless"
+    if before is None:  # of a version that did not write it
+        return
+    for name, value in before["order"].items():
+        if value != now["order"].get(name):
+            raise DataError(f"data.{name} was {value} before and is {now['order'].get(name)} now{advice}")
+    if len(before["files"]) != len(now["files"]) or before["limits"] != now["limits"]:
+        raise DataError(f"data.train has other sources or limits than before{advice}")
+    for index, (old, new) in enumerate(zip(before["files"], now["files"], strict=True)):
+        if len(old) != len(new):
+            raise DataError(f"data.train[{index}] had {len(old)} files before and has {len(new)} now{advice}")
+        for (name, records, content), found in zip(old, new, strict=True):
+            if [records, content] != list(found[1:]):
+                what = f"{records} records before, {found[1]} now" if records != found[1] else "other content"
+                raise DataError(f"data.train[{index}]: {name} has changed since the last checkpoint ({what}){advice}")
 
 
 def digest(place: int, sequence: PackedSequence) -> int:
@@ -249,6 +292,7 @@ def build_training_stream(
         micro_batch_size=micro_batch_size,
         gather=gather,
         state=state,
+        allow_changed=config.data.allow_changed,
         limit=limit,
     )
 
