@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 from launcher.verdict import Action, Attempt, Snapshot, Verdict, classify, decide
 from trainer.config.schema import ResilienceConfig
-from trainer.failures import DsftError
+from trainer.failures import EXIT_TEMPORARY, DsftError
 from trainer.lease import Lease
-from trainer.rundir import EventWriter, RunDirectory, write_json
+from trainer.rundir import EventWriter, RunDirectory, read_json, read_lines, write_json
 
 _POLL_SECONDS = 0.05
 _FILE_POLL_SECONDS = 0.5  # how often shared storage is asked for a stop request
@@ -100,8 +100,13 @@ class Supervisor:
     lease: Lease
     gate: Gate | None = None
     tick: Callable[[], None] = lambda: None
+    # Written with every attempt's event: the job, the head node
+    origin: Mapping[str, str] = field(default_factory=dict)
+    # Why no further attempt can be made where this launch runs, so that only a requeue helps; None if it can
+    exhausted: Callable[[], str | None] = lambda: None
+    # The attempts made before a requeue, which count like this launch's own
+    history: list[Attempt] = field(default_factory=list)
     released: Callable[[], None] = lambda: None  # called once, when everything is checked and the first ranks start
-    _history: list[Attempt] = field(default_factory=list)
 
     def supervise(self) -> Result:
         """Run attempts until the action is not to retry. Signals and stop files end the run as they say."""
@@ -109,21 +114,23 @@ class Supervisor:
         with stop_signals() as signals:
             while True:
                 attempt = self.run.new_attempt()
-                events.write("attempt", attempt=attempt)
+                events.write("attempt", attempt=attempt, **self.origin)
                 oom_kills = _oom_kills()
                 verdict, reason = self._attempt(attempt, signals, oom_kills)
-                self._history.append(Attempt(verdict, self._progress()))
-                action = decide(self._history, self.resilience.max_restarts, reason)
+                self.history.append(Attempt(verdict, progress(self.run)))
+                action = decide(self.history, self.resilience.max_restarts, reason)
+                if action.kind == "retry" and (why := self.exhausted()) is not None:
+                    action = Action("stop", EXIT_TEMPORARY, reason=why, requeue=True)
                 self._record(attempt, verdict, action, events)
                 self.tick()
                 if action.kind != "retry":
-                    return Result(verdict, action, len(self._history))
+                    return Result(verdict, action, len(self.history))
                 if (reason := self._wait(attempt, action.delay_seconds, signals)) is not None:
                     verdict = Verdict("stopped", step=verdict.step, message=f"stopped on request ({reason})")
                     action = decide([Attempt(verdict, (0, 0))], 0, reason)
                     if not self.lease.lost.is_set():
                         events.write("stopped", attempt=attempt, reason=reason)
-                    return Result(verdict, action, len(self._history))
+                    return Result(verdict, action, len(self.history))
 
     def _attempt(self, attempt: int, signals: StopSignals, oom_kills: int) -> tuple[Verdict, str | None]:
         """Run one attempt to its end, whatever that is; nothing of it runs when this returns."""
@@ -201,14 +208,6 @@ class Supervisor:
             event["event"] == "first_step" and event.get("attempt") == attempt for event in self.run.merged_events()
         )
 
-    def _progress(self) -> tuple[int, int]:
-        checkpoints = self.run.published_checkpoints()
-        return (checkpoints[-1] if checkpoints else 0, self._last_step() or 0)
-
-    def _last_step(self) -> int | None:
-        lines = self.run.step_lines()
-        return int(lines[-1]["step"]) if lines else None
-
     def _snapshot(self, attempt: int, codes: dict[str, int] | None, reason: str | None, oom_kills: int) -> Snapshot:
         reports = self.run.agent_reports(attempt)
         events = self.run.merged_events()
@@ -222,7 +221,7 @@ class Supervisor:
                 for rank, code in report["exit_codes"].items()
                 if code != 0
             },
-            step=self._last_step(),
+            step=progress(self.run)[1] or None,
             stop_reason=reason,
             trained=any(event["event"] == "trained" and event.get("attempt") == attempt for event in events),
             oom_kills=oom_kills,
@@ -237,6 +236,8 @@ class Supervisor:
             "action": action.kind,
             "reason": action.reason,
             "delay_seconds": action.delay_seconds,
+            "requeue": action.requeue,
+            "progress": list(self.history[-1].progress),
             "exit_code": action.exit_code,
             "time": time.time(),
         }
@@ -247,6 +248,37 @@ class Supervisor:
         if action.kind != "retry":
             state = verdict.outcome
             events.write(state, attempt=attempt, exit_code=action.exit_code, reason=action.reason)
+
+
+def progress(run: RunDirectory) -> tuple[int, int]:
+    """The steps of the newest published checkpoint and of the newest logged step; 0 without one."""
+    checkpoints, lines = run.published_checkpoints(), run.step_lines()
+    return (checkpoints[-1] if checkpoints else 0, int(lines[-1]["step"]) if lines else 0)
+
+
+def attempts_of(run: RunDirectory, job_id: str, now: float) -> list[Attempt]:
+    """The attempts that earlier starts of this very job have made; one that left no verdict gets its verdict here.
+
+    The caller holds the lock of the run. now: unix seconds.
+    """
+    ledger = [e for e in read_lines(run.events_dir / "supervisor.jsonl") if e["event"] == "attempt"]
+    mine = [event for event in ledger if event.get("job_id") == job_id]
+    history: list[Attempt] = []
+    for event in mine:
+        attempt = int(event["attempt"])
+        value = read_json(run.verdict_path(attempt))
+        if value is None:
+            head = event.get("head")
+            message = f"the supervisor on {head} was killed, or its node went down: it left no verdict"
+            verdict = Verdict("failed", "node", message=message, step=progress(run)[1] or None)
+            value = verdict.to_json() | {"action": "retry", "reason": "the job was requeued", "delay_seconds": 0.0}
+            value |= {"requeue": True, "exit_code": EXIT_TEMPORARY, "time": now, "progress": list(progress(run))}
+            write_json(run.verdict_path(attempt), value, indent=1)
+            fields = {key: value[key] for key in ("class", "rank", "node", "step", "message", "victims", "action")}
+            run.event_writer("supervisor").write("failure", attempt=attempt, **fields)
+        reached = value.get("progress") or (0, 0)
+        history.append(Attempt(Verdict.from_json(value), (int(reached[0]), int(reached[1]))))
+    return history
 
 
 def _tail(path: Path) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, cast, get_args
 
 from trainer.failures import (
@@ -18,6 +18,11 @@ from trainer.failures import (
 )
 
 Outcome = Literal["finished", "stopped", "failed"]
+
+# In place of an agent's exit code: the link to its node ended without a word
+NODE_LOST = -1000
+# A node that has failed is kept out of requeued jobs, and comes last in an allocation, for so long
+BAD_NODE_SECONDS = 24 * 3600.0
 
 # Attempts in a row that may end no further than the best before them
 MAX_WITHOUT_PROGRESS = 3
@@ -43,7 +48,7 @@ _TEMPORARY: frozenset[FailureClass] = frozenset(
 class Snapshot:
     """Everything known about an attempt whose agents have all ended."""
 
-    agents: dict[str, int]  # node -> exit code of its agent; negative: killed by that signal
+    agents: dict[str, int]  # node -> exit code of its agent; negative: killed by that signal, or NODE_LOST
     reports: Sequence[dict[str, Any]] = ()  # attempts/NNNN/agents/*.json
     records: Sequence[dict[str, Any]] = ()  # attempts/NNNN/failures/*.json
     log_tails: dict[int, str] = field(default_factory=dict)  # rank -> the end of its log, for the message only
@@ -72,6 +77,13 @@ class Verdict:
         value = asdict(self)
         value["class"] = value.pop("failure_class")
         return value
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Verdict:
+        """The verdict that `to_json` has written."""
+        known: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+        known["failure_class"] = known.pop("class", None)
+        return Verdict(**{name: known[name] for name in (f.name for f in fields(Verdict)) if name in known})
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,10 @@ def _candidates(snapshot: Snapshot) -> list[_Candidate]:
             found.append(_of_agent(report["node"], report["class"], f"agent: {report['message']}", report["time"]))
     reported = {report["node"] for report in snapshot.reports}
     for node, code in snapshot.agents.items():
-        if code != 0 and node not in reported:
+        if code == NODE_LOST:  # whatever it managed to report
+            message = f"node {node} is gone: its processes or its network stopped without a word"
+            found.append(_of_agent(node, "node", message, 0.0))
+        elif code != 0 and node not in reported:
             how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
             found.append(_of_agent(node, "node", f"the agent on {node} {how} and left no report", 0.0))
     return found
@@ -204,16 +219,24 @@ class Action:
     exit_code: int = EXIT_DONE
     delay_seconds: float = 0.0
     reason: str = ""
+    requeue: bool = False  # the scheduler is to run this launch again
+
+
+def bad_nodes(events: Iterable[Mapping[str, Any]], now: float) -> list[str]:
+    """Nodes that have failed within BAD_NODE_SECONDS, from the failures of a run's ledger."""
+    failed = (e for e in events if e["event"] == "failure" and e.get("class") == "node" and e.get("node"))
+    return sorted({str(event["node"]) for event in failed if now - float(event["time"]) < BAD_NODE_SECONDS})
 
 
 def decide(history: Sequence[Attempt], max_restarts: int, stop_reason: str | None = None) -> Action:
-    """The action after the last attempt of `history`, which holds this launch's attempts, oldest first."""
+    """The action after the last attempt of `history`: those of this launch, and of the job before its requeues."""
     verdict = history[-1].verdict
     if verdict.outcome == "finished":
         return Action("done")
     if verdict.outcome == "stopped":
         code = _EXIT_OF_STOP.get(stop_reason or "", EXIT_TEMPORARY)
-        return Action("stop", code, reason=verdict.message)
+        requeue = stop_reason in ("preemption", "time_limit")
+        return Action("stop", code, reason=verdict.message, requeue=requeue)
     assert verdict.failure_class is not None
     if verdict.failure_class in _NEVER_RETRIED:
         return Action("stop", EXIT_USER, reason=f"a {verdict.failure_class} error is never retried")

@@ -102,6 +102,24 @@ def cancel(job_id: str, signal: str | None = None, batch: bool = False, pending:
     _call(["scancel", *options, *(["--state=PENDING"] if pending else []), job_id], QUERY_SECONDS)
 
 
+def could_run(options: Sequence[str]) -> None:
+    """Raise SlurmError if no job with these options of sbatch can ever run, SlurmUnavailable without an answer."""
+    environment = submission_environment(())
+    _call(["sbatch", "--test-only", "--wrap=true", *options], QUERY_SECONDS, environment, error=True)
+
+
+def requeue_excluding(job_id: str, nodes: Sequence[str]) -> None:
+    """Requeue a running job, to start again on other nodes than these. Raises SlurmUnavailable, SlurmError.
+
+    The list can be changed only while the job does not run, hence the hold in between.
+    """
+    _call(["scontrol", "requeuehold", job_id], QUERY_SECONDS)
+    try:
+        _call(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}"], QUERY_SECONDS)
+    finally:
+        _call(["scontrol", "release", job_id], QUERY_SECONDS)
+
+
 def queued(job_ids: Sequence[str], seconds: float | None = None) -> dict[str, Job]:
     """Those of the jobs that the queue knows, by one call; of an array each job (``7_2``). Raises SlurmUnavailable."""
     # %i would shorten an array to 7_[2-9]: -r prints one line for each of its jobs

@@ -21,13 +21,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from launcher.verdict import NODE_LOST
 from trainer.failures import EXIT_FAILED
 
-LOST_SECONDS = 20
+LOST_SECONDS = 5
 END_SECONDS = 10.0
 _START_SECONDS = 300.0  # for srun or ssh, and setup lines, to have a process on every node
 _VICTIM_SECONDS = 2.0  # after the first failure: for the other agents to find theirs
-_KEEP_ALIVE_SECONDS = 5
+_KEEP_ALIVE_SECONDS = 1
 _LARGEST_LINE = 1 << 16
 
 
@@ -201,7 +202,7 @@ class Ends:
     _ending: bool = False
 
     def poll(self, starter: Callable[[str], int | None]) -> dict[str, int] | None:
-        """Node -> exit code of its agent (-9: the node or its link is gone) once no agent is left, else None.
+        """Node -> exit code of its agent (NODE_LOST: it or its link is gone) once no agent is left, else None.
 
         `starter`: exit code of what has to bring up the process on a node; None while it runs.
         """
@@ -226,7 +227,7 @@ class Ends:
 
     def _codes(self) -> dict[str, int]:
         # an agent that had to be killed is no cause of anything: 0
-        return {node.name: -9 if node.lost else node.code or 0 for node in self.links.nodes.values()}
+        return {node.name: NODE_LOST if node.lost else node.code or 0 for node in self.links.nodes.values()}
 
 
 def _blame(code: int | None, late: bool) -> int:

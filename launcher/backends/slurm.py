@@ -19,18 +19,11 @@ from slurm import client
 from slurm.hostlist import expand
 from slurm.job import Job, render, sbatch_options
 from trainer.config.schema import ResilienceConfig, SlurmCluster
-from trainer.failures import EXIT_TEMPORARY, DsftError, UserError
+from trainer.failures import DsftError, UserError
 from trainer.rundir import RunDirectory
 
 # SLURM may deliver the signal a minute late, and needs a little to end and requeue the job
 LATE_SECONDS = 75
-
-
-class NodesLost(DsftError):
-    """Too few nodes are left in the allocation."""
-
-    failure_class = "node"
-    exit_code = EXIT_TEMPORARY
 
 
 # -- before the job ----------------------------------------------------------------------------------------------------
@@ -105,7 +98,7 @@ class SlurmAttempt:
         self.links.release()
 
     def poll(self) -> dict[str, int] | None:
-        """Node -> exit code of its agent (-9: the node or its link is gone) once no agent is left, else None."""
+        """Node -> exit code of its agent (NODE_LOST: it or its link is gone) once no agent is left, else None."""
         nodes = self.links.nodes.values()
         if any(node.terminating for node in nodes) and not self._told:
             self._told = True
@@ -148,7 +141,7 @@ class SlurmBackend:
     processes: int
     environment: Mapping[str, str]
     worker_module: str = "trainer.worker"
-    _suspects: list[str] = field(default_factory=list)
+    suspects: list[str] = field(default_factory=list)  # nodes that have failed lately, once for each time
     _last: SlurmAttempt | None = None
 
     def start(self, attempt: int) -> SlurmAttempt:
@@ -160,9 +153,8 @@ class SlurmBackend:
                 f"allocate more, or launch with --set cluster.nodes={len(allocated)}"
             )
         if self._last is not None:
-            self._suspects += [node.name for node in self._last.links.nodes.values() if node.lost]
-            allocated = self._still_allocated(allocated)
-        nodes = choose_nodes(allocated, self.cluster.nodes, self._suspects)
+            allocated = self._usable(allocated) or allocated
+        nodes = choose_nodes(allocated, self.cluster.nodes, self.suspects)
         arguments = ["--run-dir", str(self.run.path), "--attempt", str(attempt)]
         arguments += ["--worker-module", self.worker_module, "--", "--nproc-per-node", str(self.processes)]
         links = Links(nodes, arguments, dict(self.environment))
@@ -181,17 +173,35 @@ class SlurmBackend:
         self._last = SlurmAttempt(self.run, attempt, links, step)
         return self._last
 
-    def _still_allocated(self, allocated: list[str]) -> list[str]:
-        """SLURM takes nodes that are down out of a running job. Raises NodesLost if too few are left."""
-        with contextlib.suppress(client.SlurmUnavailable):
+    def exhausted(self) -> str | None:
+        """Why this allocation cannot carry another attempt; None while it can. Call it after a failed one."""
+        allocated = expand(os.environ["SLURM_JOB_NODELIST"])
+        if self._last is not None:
+            links = self._last.links.nodes.values()
+            self.suspects += [node.name for node in links if node.lost or not node.started]
+        # one loss may have been its processes' or the network's: only the second rules a node out
+        usable = [node for node in self._usable(allocated) if self.suspects.count(node) < 2]
+        if len(usable) >= self.cluster.nodes:
+            return None
+        lost = sorted(set(allocated) - set(usable))
+        return (
+            f"{', '.join(lost)} failed, and {len(usable)} node(s) of the allocation are left for {self.cluster.nodes}: "
+            "the job has to be requeued; with `cluster.spare_nodes` it goes on in the same allocation"
+        )
+
+    def _usable(self, allocated: list[str]) -> list[str]:
+        """SLURM takes nodes that are down out of a running job, and marks those that do not answer."""
+        with contextlib.suppress(DsftError, ValueError):
             if (job := client.job(os.environ["SLURM_JOB_ID"])) is not None and job.node_list:
-                allocated = expand(job.node_list)
-        if len(allocated) < self.cluster.nodes:
-            raise NodesLost(
-                f"{len(allocated)} node(s) are left of the allocation, and the run needs {self.cluster.nodes}: the job "
-                "has to be requeued; with `cluster.spare_nodes` it goes on in the same allocation"
-            )
+                allocated = [node for node in expand(job.node_list) if node in allocated]
+            states = client.node_states(",".join(allocated)) if allocated else {}
+            return [node for node in allocated if not _is_down(states.get(node, ""))]
         return allocated
+
+
+def _is_down(state: str) -> bool:
+    """From sinfo's words; a star: it does not answer."""
+    return state.endswith("*") or state.startswith(("down", "fail", "drain"))
 
 
 def choose_nodes(allocated: Sequence[str], count: int, suspects: Sequence[str]) -> list[str]:
@@ -212,6 +222,8 @@ def step_command(
         # the agent sees all that the job has of the node; since SLURM 22.05 srun takes no count from sbatch
         *([f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []),
         *("--cpu-bind=none", "--mpi=none", "--export=ALL", "--input=none"),
+        # the step of an attempt that lost a node is not over for SLURM until it has noticed
+        "--overlap",
         # the supervisor decides when the rest has to end
         *("--no-kill", "--kill-on-bad-exit=0", "--wait=0"),
     ]

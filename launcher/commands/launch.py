@@ -116,6 +116,10 @@ def launch(
     _print_account(target, as_json)
     if result.verdict.outcome == "failed":
         print(f"error: {result.verdict.message}", file=sys.stderr, flush=True)
+    if config.cluster.backend == "slurm":
+        from launcher.requeue import exit_code
+
+        return exit_code(result.action, target, config.cluster)
     return result.action.exit_code
 
 
@@ -234,8 +238,15 @@ def _supervise(
 
             tell_ready(ready_fd)
 
+    supervisor = Supervisor(target, backend, resilience, lease, gate, tick, released=released)
     try:
-        result = Supervisor(target, backend, resilience, lease, gate, tick, released).supervise()
+        if config.cluster.backend == "slurm":
+            from launcher.backends.slurm import SlurmBackend
+            from launcher.requeue import continue_job
+
+            assert isinstance(backend, SlurmBackend)
+            continue_job(supervisor, backend)
+        result = supervisor.supervise()
     finally:
         watch.close()
     if result.action.reason:

@@ -12,11 +12,13 @@ import sys
 import time
 from pathlib import Path
 
+from trainer.processes import kill_all
 from trainer.rundir import RunDirectory, append_line
 
 
 def supervise(folder: str, nodes: str, processes: str, seconds: str = "0") -> int:
     from launcher.backends.slurm import SlurmBackend
+    from launcher.requeue import continue_job, exit_code
     from launcher.supervisor import Supervisor
     from trainer.config.schema import ResilienceConfig, SlurmCluster
     from trainer.lease import acquire
@@ -27,7 +29,14 @@ def supervise(folder: str, nodes: str, processes: str, seconds: str = "0") -> in
     environment = {"REDUCED_SECONDS": seconds, "OMP_NUM_THREADS": "1"}
     backend = SlurmBackend(run, cluster, int(processes), environment, worker_module="reduced")
     with acquire(run.lock_dir) as lease:
-        return Supervisor(run, backend, ResilienceConfig(), lease).supervise().action.exit_code
+        supervisor = Supervisor(run, backend, ResilienceConfig(max_restarts=2), lease)
+        continue_job(supervisor, backend)
+        action = supervisor.supervise().action
+    return exit_code(action, run, cluster)
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
 def train(run: RunDirectory, attempt: int) -> None:
@@ -47,6 +56,8 @@ def train(run: RunDirectory, attempt: int) -> None:
         assert value[0].item() == world_size * (world_size + 1) / 2
         if step == 0 and rank == 0:
             events.write("first_step", step=1)
+        if os.environ["SLURMD_NODENAME"] == os.environ.get("REDUCED_BAD_NODE"):
+            kill_all([parent_of(os.getppid())])  # the node's end of the link, which takes its agent and ranks along
         if value[1] or value[2]:
             dist.barrier()
             if rank == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -132,16 +133,64 @@ def test_a_lost_node_ends_the_attempt_and_a_spare_takes_its_place(cluster: Clust
     config = SlurmCluster(backend="slurm", nodes=2, spare_nodes=1, environment={"PYTHONPATH": str(PROGRAM.parent)})
     job = submit(Job("reduced", run.path, command, str(ROOT)), config)
     wait_for_rounds(cluster, run)
-    cluster("fail", "n2")
+    cluster("kill", "n2")  # the power goes: nothing says goodbye
+    failed = time.time()
     try:
         cluster.wait_for_state(job, "COMPLETED", "FAILED", seconds=120)
         assert cluster.state(job) == "COMPLETED", log(run)
         assert run.verdicts()[0]["outcome"] == "failed"
         assert (run.verdicts()[0]["class"], run.verdicts()[0]["node"]) == ("node", "n2")
+        assert "node n2 is gone" in run.verdicts()[0]["message"]
+        assert run.verdicts()[0]["time"] - failed < 5 + 5  # noticed within 5 s, then the rest is ended
         assert [note["node"] for note in notes(run, 1)] == ["n3"]
         assert "Restarts=0" in cluster.run("scontrol", "show", "job", job).stdout
     finally:
         cluster("boot", "n2")
+
+
+def test_a_node_that_fails_every_time_is_left_out(cluster: Cluster, tmp_path: Path) -> None:
+    """Twice in the allocation, then the job is requeued on others."""
+    run = RunDirectory(tmp_path / "run")
+    command = [sys.executable, "-P", str(PROGRAM), str(run.path), "2", "1", "1"]
+    environment = {"PYTHONPATH": str(PROGRAM.parent), "REDUCED_BAD_NODE": "n1"}
+    config = SlurmCluster(backend="slurm", nodes=2, environment=environment)
+    job = submit(Job("reduced", run.path, command, str(ROOT)), config)
+    cluster.wait_for_state(job, "COMPLETED", "FAILED", seconds=120)
+    assert cluster.state(job) == "COMPLETED", log(run)
+    verdicts = run.verdicts()
+    assert [(v["class"], v["node"], v["action"]) for v in verdicts[:2]] == [
+        ("node", "n1", "retry"),
+        ("node", "n1", "stop"),
+    ]
+    assert [v["outcome"] for v in verdicts] == ["failed", "failed", "finished"]
+    assert [note["node"] for note in notes(run, 0)] == ["n2"]
+    text = cluster.run("scontrol", "show", "job", job).stdout
+    assert "Restarts=1" in text
+    assert "ExcNodeList=n1" in text
+
+
+def test_a_killed_supervisor_is_counted_and_its_job_comes_back(cluster: Cluster, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    job = start(run, seconds=4)
+    wait_for_rounds(cluster, run)
+    cluster("exec", "n1", "pkill", "-KILL", "-f", f"[r]educed.py {run.path}")
+    cluster.wait_for_state(job, "COMPLETED", "FAILED", seconds=120)
+    assert cluster.state(job) == "COMPLETED", log(run)
+    first, second = run.verdicts()
+    assert (first["outcome"], first["class"], second["outcome"]) == ("failed", "node", "finished")
+    assert "the supervisor on n1 was killed" in first["message"]
+
+
+@pytest.mark.matrix
+def test_a_supervisor_that_dies_every_time_ends_the_run(cluster: Cluster, tmp_path: Path) -> None:
+    """max_restarts of these jobs is 2: the third death is the last, requeues or not."""
+    run = RunDirectory(tmp_path / "run")
+    job = start(run, seconds=60)
+    for attempt in (1, 2, 3):
+        wait_for_rounds(cluster, run, attempt)
+        cluster("exec", "n1", "pkill", "-KILL", "-f", f"[r]educed.py {run.path}")
+    cluster.wait_for_state(job, "FAILED", seconds=120)
+    assert "max_restarts (2) is used up" in run.verdicts()[-1]["reason"]
 
 
 def test_a_failed_rank_ends_the_others_on_all_nodes(cluster: Cluster, tmp_path: Path) -> None:

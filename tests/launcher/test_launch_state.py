@@ -13,6 +13,8 @@ from launcher.consistency import refuse_changes
 from launcher.registry import find_run, known_runs, register
 from launcher.reporting import report
 from launcher.state import run_state
+from launcher.supervisor import attempts_of
+from launcher.verdict import Verdict, decide
 from trainer.failures import UserError
 from trainer.lease import acquire
 from trainer.rundir import RunDirectory, append_line, write_json
@@ -120,3 +122,21 @@ def test_what_was_begun_may_not_change_what_was_not_may(run: RunDirectory) -> No
         run, {"training": {"max_steps": 4}, "data": {"seed": 1, "evaluation": [{"path": "x"}]}, "logging": 1}
     )
     refuse_changes(run, {"training": {"max_steps": 4, "micro_batch_size": 2}, "data": {"seed": 1}})
+
+
+def test_attempts_before_a_requeue_count_and_one_without_a_verdict_is_a_failure(run: RunDirectory) -> None:
+    for attempt, job in ((1, "6"), (2, "7"), (3, "7")):
+        run.new_attempt()
+        line = {"time": attempt, "event": "attempt", "attempt": attempt, "job_id": job, "head": "n1"}
+        run.events_dir.mkdir(exist_ok=True)
+        append_line(run.events_dir / "supervisor.jsonl", line)
+        if attempt < 3:
+            verdict = Verdict("failed", "hang", rank=1, step=5, message="m").to_json()
+            write_json(run.verdict_path(attempt), verdict | {"action": "retry", "progress": [4, 5]})
+    append_line(run.metrics_path, {"step": 5, "loss": 1.0})
+    history = attempts_of(run, "7", 100.0)
+    assert [(past.verdict.failure_class, past.progress) for past in history] == [("hang", (4, 5)), ("node", (0, 5))]
+    assert run.verdicts()[2]["message"].startswith("the supervisor on n1 was killed")
+    assert attempts_of(run, "7", 100.0) == history  # read back, not made anew
+    assert decide(history, max_restarts=1).kind == "stop"
+    assert decide(history, max_restarts=2).kind == "retry"

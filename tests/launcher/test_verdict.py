@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from launcher.verdict import Attempt, Snapshot, Verdict, classify, decide
+from launcher.verdict import BAD_NODE_SECONDS, NODE_LOST, Attempt, Snapshot, Verdict, bad_nodes, classify, decide
 from trainer.failures import FailureClass
 
 
@@ -76,6 +77,32 @@ def test_a_kill_is_out_of_memory_only_with_the_kernels_word() -> None:
 def test_an_agent_that_is_gone_without_a_report_is_its_nodes_failure() -> None:
     verdict = classify(Snapshot({"n0": 1, "n1": -9}, [agent("n0", {0: 1})], [record(0, "communication", 9.0)]))
     assert (verdict.failure_class, verdict.node, verdict.rank, verdict.victims) == ("node", "n1", None, (0,))
+
+
+def test_a_node_whose_link_ended_is_named_whatever_it_reported() -> None:
+    reports = [agent("n0", {0: 1}), agent("n1", {1: -9}, {1: 3.0})]
+    verdict = classify(Snapshot({"n0": 1, "n1": NODE_LOST}, reports, [record(0, "communication", 2.0)]))
+    assert (verdict.failure_class, verdict.node) == ("node", "n1")
+    assert verdict.message.startswith("node n1 is gone")
+
+
+def test_a_verdict_comes_back_from_its_record() -> None:
+    verdict = Verdict("failed", "node", None, "n1", 4, "m", "t", (1, 2), ("e",))
+    assert Verdict.from_json(json.loads(json.dumps(verdict.to_json() | {"action": "retry"}))) == verdict
+
+
+def test_nodes_are_bad_for_a_day() -> None:
+    def failure(time: float, node: str, failure_class: str = "node") -> dict[str, Any]:
+        return {"event": "failure", "time": time, "node": node, "class": failure_class}
+
+    events = [failure(0.0, "n1"), failure(5000.0, "n2"), failure(5000.0, "n3", "numeric"), {"event": "x", "time": 1.0}]
+    assert bad_nodes(events, 6000.0) == ["n1", "n2"]
+    assert bad_nodes(events, BAD_NODE_SECONDS + 1000.0) == ["n2"]
+
+
+@pytest.mark.parametrize(("reason", "requeue"), [("time_limit", True), ("preemption", True), ("cancel", False)])
+def test_what_is_to_be_requeued(reason: str, requeue: bool) -> None:
+    assert decide([Attempt(Verdict("stopped"), (1, 1))], 3, reason).requeue is requeue
 
 
 def test_an_agents_own_failure_is_told() -> None:

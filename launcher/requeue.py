@@ -1,0 +1,73 @@
+"""One ladder over all starts of a SLURM job: what counts again after a requeue, and on which nodes it comes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+from launcher.backends.slurm import SlurmBackend
+from launcher.state import ledger
+from launcher.supervisor import Supervisor, attempts_of
+from launcher.verdict import Action, bad_nodes
+from slurm import client
+from slurm.hostlist import expand
+from trainer.config.schema import SlurmCluster
+from trainer.failures import EXIT_FAILED, EXIT_TEMPORARY, DsftError, node_name
+from trainer.rundir import RunDirectory
+
+
+class GivenUpError(DsftError):
+    """An earlier job of the chain has stopped the run for good."""
+
+
+def continue_job(supervisor: Supervisor, backend: SlurmBackend) -> None:
+    """Give the supervisor what earlier starts of this job went through, and the backend the nodes that failed lately.
+
+    Raises GivenUpError in a chain of jobs if one of them has stopped the run for good.
+    """
+    run = supervisor.run
+    job_id = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ["SLURM_JOB_ID"]
+    supervisor.origin = {"job_id": job_id, "head": node_name()}
+    supervisor.exhausted = backend.exhausted
+    is_chain = "SLURM_ARRAY_JOB_ID" in os.environ
+    if is_chain or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0:  # else a person has started it
+        supervisor.history = attempts_of(run, job_id, time.time())
+        last = run.verdicts()[-1:] if supervisor.history else []
+        if last and last[0]["outcome"] == "failed" and last[0]["action"] == "stop" and not last[0].get("requeue"):
+            if is_chain:
+                raise GivenUpError(
+                    f"an earlier job of this chain has given up: {last[0]['reason']} ({last[0]['message']})"
+                )
+            supervisor.history = []  # a person has requeued it
+    backend.suspects += bad_nodes(ledger(run), time.time())
+
+
+def exit_code(action: Action, run: RunDirectory, cluster: SlurmCluster) -> int:
+    """What the job's script is to end with; 75 has it requeue the job. Nodes that failed are excluded before."""
+    if not action.requeue:
+        # "worth another try" is for people: the ladder of this job is at its end
+        return EXIT_FAILED if action.exit_code == EXIT_TEMPORARY else action.exit_code
+    nodes = bad_nodes(ledger(run), time.time())
+    if nodes and cluster.requeue and os.environ.get("DSFT_REQUEUE") != "0" and "SLURM_ARRAY_JOB_ID" not in os.environ:
+        _requeue_without(nodes, cluster)
+    return EXIT_TEMPORARY
+
+
+def _requeue_without(nodes: Sequence[str], cluster: SlurmCluster) -> None:
+    """Requeue this process's own job so that it starts again on other nodes, if there are enough of them."""
+    options = [f"--nodes={cluster.nodes}", *([f"--constraint={cluster.constraint}"] if cluster.constraint else [])]
+    for option in ("partition", "account"):
+        if name := os.environ.get(f"SLURM_JOB_{option.upper()}"):
+            options.append(f"--{option}={name}")
+    for number in (signal.SIGTERM, signal.SIGCONT):  # SLURM's, as soon as the job is requeued
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        excluded = sorted({*nodes, *(expand(cluster.exclude) if cluster.exclude else ())})
+        client.could_run([*options, f"--exclude={','.join(excluded)}"])
+        client.requeue_excluding(os.environ["SLURM_JOB_ID"], excluded)
+        print(f"requeued without {', '.join(nodes)}, which failed within the last day", flush=True)
+    except (DsftError, ValueError) as error:  # then the job's script requeues it as it is
+        print(f"warning: nodes that failed cannot be excluded: {error}", file=sys.stderr, flush=True)
