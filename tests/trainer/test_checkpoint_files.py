@@ -1,0 +1,181 @@
+"""Which checkpoints stay, when the next one is due, and what `dsft checkpoint` shows; all without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plain_state import make_state, save_rank
+
+from trainer.checkpoint_files import (
+    Checkpoint,
+    Retention,
+    abandon_after,
+    differences,
+    folder_name,
+    list_checkpoints,
+    published,
+    superfluous,
+)
+from trainer.checkpoint_interval import (
+    PRIOR_MTBF_SECONDS,
+    auto_interval_seconds,
+    estimate_mtbf_seconds,
+    young_daly_seconds,
+)
+from trainer.failures import UserError
+from trainer.rundir import RunDirectory
+
+ROOT = Path(__file__).parents[2]
+
+
+def checkpoint(step: int, loss: float | None = None, status: str = "published") -> Checkpoint:
+    return Checkpoint(Path(folder_name(step)), step, status, 0, 1, loss)
+
+
+def kept(checkpoints: list[Checkpoint], retention: Retention) -> list[int]:
+    gone = {c.step for c in superfluous(checkpoints, retention)}
+    return [c.step for c in checkpoints if c.step not in gone]
+
+
+def test_the_last_the_best_and_every_nth_are_kept() -> None:
+    losses = {1: 3.0, 2: 1.0, 3: None, 4: 1.5, 5: math.nan, 6: 2.0, 7: None}
+    found = [checkpoint(step, loss) for step, loss in losses.items()]
+    assert kept(found, Retention(2)) == [6, 7]
+    assert kept(found, Retention(1, keep_best=2)) == [2, 4, 7]
+    assert kept(found, Retention(1, keep_every_steps=3)) == [3, 6, 7]
+    assert kept([checkpoint(step) for step in (3, 13, 17, 22, 29, 31)], Retention(1, keep_every_steps=10)) == [
+        13,
+        22,
+        31,
+    ]
+
+
+def test_what_was_set_aside_is_not_touched() -> None:
+    found = [checkpoint(1), checkpoint(2, status="abandoned"), checkpoint(3, status="unpublished")]
+    assert superfluous(found, Retention(1)) == []
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 500), st.none() | st.floats()), unique_by=lambda item: item[0], min_size=1),
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.none() | st.integers(1, 60),
+)
+def test_the_newest_stays_and_thinning_out_twice_changes_nothing(
+    found: list[tuple[int, float | None]], last: int, best: int, every: int | None
+) -> None:
+    checkpoints = [checkpoint(step, loss) for step, loss in found]
+    retention = Retention(last, best, every)
+    gone = superfluous(checkpoints, retention)
+    rest = [c for c in checkpoints if c not in gone]
+    assert max(step for step, _ in found) in [c.step for c in rest]
+    assert len(rest) >= min(last, len(checkpoints))
+    assert superfluous(rest, retention) == []
+
+
+@pytest.mark.parametrize(("cost", "mtbf"), [(0.1, 86400.0), (5.0, 3600.0), (60.0, 1800.0), (300.0, 1200.0)])
+def test_daly_s_interval_loses_least_time(cost: float, mtbf: float) -> None:
+    """Against Daly's complete model (2006, eq. 20, without restart time), minimised by trying every interval."""
+
+    def total(interval: float) -> float:
+        return mtbf * math.expm1((interval + cost) / mtbf) / interval
+
+    best = min(total(mtbf * 1.001**-n) for n in range(12_000))
+    assert total(young_daly_seconds(cost, mtbf)) <= best * 1.002
+    assert young_daly_seconds(0.1, 86400.0) == pytest.approx(math.sqrt(2 * 0.1 * 86400.0), rel=0.01)
+    assert young_daly_seconds(3000.0, 1000.0) == 1000.0
+
+
+def test_saves_do_not_follow_each_other_faster_than_they_are_written() -> None:
+    assert auto_interval_seconds(0.001, 60.0, 3600.0) == 300.0
+
+
+def test_the_mtbf_comes_from_the_ledger() -> None:
+    day = PRIOR_MTBF_SECONDS
+
+    def estimate(*events: tuple[float, str], now: float = 100.0) -> float:
+        return estimate_mtbf_seconds([{"time": time, "event": event} for time, event in events], now)
+
+    assert estimate() == day
+    assert estimate((0, "attempt")) == day + 100
+    assert estimate((0, "attempt"), (40, "first_step"), (90, "attempt")) == (day + 40 + 10) / 2
+    assert estimate((0, "attempt"), (40, "stopped"), (90, "attempt")) == day + 40 + 10
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    for step in (2, 4, 6):
+        assert save_rank(tmp_path, make_state(step, 0, 1), step, keep=3) is None
+    config = {
+        "name": "r",
+        "task": {"type": "causal-lm"},
+        "model": {"path": "/m"},
+        "data": {"train": [{"path": "/d"}], "sequence_length": 8},
+        "training": {"global_batch_size": 1, "max_steps": 8},
+        "checkpoint": {"keep_last": 1},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return RunDirectory(tmp_path)
+
+
+def dsft(*arguments: object) -> tuple[int, str, str]:
+    command = [sys.executable, "-m", "launcher", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_going_back_sets_later_ones_aside(run: RunDirectory) -> None:
+    assert abandon_after(run, 2) == [f"{folder_name(6)}.abandoned-1", f"{folder_name(4)}.abandoned-1"]
+    assert run.published_checkpoints() == [2]
+    assert [c.status for c in list_checkpoints(run)] == ["published", "abandoned", "abandoned"]
+    with pytest.raises(UserError, match="no checkpoint of step 4; there are 2"):
+        published(run, 4)
+
+
+def test_differences_name_what_differs(run: RunDirectory) -> None:
+    folders = [run.checkpoints_dir / folder_name(step) for step in (2, 4)]
+    assert list(differences(folders[0], folders[0])) == []
+    assert {what for what, _, _ in differences(*folders)} == {
+        "state.step",
+        "state.batches",
+        "files.rank-00000-of-00001.safetensors",
+    }
+
+
+def test_list_verify_and_gc(run: RunDirectory) -> None:
+    code, out, _ = dsft("checkpoint", "list", run.path, "--json")
+    assert (code, [(c["step"], c["status"]) for c in json.loads(out)]) == (0, [(n, "published") for n in (2, 4, 6)])
+    code, out, _ = dsft("checkpoint", "gc", run.path, "--dry-run")
+    assert (code, out.count("would remove")) == (0, 2)
+    newest = run.checkpoints_dir / folder_name(6) / "state.json"
+    whole = newest.read_text()
+    newest.write_text(whole.replace("1", "2"))
+    code, out, _ = dsft("checkpoint", "verify", run.path)
+    assert code == 1
+    assert out.splitlines()[:2] == ["step 2: whole", "step 4: whole"]
+    assert "state.json does not match its checksum" in out.splitlines()[2]
+    code, _, err = dsft("checkpoint", "gc", run.path)
+    assert code == 2
+    assert "nothing is removed" in err
+    assert run.published_checkpoints() == [2, 4, 6]
+    newest.write_text(whole)
+    code, out, _ = dsft("checkpoint", "gc", run.path)
+    assert (code, out.count("removed")) == (0, 2)
+    assert run.published_checkpoints() == [6]
+    assert dsft("checkpoint", "verify", run.path)[0] == 0
+
+
+def test_verbs_say_what_is_wrong(run: RunDirectory) -> None:
+    code, _, err = dsft("export", run.path, "--step", 3)
+    assert (code, "no checkpoint of step 3; there are 2, 4, 6" in err) == (2, True)
+    code, _, err = dsft("checkpoint", "save", run.path)
+    assert (code, "is not running" in err) == (2, True)
+    code, _, err = dsft("resume", run.path, "--step", 5)
+    assert (code, "no checkpoint of step 5" in err) == (2, True)
