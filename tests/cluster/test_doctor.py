@@ -117,3 +117,18 @@ def test_on_this_machine(cluster: Cluster, config: Path) -> None:
     found = doctor(config, "--set", 'cluster={"backend": "local"}', code=0)
     assert list(found["nodes"]) == ["login"]
     assert not found["network"]
+
+
+def test_nothing_is_left_of_a_doctor_that_was_killed(cluster: Cluster, config: Path) -> None:
+    command = [str(SCRIPT), "exec", "login", *DSFT, "doctor", str(config)]
+    ours = "pgrep -f '[d]octor_probe|[t]rainer.probe|[l]auncher doctor' || true"
+
+    def left() -> str:
+        return "".join(cluster("exec", node, "sh", "-c", ours) for node in ("login", *HOSTS))
+
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        probing = ("exec", "n3", "sh", "-c", "pgrep -f '[t]rainer.probe' || true")
+        cluster.wait(lambda: bool(cluster(*probing)), "the bandwidth test", 60)
+        cluster("exec", "login", "pkill", "-KILL", "-f", "[l]auncher doctor")
+        process.wait(10)
+    cluster.wait(lambda: not left(), "nothing left", 10)
