@@ -129,7 +129,7 @@ class SshAttempt:
         self.links.release()
 
     def poll(self) -> dict[str, int] | None:
-        """Node -> exit code of its agent (-9: the host or its link is gone) once no agent is left, else None."""
+        """Node -> exit code of its agent (NODE_LOST: it or its link is gone) once no agent is left, else None."""
         codes = self.ends.poll(lambda name: self.processes[name].poll())
         for name, code in (codes or {}).items():
             if code != 0 and not self.links.nodes[name].address:
