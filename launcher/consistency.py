@@ -8,13 +8,18 @@ from typing import Any
 from trainer.failures import UserError
 from trainer.rundir import RunDirectory, read_json
 
-# Sections that make up what is trained, without the keys that change speed or memory but not the result
+# The table of docs/checkpoints.md. Sections that make up what is trained are fixed, but for the keys here, which change
+# speed, memory or what is watched, not the result ...
 _FIXED: dict[str, frozenset[str]] = {
     "task": frozenset(),
     "model": frozenset({"attention", "gradient_checkpointing", "trust_remote_code"}),
     "data": frozenset({"evaluation"}),
-    "training": frozenset({"micro_batch_size", "deterministic"}),
+    "training": frozenset({"micro_batch_size", "deterministic", "on_nonfinite", "loss_spike", "max_rollbacks"}),
 }
+# ... and these may change from one launch to the next; `name` and `output_dir` say which run it is.
+FREE = frozenset(
+    {"name", "output_dir", "deepspeed", "checkpoint", "evaluation", "export", "logging", "cluster", "resilience"}
+)
 
 
 def refuse_changes(run: RunDirectory, config: dict[str, Any]) -> None:
