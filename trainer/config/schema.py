@@ -95,7 +95,7 @@ class DataSource(Section):
     quoting: Flag = Field(True, description="csv and tsv: double quotes as in RFC 4180; off: they are ordinary text")
     template: dict[str, str] = Field(
         default_factory=dict,
-        description='Task column -> text with placeholders: {"prompt": "Q: {question}\\nA: ", "completion": "{answer}"}',
+        description='Task column -> text with placeholders, as {"prompt": "Q: {question}", "completion": "{answer}"}',
     )
     subset: str | None = Field(None, description="Configuration of a hub dataset")
     split: str | None = Field(None, description="Split of a Hugging Face dataset; default: train")
