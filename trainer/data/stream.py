@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from trainer.data.order import next_source
 from trainer.data.sample import PackedSequence
 from trainer.data.sources import Source, open_source
 from trainer.data.windows import Gather, Options, SourceStream, Window
+from trainer.data.workers import Workers, worker_count
 from trainer.failures import DataError
 
 _PREFETCH = 4  # global batches
@@ -71,6 +73,7 @@ class BatchStream:
         state: of the batch after which to go on, or None.
         allow_changed: go on from the state although it is of other data.
         limit: number of batches after which to end, or None. All ranks then make the same calls of ``gather``.
+        workers: processes that encode, started and ended with the background thread; None: the thread does it.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class BatchStream:
         state: dict[str, Any] | None = None,
         allow_changed: bool = False,
         limit: int | None = None,
+        workers: Workers | None = None,
     ) -> None:
         opened = [open_source(source) for source in sources]
         self._identity = _identity(opened, options)
@@ -102,7 +106,7 @@ class BatchStream:
         self._weights = [weight or 1.0 for weight in weights] if any(weights) else sizes
         drawn = state["drawn"] if state else []
         self._drawn: list[int] = [*drawn[: len(sources)], *[0] * (len(sources) - len(drawn))]
-        self._options, self._limit = options, limit
+        self._options, self._limit, self._workers = options, limit, workers
         self._global, self._micro = global_batch_size, micro_batch_size
 
     @property
@@ -118,7 +122,16 @@ class BatchStream:
     def __iter__(self) -> Iterator[GlobalBatch]:
         yield from _in_background(self._batches)
 
-    def _batches(self) -> Iterator[GlobalBatch]:
+    def _batches(self) -> Generator[GlobalBatch, None, None]:
+        if self._workers is None:
+            yield from self._made()
+            return
+        with self._workers as workers:
+            for index, stream in enumerate(self._streams):
+                stream.encode = partial(workers.encode, index)
+            yield from self._made()
+
+    def _made(self) -> Iterator[GlobalBatch]:
         made = 0
         while self._limit is None or made < self._limit:
             references = self._draw()
@@ -223,7 +236,7 @@ def digest(place: int, sequence: PackedSequence) -> int:
     return int.from_bytes(state.digest(), "little") >> 1
 
 
-def _in_background(produce: Callable[[], Iterator[GlobalBatch]]) -> Iterator[GlobalBatch]:
+def _in_background(produce: Callable[[], Generator[GlobalBatch, None, None]]) -> Iterator[GlobalBatch]:
     """Run a generator in a thread, a few items ahead; its exceptions surface here."""
     items: queue.Queue[GlobalBatch | BaseException | None] = queue.Queue(maxsize=_PREFETCH)
     closed = threading.Event()
@@ -238,13 +251,16 @@ def _in_background(produce: Callable[[], Iterator[GlobalBatch]]) -> Iterator[Glo
         return False
 
     def run() -> None:
+        batches = produce()
         try:
-            for item in produce():
+            for item in batches:
                 if not put(item):
                     return
             put(None)
         except BaseException as error:
             put(error)
+        finally:
+            batches.close()
 
     threading.Thread(target=run, name="data", daemon=True).start()
     try:
@@ -284,6 +300,7 @@ def build_training_stream(
     limit: int | None = None,
 ) -> BatchStream:
     """The training data of a config, from a state on; for ever unless `epochs` or a limit ends it."""
+    workers = worker_count(config.data.workers)
     return BatchStream(
         config.data.train,
         task,
@@ -294,6 +311,7 @@ def build_training_stream(
         state=state,
         allow_changed=config.data.allow_changed,
         limit=limit,
+        workers=Workers(config, workers) if workers else None,
     )
 
 

@@ -65,7 +65,8 @@ class SourceStream:
     def __init__(
         self, index: int, source: Source, encode: Encode, options: Options, gather: Gather, state: dict[str, int] | None
     ) -> None:
-        self.source, self._index, self.encode, self._options, self._gather = source, index, encode, options, gather
+        self.source, self._index, self._options, self._gather = source, index, options, gather
+        self.encode = encode  # may be replaced by one that gives the same
         self._bounds = source.windows(options.window_documents, WINDOW_BYTES)
         self.epoch, self.window, self.offset = (
             (state["epoch"], state["window"], state["offset"]) if state else (0, 0, 0)
