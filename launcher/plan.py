@@ -111,6 +111,11 @@ class Plan:
         }
 
 
+def _cores_of_a_node(config: LaunchConfig) -> int:
+    """What the config asks for on another machine; 1 if it does not say."""
+    return config.cluster.cpus_per_task or 1 if config.cluster.backend == "slurm" else 1
+
+
 def torchrun_arguments(nodes: int, processes_per_node: int, node_rank: int, address: str, port: int) -> list[str]:
     """Static rendezvous, and no restarts of torchrun's own: those are the supervisor's."""
     return [
@@ -201,7 +206,7 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
         host_memory=host_memory,
         flops_per_token=flops,
         peak_flops=peak_flops(gpu.name) if gpu and config.model.dtype == "bfloat16" else None,
-        threads_per_rank=max(1, facts.cores // per_node) if local else 1,
+        threads_per_rank=max(1, (facts.cores if local else _cores_of_a_node(config)) // per_node),
         deepspeed=sections(batch.micro_batch_size, batch.micro_batches_per_rank),
         warnings=tuple(warnings),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -32,6 +33,7 @@ def continue_job(supervisor: Supervisor, backend: SlurmBackend) -> None:
     job_id = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ["SLURM_JOB_ID"]
     supervisor.origin = {"job_id": job_id, "head": node_name()}
     supervisor.exhausted = backend.exhausted
+    supervisor.explain = _explain
     is_chain = "SLURM_ARRAY_JOB_ID" in os.environ
     if is_chain or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0:  # else a person has started it
         supervisor.history = attempts_of(run, job_id, time.time())
@@ -43,6 +45,15 @@ def continue_job(supervisor: Supervisor, backend: SlurmBackend) -> None:
                 )
             supervisor.history = []  # a person has requeued it
     backend.suspects += bad_nodes(ledger(run), time.time())
+
+
+def _explain(reason: str) -> str:
+    """Where SLURM runs with `preempt_send_user_signal`, it sends the time limit's signal for a preemption too."""
+    if reason == "time_limit":
+        with contextlib.suppress(DsftError):
+            if client.is_preempted(os.environ["SLURM_JOB_ID"]):
+                return "preemption"
+    return reason
 
 
 def exit_code(action: Action, run: RunDirectory, cluster: SlurmCluster) -> int:

@@ -106,6 +106,8 @@ class Supervisor:
     exhausted: Callable[[], str | None] = lambda: None
     # The attempts made before a requeue, which count like this launch's own
     history: list[Attempt] = field(default_factory=list)
+    # The reason of a stop once more is known about it: a preemption can come with the time limit's signal
+    explain: Callable[[str], str] = lambda reason: reason
     released: Callable[[], None] = lambda: None  # called once, when everything is checked and the first ranks start
 
     def supervise(self) -> Result:
@@ -148,6 +150,7 @@ class Supervisor:
             if gate is not None:
                 self.released()
             codes, reason = self._watch(attempt, handle, signals)
+            reason = self.explain(reason) if reason else None
         except DsftError as error:  # the gate's
             return Verdict("failed", error.failure_class, message=str(error)), None
         finally:

@@ -194,6 +194,8 @@ def describe(event: Json) -> str | None:
             return f"attempt {event['attempt']} starts"
         case "checkpoint":
             return f"checkpoint of step {event['step']} written ({size(event['bytes'])} in {event['seconds']:.1f} s)"
+        case "warning":
+            return f"warning: {event['message']}"
         case "exported":
             return f"model exported to {event.get('path', 'export/')} in {event.get('seconds', 0.0):.1f} s"
         case "failure":

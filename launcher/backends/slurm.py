@@ -8,6 +8,7 @@ import shutil
 import site
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from trainer.rundir import RunDirectory
 
 # SLURM may deliver the signal a minute late, and needs a little to end and requeue the job
 LATE_SECONDS = 75
+_LOST_STEP_SECONDS = 1.0
 
 
 # -- before the job ----------------------------------------------------------------------------------------------------
@@ -119,17 +121,22 @@ class SlurmAttempt:
         if self._closed:
             return []
         self._closed = True
-        steps = {node.step for node in self.links.nodes.values() if node.step}
+        nodes = list(self.links.nodes.values())
         self.links.close()
         try:
-            self.step.wait(END_SECONDS)
+            # srun waits for a node that is gone until SLURM has noticed: half a minute
+            self.step.wait(_LOST_STEP_SECONDS if any(node.lost for node in nodes) else END_SECONDS)
         except subprocess.TimeoutExpired:
-            for name in steps:
-                with contextlib.suppress(DsftError):
-                    client.cancel(name, signal="KILL")
+            for name in {node.step for node in nodes if node.step}:  # SLURM may be as slow to answer
+                threading.Thread(target=_cancel_step, args=(name,), daemon=True).start()
             self.step.kill()
             self.step.wait()
         return []
+
+
+def _cancel_step(name: str) -> None:
+    with contextlib.suppress(DsftError):
+        client.cancel(name, signal="KILL")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import TextIO
 
     from launcher.gate import CheckProcess
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from trainer.lease import Holder, Lease
     from trainer.rundir import RunDirectory
 
+_GRACE_SECONDS = 60.0  # between two looks at how long steps and checkpoints take
 # What `trainer.config.loading.redacted` leaves of a secret
 REDACTED = "***"
 
@@ -137,6 +140,7 @@ def _submit(
     """
     from launcher.backends.slurm import job_of, submit
     from launcher.gate import CheckProcess
+    from launcher.grace import grace_problem
     from launcher.jobs import base_id, refuse_second_job, waiting_job
     from trainer.config.loading import redacted
     from trainer.failures import EXIT_DONE
@@ -158,7 +162,8 @@ def _submit(
             time.sleep(0.05)
     finally:
         gate.cancel()
-    for warning in gate.result.get("warnings", ()):
+    problem = grace_problem(target, cluster)
+    for warning in (*gate.result.get("warnings", ()), *([problem] if problem else [])):
         print(f"warning: {warning}", file=sys.stderr)
     job = job_of(target, config.name, cluster)
     job_id = submit(job, cluster)
@@ -223,6 +228,7 @@ def _supervise(
     backend, resilience = _backend(config, plan, target, environment)
     watch.say(f"run {target.path}: {plan['world_size']} rank(s), checking data and tokenizer")
     warned = False
+    check_grace = _grace_check(config, target)
 
     def tick() -> None:
         nonlocal warned
@@ -231,6 +237,7 @@ def _supervise(
             for warning in gate.result.get("warnings", ()):
                 watch.say(f"warning: {warning}")
         watch.tick()
+        check_grace()
 
     def released() -> None:
         if ready_fd is not None:
@@ -252,6 +259,25 @@ def _supervise(
     if result.action.reason:
         watch.say(f"{result.verdict.outcome}: {result.action.reason}")
     return result
+
+
+def _grace_check(config: LaunchConfig, target: RunDirectory) -> Callable[[], None]:
+    """Looks now and then whether the grace time suffices, and leaves an event of it once (which the watch shows)."""
+    next_look = time.monotonic() + _GRACE_SECONDS
+
+    def check() -> None:
+        nonlocal next_look
+        if config.cluster.backend != "slurm" or time.monotonic() < next_look:
+            return
+        from launcher.grace import grace_problem
+
+        with contextlib.suppress(OSError):  # storage away for a moment: the supervisor judges that
+            problem = grace_problem(target, config.cluster)
+            next_look = float("inf") if problem else time.monotonic() + _GRACE_SECONDS
+            if problem:
+                target.event_writer("launch").write("warning", message=problem)
+
+    return check
 
 
 def _backend(
@@ -288,6 +314,8 @@ def _rank_environment(config: LaunchConfig, plan: dict[str, Any]) -> dict[str, s
     from trainer.failures import UserError
 
     variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(plan["threads_per_rank"]))}
+    if config.cluster.backend == "slurm" and not config.cluster.cpus_per_task and "OMP_NUM_THREADS" not in os.environ:
+        del variables["OMP_NUM_THREADS"]  # what SLURM gives is known on the node: its agent divides it among the ranks
     if plan["device"] == "cpu":
         variables["DS_ACCELERATOR"] = "cpu"
     for name, value in config.cluster.environment.items():

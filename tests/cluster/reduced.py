@@ -1,7 +1,8 @@
 """A job for the tests: the supervisor over SLURM's backend, with ranks that all-reduce in place of training.
 
 `python reduced.py RUN_DIR NODES PROCESSES [SECONDS]` supervises; as `trainer.agent --worker-module reduced` it is a
-rank, which adds up the ranks' numbers over gloo, once and then every 50 ms until SECONDS have passed or a stop request.
+rank, which adds up the ranks' numbers over gloo, once and then every 50 ms until SECONDS (over all
+starts) have passed or a stop request.
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ def train(run: RunDirectory, attempt: int) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     done = run.path / "done"  # how many rounds have been made: a checkpoint of sorts
     events = run.event_writer(f"rank{rank}", attempt)
-    deadline = time.monotonic() + float(os.environ["REDUCED_SECONDS"])
-    for step in range(int(done.read_text()) if done.exists() else 0, 10**9):
+    rounds, spent = map(float, done.read_text().split()) if done.exists() else (0, 0.0)
+    begin = time.monotonic() - spent
+    deadline = begin + float(os.environ["REDUCED_SECONDS"])
+    for step in range(int(rounds), 10**9):
         # sum of the ranks' numbers, and how many of them have seen a stop request or the end
         ends = run.stop_request(attempt) is not None
         value = torch.tensor([rank + 1.0, float(ends), float(time.monotonic() > deadline)])
@@ -61,7 +64,7 @@ def train(run: RunDirectory, attempt: int) -> None:
         if value[1] or value[2]:
             dist.barrier()
             if rank == 0:
-                done.write_text(str(step + 1))
+                done.write_text(f"{step + 1} {time.monotonic() - begin}")
             events.write("stopped" if value[1] else "trained", rounds=step + 1)
             break
         time.sleep(0.05)

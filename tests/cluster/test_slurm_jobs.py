@@ -98,9 +98,26 @@ def test_a_preempted_job_saves_and_comes_back(cluster: Cluster, tmp_path: Path) 
     cluster.wait_for_state(job, "COMPLETED", "FAILED", seconds=90)
     assert cluster.state(job) == "COMPLETED", log(run)
     assert "Restarts=1" in cluster.run("scontrol", "show", "job", job).stdout
+    assert run.verdicts()[0]["reason"] == "stopped on request (preemption)"  # not the time limit, whose signal it had
     ends = [(e["event"], e["attempt"]) for e in run.merged_events() if "rounds" in e]
     assert ends == [("stopped", 1)] * 3 + [("trained", 2)] * 3
     assert log(run).count('["') == 2
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(400)
+def test_a_time_limit_is_met_with_time_to_spare(cluster: Cluster, tmp_path: Path) -> None:
+    """Two minutes, the shortest limit with a signal a minute before; no output is lost."""
+    run = RunDirectory(tmp_path / "run")
+    job = start(run, seconds=100, time="2", grace_seconds=60)
+    cluster.wait(lambda: bool(run.verdicts()), "a verdict", seconds=150)
+    assert run.verdicts()[0]["reason"] == "stopped on request (time_limit)"
+    cluster.wait_for_state(job, "COMPLETED", "FAILED", "TIMEOUT", seconds=200)
+    assert cluster.state(job) == "COMPLETED", log(run)
+    ends = [(e["event"], e["attempt"]) for e in run.merged_events() if "rounds" in e]
+    assert ends[:3] == [("stopped", 1)] * 3
+    assert ends[-3:] == [("trained", len(run.attempts()))] * 3
+    assert log(run).count('["') == len(run.attempts()) >= 2
 
 
 def test_a_cancelled_job_does_not_come_back(cluster: Cluster, tmp_path: Path) -> None:

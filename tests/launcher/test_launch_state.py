@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from launcher.consistency import refuse_changes
+from launcher.grace import grace_problem
 from launcher.registry import find_run, known_runs, register
 from launcher.reporting import report
 from launcher.state import run_state
 from launcher.supervisor import attempts_of
 from launcher.verdict import Verdict, decide
+from trainer.config.schema import SlurmCluster
 from trainer.failures import UserError
 from trainer.lease import acquire
 from trainer.rundir import RunDirectory, append_line, write_json
@@ -140,3 +142,17 @@ def test_attempts_before_a_requeue_count_and_one_without_a_verdict_is_a_failure(
     assert attempts_of(run, "7", 100.0) == history  # read back, not made anew
     assert decide(history, max_restarts=1).kind == "stop"
     assert decide(history, max_restarts=2).kind == "retry"
+
+
+def test_the_grace_time_is_held_against_what_was_measured(run: RunDirectory) -> None:
+    cluster = SlurmCluster(backend="slurm", grace_seconds=100)  # 75 of which SLURM may be late
+    assert grace_problem(run, cluster) is None  # nothing is known
+    append_line(run.metrics_path, {"step": 1, "loss": 1.0, "step_seconds": 10.0})
+    run.event_writer("rank0", 1).write("checkpoint", step=1, seconds=14.0, bytes=1)
+    assert grace_problem(run, cluster) is None
+    run.event_writer("rank0", 1).write("checkpoint", step=2, seconds=30.0, bytes=1)
+    problem = grace_problem(run, cluster)
+    assert problem is not None
+    assert "take up to 40 s" in problem
+    assert "cluster.grace_seconds=135" in problem
+    assert grace_problem(run, cluster.model_copy(update={"grace_seconds": 135})) is None

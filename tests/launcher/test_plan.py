@@ -30,6 +30,8 @@ def test_the_complete_config(tmp_path):
     assert (plan.batch.micro_batch_size, plan.batch.micro_batches_per_rank, plan.batch.wasted_share) == (8, 2, 0)
     assert plan.deepspeed["gradient_accumulation_steps"] == 2
     assert plan.threads_per_rank == 4
+    slurm = 'cluster={"backend": "slurm", "nodes": 2, "processes_per_node": 2, "cpus_per_task": 24}'
+    assert plan_of(tmp_path, slurm).threads_per_rank == 12  # of the task's, whatever this machine has
     assert plan.warnings == ()
     assert plan == plan_of(tmp_path)
 
