@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -71,6 +72,13 @@ def missing() -> str | None:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Nodes n1, n2 and n3, idle; gone when the session ends."""
+    with brought_up(3) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def brought_up(nodes: int, **variables: str) -> Iterator[Cluster]:
+    """A cluster of its own; `variables` are those of cluster.sh."""
     if reason := missing():
         pytest.skip(reason)
     base = Path(tempfile.mkdtemp(prefix="sl"))  # short: paths of sockets have a limit
@@ -81,10 +89,11 @@ def cluster() -> Iterator[Cluster]:
         "PATH": f"{base}/bin:{os.environ['PATH']}:/usr/sbin:/sbin",
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
+        **variables,
     }
     made = Cluster(base, environment)
     try:
-        made("up", "3")
+        made("up", str(nodes))
         yield made
     finally:
         subprocess.run([SCRIPT, "down"], env=environment, check=True, timeout=60)
