@@ -65,6 +65,9 @@ def deepspeed_config(case: dict[str, Any], world_size: int) -> dict[str, Any]:
             "stage3_param_persistence_threshold": case.get("persistence_threshold", 0),
         },
     }
+    if case.get("offload"):
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+        config["zero_force_ds_cpu_optimizer"] = False
     if case["dtype"] == "bfloat16":
         config["bf16"] = {"enabled": True}
         config["communication_data_type"] = "fp32"

@@ -31,6 +31,7 @@ _INSTEAD = {
     "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
     "zero_optimization.cpu_offload": "deepspeed.offload_optimizer",
     "managed_gradient_accumulation": "nothing: dsft relies on it",
+    "zero_optimization.zero_hpz_partition_size": "nothing: checkpoints are not proved with hpZ yet",
     "prescale_gradients": "nothing: dsft weights the loss exactly",
     "gradient_predivide_factor": "nothing: dsft weights the loss exactly",
     "data_efficiency": "nothing: dsft defines the order of the data",
