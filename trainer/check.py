@@ -1,8 +1,8 @@
-"""Preflight of the data: `python -P -m trainer.check CONFIG_JSON`, run by the launcher before any rank starts.
+"""Preflight of the data: `python -P -m trainer.check CONFIG_JSON [SAMPLES]`, run before any rank starts.
 
 Loads the tokenizer, opens every source, encodes a part of each as training would, and looks for what fails in silence:
 masks that leave nothing to learn, ids beyond the model's vocabulary. Prints one JSON line: ok, class, errors,
-warnings, statistics.
+warnings, statistics (with so many samples a source).
 Never imports torch.
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,17 @@ import numpy as np
 
 from trainer.config.schema import DataSource, LaunchConfig
 from trainer.data.encoding import OUTCOMES, SourceEncoder
+from trainer.data.packing import pack
+from trainer.data.sample import Sample
 from trainer.data.sources import open_source
 from trainer.failures import EXIT_DONE, EXIT_USER, DsftError
 from trainer.tasks import Task, get_task
-from trainer.tokenizer import load_tokenizer
+from trainer.tokenizer import Tokenizer, load_tokenizer
 
 _FIRST, _SPREAD = 200, 100  # records looked at: the first ones, and others over the whole source
 
 
-def check(config: LaunchConfig) -> dict[str, Any]:
+def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
     """Everything that is wrong with a config's data and tokenizer, and figures of its data."""
     report: dict[str, Any] = {"ok": True, "errors": [], "warnings": [], "statistics": []}
     try:
@@ -44,7 +48,7 @@ def check(config: LaunchConfig) -> dict[str, Any]:
     for part, sources in (("train", config.data.train), ("evaluation", config.data.evaluation)):
         for index, source in enumerate(sources):
             try:
-                statistics = look_at(source, task, config)
+                statistics = look_at(source, task, config, samples)
             except DsftError as error:
                 report["class"] = error.failure_class
                 report["errors"].append(f"data.{part}[{index}]: {error}")
@@ -66,15 +70,18 @@ def check(config: LaunchConfig) -> dict[str, Any]:
     return report
 
 
-def look_at(source: DataSource, task: Task, config: LaunchConfig) -> dict[str, Any]:
-    """Encode the first records of a source and some over its whole length; figures of these."""
+def look_at(source: DataSource, task: Task, config: LaunchConfig, shown: int = 0) -> dict[str, Any]:
+    """Encode the first records of a source and some over its whole length; figures of these, and some samples."""
     data = config.data
     opened = open_source(source)
     encoder = SourceEncoder(opened, task, data.sequence_length, data.on_long, data.on_bad_record)
     spread = np.linspace(0, opened.records - 1, _SPREAD).astype(np.int64)
     numbers = np.unique(np.concatenate([np.arange(min(_FIRST, opened.records)), spread]))
     samples, outcomes = encoder.encode(numbers, range(len(numbers)))
-    lengths = [len(sample.tokens) for made in samples.values() for sample in made]
+    flat = [sample for made in samples.values() for sample in made]
+    lengths = [len(sample.tokens) for sample in flat]
+    bins = len(pack(np.array(lengths), data.sequence_length) if data.packing else lengths)
+    tokenizer = task.tokenizer
     counted = np.bincount([outcome for _, outcome in outcomes], minlength=len(OUTCOMES))
     return {
         "records": opened.records,
@@ -82,9 +89,33 @@ def look_at(source: DataSource, task: Task, config: LaunchConfig) -> dict[str, A
         "mean_tokens": sum(lengths) / max(len(samples), 1),
         "longest_sample": max(lengths, default=0),
         "tokens": sum(lengths),
-        "target_tokens": int(sum(sample.targets.sum() for made in samples.values() for sample in made)),
+        "target_tokens": int(sum(sample.targets.sum() for sample in flat)),
+        "packing_efficiency": sum(lengths) / max(bins * data.sequence_length, 1),
+        "sequences_per_epoch": round(bins / len(numbers) * opened.records),
+        "length_histogram": _histogram(lengths, data.sequence_length),
+        "begin_with_bos": _share(made[0].tokens[0] == tokenizer.bos_id for made in samples.values() if made),
+        "end_with_eos": _share(made[-1].tokens[-1] == tokenizer.eos_id for made in samples.values() if made),
+        "samples": [[_stretches(sample, tokenizer) for sample in made] for made in list(samples.values())[:shown]],
         **dict(zip(OUTCOMES, map(int, counted), strict=True)),
     }
+
+
+def _share(found: Iterable[Any]) -> float:
+    values = [bool(value) for value in found]
+    return sum(values) / max(len(values), 1)
+
+
+def _histogram(lengths: list[int], limit: int) -> list[tuple[int, int]]:
+    """(at most so many tokens, samples) in eight steps up to the sequence length."""
+    edges = np.unique(np.ceil(np.linspace(0, limit, 9)).astype(np.int64))
+    counts, _ = np.histogram(lengths, edges + 1)  # a bin holds its upper edge
+    return list(zip(edges[1:].tolist(), counts.tolist(), strict=True))
+
+
+def _stretches(sample: Sample, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """(text, whether it is learned) in turns: a whole sample as the model sees it."""
+    edges = [0, *(np.flatnonzero(np.diff(sample.targets)) + 1).tolist(), len(sample.tokens)]
+    return [(tokenizer.show(sample.tokens[a:b].tolist()), bool(sample.targets[a])) for a, b in pairwise(edges)]
 
 
 def model_vocabulary(config: LaunchConfig) -> int | None:
@@ -99,7 +130,7 @@ def model_vocabulary(config: LaunchConfig) -> int | None:
 
 def main() -> int:
     config = LaunchConfig.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    report = check(config)
+    report = check(config, int(sys.argv[2]) if len(sys.argv) > 2 else 0)
     print(json.dumps(report))
     return EXIT_DONE if report["ok"] else EXIT_USER
 

@@ -43,6 +43,7 @@ class Tokenizer:
     _encode: Callable[[list[str]], list[list[int]]]
     _encode_with_starts: Callable[[list[str]], list[tuple[list[int], list[int]]]]
     _decode: Callable[[list[int]], str]
+    _show: Callable[[list[int]], str]
     _save: Callable[[Path], None]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -61,6 +62,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
         return self._decode([int(i) for i in ids])
+
+    def show(self, ids: Sequence[int]) -> str:
+        """The text of token ids with special tokens written out."""
+        return self._show([int(i) for i in ids])
 
     def save(self, folder: Path) -> None:
         """Write what `AutoTokenizer.from_pretrained(folder)` needs to give the same ids."""
@@ -148,6 +153,7 @@ def _fast(path: Path, settings: dict[str, Any], folder: Path | None) -> Tokenize
         lambda texts: [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)],
         lambda texts: _with_starts(fast, texts),
         lambda ids: str(fast.decode(ids)),
+        lambda ids: str(fast.decode(ids, skip_special_tokens=False)),
         save,
     )
 
@@ -205,6 +211,7 @@ def _sentencepiece(path: Path) -> Tokenizer:
         lambda texts: [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)],
         lambda texts: _with_starts(fast, texts),
         lambda ids: str(fast.decode(ids)),
+        lambda ids: str(fast.decode(ids, skip_special_tokens=False)),
         save,
     )
 
@@ -294,5 +301,6 @@ def _transformers(origin: str, trust_remote_code: bool) -> Tokenizer:
         lambda texts: list(tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else [],
         with_starts,
         lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+        lambda ids: str(tokenizer.decode(ids)),
         lambda target: tokenizer.save_pretrained(target),
     )

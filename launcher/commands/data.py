@@ -1,0 +1,137 @@
+"""`dsft data CONFIG`: what the model will see. Exit code 2 for data that it could not be trained on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.console import count
+from trainer.failures import EXIT_DONE, EXIT_USER, DsftError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trainer.config.schema import LaunchConfig
+
+BAR = 24
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG, --set, --samples, --json."""
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="a config file (JSON)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+    parser.add_argument("--samples", type=int, default=2, metavar="N", help="records shown of each source (default: 2)")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Look at a part of each source as training would encode it."""
+    from trainer.config.loading import load_config
+
+    config = load_config(arguments.config, arguments.set)
+    report = look(config, arguments.samples)
+    add_shares(report, config)
+    if arguments.json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        show(report, config)
+    return EXIT_DONE if report["ok"] else EXIT_USER
+
+
+def look(config: LaunchConfig, samples: int) -> dict[str, Any]:
+    """What `trainer.check` says of a config, by a process of its own: tokenizers are no part of the launcher."""
+    from launcher.backends.local import child_environment
+
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(config.model_dump_json())
+        file.flush()
+        command = [sys.executable, "-P", "-m", "trainer.check", file.name, str(max(samples, 0))]
+        done = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, text=True, check=False)
+    try:
+        report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        raise DsftError(f"the look at the data ended with code {done.returncode}; its error is above") from None
+    return report
+
+
+def add_shares(report: dict[str, Any], config: LaunchConfig) -> None:
+    """Add to each training source its share of the sequences, and to the report the steps of an epoch."""
+    training = [item for item in report["statistics"] if item["source"].startswith("data.train")]
+    if len(training) < len(config.data.train):
+        return  # one of them could not be read: no shares
+    weighted = any(source.weight for source in config.data.train)
+    sizes = [
+        (source.weight or 1.0) if weighted else float(item["records"])
+        for source, item in zip(config.data.train, training, strict=True)
+    ]
+    for item, size in zip(training, sizes, strict=True):
+        item["share"] = size / sum(sizes)
+    sequences = sum(item["sequences_per_epoch"] for item in training)
+    report["steps_per_epoch"] = sequences / config.training.global_batch_size
+
+
+def show(report: dict[str, Any], config: LaunchConfig) -> None:
+    """Print a report for people."""
+    from rich.console import Console
+    from rich.rule import Rule
+
+    console = Console(highlight=False, soft_wrap=True)
+    for item in report["statistics"]:
+        console.print(Rule(f"{item['source']}", align="left", style="dim"))
+        _show_source(console, item, config.data.sequence_length)
+    if "steps_per_epoch" in report:
+        console.print(
+            f"\nAn epoch is about {report['steps_per_epoch']:.4g} steps of {config.training.global_batch_size} "
+            f"sequences of {config.data.sequence_length} tokens."
+        )
+    for kind, colour in (("warnings", "yellow"), ("errors", "red")):
+        for text in report[kind]:
+            console.print(f"[{colour}]{kind[:-1]}:[/{colour}]", end=" ")
+            console.print(text, markup=False)
+
+
+def _show_source(console: Console, item: dict[str, Any], sequence_length: int) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True, style="cyan")
+    grid.add_column()
+    rows: list[tuple[str, str | Text]] = [
+        ("path", Text(item["path"])),
+        ("records", f"{count(item['records'])}, {item['looked_at']} looked at"),
+        ("tokens", f"{item['mean_tokens']:.1f} a record, the longest sample {item['longest_sample']}"),
+        ("learned", f"{item['target_tokens'] / max(item['tokens'], 1):.1%} of the tokens"),
+        ("packing", f"{item['packing_efficiency']:.1%} of a sequence filled, by those looked at"),
+        ("BOS, EOS", f"{item['begin_with_bos']:.0%} begin, {item['end_with_eos']:.0%} end so"),
+    ]
+    if "share" in item:
+        rows.append(("share", f"{item['share']:.1%} of the sequences"))
+    odd = [
+        f"{item[name]} {name.replace('_', ' ')}"
+        for name in ("bad", "skipped_long", "nothing_to_learn", "split", "truncated")
+        if item[name]
+    ]
+    if odd:
+        rows.append(("of note", f"[yellow]{', '.join(odd)}[/yellow]"))
+    for name, value in rows:
+        grid.add_row(name, value)
+    console.print(grid)
+    most = max((samples for _, samples in item["length_histogram"]), default=0)
+    for upper, samples in item["length_histogram"]:
+        bar = "█" * -(-BAR * samples // max(most, 1))
+        console.print(f"  [dim]<= {upper:>7}[/dim]  [blue]{bar}[/blue] {samples or ''}")
+    for pieces in item["samples"]:
+        for stretches in pieces:
+            console.print()
+            text = Text()
+            for part, learned in stretches:
+                text.append(part, style="bold green" if learned else "dim")
+            console.print(text)
+    if item["samples"]:
+        console.print("\n[dim]seen[/dim] and [bold green]learned[/bold green]")
