@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,18 +65,35 @@ def exported(run: RunDirectory) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(run.export_dir.glob("*.safetensors"))}
 
 
+def follow(cluster: Cluster, output: Path, *command: str, **variables: str) -> subprocess.Popen[bytes]:
+    """Start a command that goes on, with its output in a file."""
+    with open(output, "wb") as file:
+        environment = cluster.environment | variables
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
+
+
 def test_three_nodes_interrupted_end_where_one_machine_does(cluster: Cluster, tmp_path: Path) -> None:
     config = write_inputs(tmp_path)
     variables = {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(tmp_path / "state")}
     dsft = (sys.executable, "-P", "-m", "launcher")
 
-    answer = json.loads(cluster.run(*dsft, "launch", str(config), "--json", **variables).stdout)
-    job, run = answer["job_id"], RunDirectory(Path(answer["run"]))
+    run = RunDirectory(tmp_path / "runs" / "words")
+    watch = tmp_path / "watch.log"
+    follower = follow(cluster, watch, *dsft, "launch", str(config), "--watch", **variables)
+    submitted = re.compile(r"submitted job (\d+)")
+    cluster.wait(lambda: bool(submitted.search(watch.read_text())), "a job id")
+    job = submitted.findall(watch.read_text())[0]
     again = cluster.run(*dsft, "launch", str(config), check=False, **variables)
     assert again.returncode == 2
     assert f"job {job}" in again.stderr
 
     cluster.wait(lambda: len(run.step_lines()) >= 3, "three steps", seconds=120)
+    # somebody else looks on for a while
+    other = follow(cluster, tmp_path / "other.log", *dsft, "resume", "--watch", str(run.path), **variables)
+    cluster.wait(lambda: "running on n[1-3]" in (tmp_path / "other.log").read_text(), "another view")
+    other.send_signal(signal.SIGINT)
+    assert other.wait(30) == 0
+    assert f"job {job} goes on without this terminal" in (tmp_path / "other.log").read_text()
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     # meanwhile the same on this machine, undisturbed
     alone = RunDirectory(tmp_path / "alone" / "words")
@@ -82,6 +102,10 @@ def test_three_nodes_interrupted_end_where_one_machine_does(cluster: Cluster, tm
     cluster.wait_for_state(job, "COMPLETED", "FAILED", seconds=150)
 
     log = (run.path / "job.log").read_text()
+    assert follower.wait(60) == 0, watch.read_text()
+    shown = watch.read_text()
+    for text in (f"job {job}: running on n[1-3]", "attempt 2 starts", f"step {STEPS}/{STEPS}", "words: finished"):
+        assert text in shown
     assert cluster.state(job) == "COMPLETED", log
     first, second = run.verdicts()
     assert (first["outcome"], first["reason"], first["exit_code"]) == ("stopped", "stopped on request (time_limit)", 75)
