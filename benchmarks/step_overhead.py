@@ -192,6 +192,7 @@ def make_run(folder: Path, options: argparse.Namespace) -> Path:
                 "optimizer": {"learning_rate": LEARNING_RATE, "weight_decay": 0.0},
                 "schedule": {"type": "constant", "warmup_steps": 0},
             },
+            "checkpoint": {"interval_steps": None},
             "export": {"enabled": False},
             "cluster": {"processes_per_node": options.ranks, "environment": {"DS_ACCELERATOR": "cpu"}},
         }
