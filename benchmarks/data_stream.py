@@ -193,7 +193,7 @@ def main() -> int:
             given += ["--data", f"{key}={Path(rest).name}"]
         result: dict[str, Any] = {
             "command": " ".join(["python benchmarks/data_stream.py", *given]),
-            "formula": f"medians of {ROUNDS} rounds side by side; tokens per CPU second, one thread each; EOS not counted",
+            "formula": f"medians of {ROUNDS} rounds in turns; tokens per CPU second, one thread each; EOS not counted",
             "speed": {},
             "packing_efficiency": {},
         }
