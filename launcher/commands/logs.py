@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory or name")
     parser.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")
     parser.add_argument("--rank", type=int, help="only this rank (default: rank 0, and failing ones with --errors)")
+    parser.add_argument("--node", help="everything of this node: its agent and, without --rank, all of its ranks")
     parser.add_argument("--attempt", type=int, help="default: the last one")
     parser.add_argument("--errors", action="store_true", help="only failures: who failed first, and its traceback")
 
@@ -38,6 +39,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"{found.path}: no attempt {attempt}; there are {attempts[0]} to {attempts[-1]}")
     if options.errors:
         _print_errors(found, [attempt] if options.attempt else attempts, options.rank)
+    elif options.node:
+        _print_node(found, attempt, options.node, options.rank)
     elif options.follow:
         _follow(found, attempt, options.rank or 0)
     else:
@@ -55,6 +58,17 @@ def run(options: argparse.Namespace) -> int:
 def _logs(found: RunDirectory, attempt: int, rank: int | None) -> list[Path]:
     pattern = f"*/rank{'*' if rank is None else rank}.log"
     return sorted((found.attempt_dir(attempt) / "logs").glob(pattern))
+
+
+def _print_node(found: RunDirectory, attempt: int, node: str, rank: int | None) -> None:
+    """The logs of a node, each under its name."""
+    from trainer.failures import UserError
+
+    folder = found.attempt_dir(attempt) / "logs"
+    if node not in (nodes := sorted(path.name for path in folder.glob("*"))):
+        raise UserError(f"attempt {attempt} has no logs of node {node!r}; nodes: {', '.join(nodes) or '-'}")
+    for path in sorted((folder / node).glob("*.log" if rank is None else f"rank{rank}.log")):
+        print(f"==> {path.relative_to(folder)} <==\n{path.read_text(errors='replace')}", end="")
 
 
 def _print_errors(found: RunDirectory, attempts: list[int], rank: int | None) -> None:
