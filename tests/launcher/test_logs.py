@@ -31,7 +31,8 @@ def run(tmp_path: Path) -> RunDirectory:
         (["--rank", "3"], "rank 3 on n2\n"),
         (
             ["--node", "n2"],
-            "==> n2/agent.log <==\nagent of n2\n==> n2/rank2.log <==\nrank 2 on n2\n==> n2/rank3.log <==\nrank 3 on n2\n",
+            "==> n2/agent.log <==\nagent of n2\n"
+            "==> n2/rank2.log <==\nrank 2 on n2\n==> n2/rank3.log <==\nrank 3 on n2\n",
         ),
         (["--node", "n1", "--rank", "1"], "==> n1/rank1.log <==\nrank 1 on n1\n"),
     ],
