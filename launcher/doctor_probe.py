@@ -21,14 +21,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import launcher
 from launcher.backends.links import keep_alive
 from launcher.backends.local import package_root
-from launcher.backends.node import LINK_VARIABLE, _free_port, _interfaces
+from launcher.backends.node import LINK_VARIABLE, free_port, interfaces
+from launcher.environment import installed_version
 from trainer.failures import EXIT_FAILED, node_name
 from trainer.processes import die_with_parent, host_identity
 
@@ -88,13 +88,13 @@ def _facts(request: Json, link: socket.socket, listener: socket.socket) -> Json:
         "root": str(package_root()),
         "python": platform.python_version(),
         "executable": sys.executable,
-        "packages": {name: _version(name) for name in request.get("packages", ())},
+        "packages": {name: installed_version(name) for name in request.get("packages", ())},
         "sees": _read(folder / request["marker"]),
         "writes": _writes(folder, request["marker"], request["node"]),
         "missing": [path for path in request.get("paths", ()) if not os.path.exists(path)],
         "gpus": _gpus(),
         "port": listener.getsockname()[1],
-        "free_port": _free_port(link),
+        "free_port": free_port(link),
     }
 
 
@@ -105,13 +105,6 @@ def source_digest() -> str:
         for path in sorted((package_root() / folder).rglob("*.py")):
             digest.update(str(path.relative_to(package_root())).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _read(path: Path) -> str | None:
@@ -190,7 +183,7 @@ def _network(request: Json, link: socket.socket, listener: socket.socket) -> Jso
     """Run `trainer.probe` as one rank of the nodes that were chosen; its answer, or what it said before it died."""
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "trainer.probe", json.dumps(request["probe"]), str(os.getpid())],
-        env=_interfaces(link) | dict(os.environ) | request["environment"],
+        env=interfaces(link) | dict(os.environ) | request["environment"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -25,13 +25,14 @@ def describe_environment(root: Path, gpus: Any) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "executable": sys.executable,
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: installed_version(name) for name in _PACKAGES},
         "git_commit": _git_commit(root),
         "gpus": gpus,
     }
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of an installed package, without importing it; None if there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

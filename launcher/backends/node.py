@@ -77,7 +77,7 @@ class Node:
         own = ["--parent-pid", str(os.getpid()), "--hold"]
         self.agent = subprocess.Popen(
             [sys.executable, "-P", "-m", "trainer.agent", *own, *arguments],
-            env=_interfaces(self.link)
+            env=interfaces(self.link)
             | dict(os.environ)
             | environment
             | {
@@ -114,7 +114,7 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, terminate)
     step = f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_STEP_ID', '')}".strip(".")
-    node.say(token=token, node=node_name(), port=_free_port(node.link), step=step)
+    node.say(token=token, node=node_name(), port=free_port(node.link), step=step)
     try:
         return _serve(node)
     finally:
@@ -144,12 +144,12 @@ def _ignore_termination() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # inherited by agent and ranks
 
 
-def _free_port(link: socket.socket) -> int:
+def free_port(link: socket.socket) -> int:
     with socket.create_server((link.getsockname()[0], 0)) as probe:
         return int(probe.getsockname()[1])
 
 
-def _interfaces(link: socket.socket) -> dict[str, str]:
+def interfaces(link: socket.socket) -> dict[str, str]:
     """The network interface that gloo and NCCL are to use, unless the environment names one already."""
     name = os.environ.get(INTERFACE_VARIABLE) or _interface_of(link.getsockname()[0], link)
     if not name:
