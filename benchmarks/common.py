@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -155,6 +155,13 @@ def run_ranks(ranks: int, arguments: Sequence[str], variables: Mapping[str, str]
     if result.returncode != 0:
         raise SystemExit(f"torchrun {' '.join(arguments)} failed:\n{(result.stdout + result.stderr)[-4000:]}")
     return result.stdout
+
+
+def end_rank() -> NoReturn:
+    """End a rank's process when its results are out: gloo's destructors abort now and then."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, environment, llama, run_ranks, write_result
+from common import RESULTS, ROOT, end_rank, environment, llama, run_ranks, write_result
 
 
 def status(key: str) -> int:
@@ -93,7 +93,7 @@ def rank_program(model_dir: Path, zero: bool) -> None:
     }
     (model_dir.parent / f"rank{told['rank']}.json").write_text(json.dumps(told))
     dist.barrier()
-    dist.destroy_process_group()
+    end_rank()
 
 
 def save_model(folder: Path, options: argparse.Namespace) -> int:

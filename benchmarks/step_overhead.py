@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, environment, llama, run_ranks, write_data, write_result
+from common import RESULTS, ROOT, end_rank, environment, llama, run_ranks, write_data, write_result
 
 LIMIT = 1.03
 LEARNING_RATE = 1e-4
@@ -160,6 +160,7 @@ def rank_program(run_dir: Path, block: int, cycles: int) -> None:
         }
         (run_dir / "told.json").write_text(json.dumps(told))
     dist.barrier()
+    end_rank()
 
 
 def make_run(folder: Path, options: argparse.Namespace) -> Path:

@@ -134,6 +134,22 @@ class Engine:
         """The model's forward pass. Every rank must make the same number of calls."""
         return self._engine(**inputs)
 
+    def probe(self, **inputs: Any) -> Any:
+        """A forward pass in evaluation mode before training, of which nothing is kept. Every rank must make the call.
+
+        ZeRO-3 learns from its first passes which parameters to hold on to until they are used again, and caches the
+        answer for good: taught by a pass without a backward one, it would gather every layer twice in every step.
+        """
+        self.eval()
+        with torch.no_grad():
+            output = self._engine(**inputs)
+        self.train()
+        if self.stage == 3:
+            coordinator = self._zero.parameter_offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
+        return output
+
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients. DeepSpeed averages over ranks: the caller multiplies by the world size."""
         self._engine.backward(loss, scale_wrt_gas=False)

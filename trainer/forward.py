@@ -113,12 +113,9 @@ class LanguageModelLoss:
         """
         second = Sample(np.arange(1, 9, dtype=np.int32), np.arange(8) > 0)
         losses = []
-        engine.eval()
-        with torch.no_grad():
-            for token in (1, 2):
-                first = Sample(np.full(7, token, dtype=np.int32), np.zeros(7, dtype=bool))
-                losses.append(float(self(engine.forward, [PackedSequence((first, second))])[0]))
-        engine.train()
+        for token in (1, 2):
+            first = Sample(np.full(7, token, dtype=np.int32), np.zeros(7, dtype=bool))
+            losses.append(float(self(engine.probe, [PackedSequence((first, second))])[0]))
         if abs(losses[0] - losses[1]) > 1e-6 * abs(losses[0]):
             raise UserError(
                 f"{type(self._model).__name__} with {self._attention} attention lets packed samples attend to one "

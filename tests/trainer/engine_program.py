@@ -3,7 +3,7 @@
     torchrun ... engine_program.py JOB.json
 
 JOB: {"model": folder, "output": folder, "cases": [{"name", "stage", "dtype", "micro_batch_size", "steps", ...}]}.
-"steps": [first, last]; "load", "save": run folders. Rank 0 writes OUTPUT/NAME.json.
+"steps": [first, last]; "load", "save": run folders; "probe": see Engine.probe. Rank 0 writes OUTPUT/NAME.json.
 """
 
 from __future__ import annotations
@@ -75,6 +75,23 @@ def deepspeed_config(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     return config
 
 
+def count_gathers(model: torch.nn.Module) -> list[int]:
+    """A list that gets an entry, the number of parameters, for every gathering of parameters from now on."""
+    found: list[int] = []
+
+    def counting(gather: Any) -> Any:
+        def counted(parameters: list[Any], **options: Any) -> Any:
+            found.append(len(parameters))
+            return gather(parameters, **options)
+
+        return counted
+
+    for parameter in model.parameters():
+        if hasattr(parameter, "all_gather_coalesced"):
+            parameter.all_gather_coalesced = counting(parameter.all_gather_coalesced)  # type: ignore[attr-defined]
+    return found
+
+
 def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     config = deepspeed_config(case, world_size)
@@ -88,10 +105,14 @@ def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) 
         source = RunDirectory(Path(case["load"]))
         checkpoint.load(source.checkpoints_dir / checkpoint.folder_name(case["steps"][0] - 1), engine)
     engine.train()
+    gathers = count_gathers(engine.model)
+    if case.get("probe"):
+        loss.check_isolation(engine)
     micro = case["micro_batch_size"]
     count = config["gradient_accumulation_steps"]
     results = []
     for step in range(case["steps"][0], case["steps"][1] + 1):
+        gathers.clear()
         sequences = global_batch(step)
         targets = target_tokens(sequences)
         share = 0.0
@@ -102,7 +123,9 @@ def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) 
             share += float(micro_loss.detach())
         outcome = engine.step(OPTIMIZER.learning_rate)
         total = collectives.sum_step(group, share, 0, 0)[0]
-        results.append({"step": step, "loss": total / targets, "grad_norm": outcome.grad_norm})
+        results.append(
+            {"step": step, "loss": total / targets, "grad_norm": outcome.grad_norm, "gathered": sum(gathers)}
+        )
     if case.get("save"):
         saver = checkpoint.Saver(RunDirectory(Path(case["save"])), engine, Retention(2), lambda *_, **__: None)
         saver.save(case["steps"][1], {"data": {}, "progress": 0.0})
@@ -119,6 +142,8 @@ def main() -> None:
     group = collectives.new_group(300.0)
     for case in job["cases"]:
         run_case(case, job["model"], Path(job["output"]), group)
+    sys.stdout.flush()
+    os._exit(0)  # gloo's destructors abort now and then
 
 
 if __name__ == "__main__":

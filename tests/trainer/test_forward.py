@@ -103,7 +103,7 @@ class Plain:
     """The part of an engine that the isolation check uses."""
 
     def __init__(self, model: Any) -> None:
-        self.forward, self.eval, self.train = model, model.eval, model.train
+        self.probe = model
 
 
 def test_isolation_holds_for_a_model_that_honours_positions() -> None:
@@ -118,6 +118,6 @@ def test_a_model_that_mixes_packed_samples_is_refused() -> None:
         return model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
 
     engine = Plain(model)
-    engine.forward = mixing
+    engine.probe = mixing
     with pytest.raises(UserError, match=r"data\.packing"):
         LanguageModelLoss(model, None, "sdpa", CPU).check_isolation(engine)
