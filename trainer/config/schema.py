@@ -12,19 +12,22 @@ from collections.abc import Iterable
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from trainer.config.errors import is_secret_name
 from trainer.config.hostfile import with_hostfile
-
-Auto = Literal["auto"]
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
-PositiveFloat = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
-Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
-Flag = Annotated[bool, Field(strict=True)]
+from trainer.config.section import (
+    Auto,
+    Beta,
+    Flag,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+from trainer.config.tasks import PACKED_TASKS, Task
 
 # user@name; never an option, and safe as the name of a folder
 _HOST = r"^([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.:%-]*$"
@@ -34,18 +37,6 @@ def _check_names(variables: Iterable[str]) -> None:
     for name in variables:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError(f"{name!r} cannot be the name of an environment variable; use letters, digits and _")
-
-
-class Section(BaseModel):
-    """A section of the config: unknown keys are refused, values cannot change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class CausalLMTask(Section):
-    """Next-token prediction: instruction tuning (`prompt` + `completion`) or plain text (`text`)."""
-
-    type: Literal["causal-lm"]
 
 
 class ModelConfig(Section):
@@ -80,6 +71,11 @@ class ModelConfig(Section):
 class DataSource(Section):
     """One source of records: files, folders or globs, here or remote, or a Hugging Face dataset. See docs/data.md."""
 
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,49}$",
+        description="Of an evaluation source: those of one name are scored by themselves as well, as name/metric",
+    )
     path: str = Field(
         description="File, folder, glob, URL (https://, s3://, hf://datasets/org/name/file) or hub dataset "
         "(hf://org/name, hf://org/name@revision)"
@@ -126,7 +122,9 @@ class DataConfig(Section):
     train: tuple[DataSource, ...] = Field(min_length=1)
     evaluation: tuple[DataSource, ...] = ()
     sequence_length: PositiveInt = Field(description="Tokens per sequence")
-    packing: Flag = True
+    packing: Flag = Field(
+        True, description="Several samples share a sequence, none sees another; default: wherever the task allows it"
+    )
     seed: NonNegativeInt = 0
     on_long: Literal["split", "truncate", "skip", "error"] = Field(
         "split", description="A record longer than `sequence_length`"
@@ -230,9 +228,25 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """When `data.evaluation` is scored. There is always one evaluation at the end."""
+    """When `data.evaluation` is scored, and by what a model is judged. There is always one evaluation at the end."""
 
     interval_steps: PositiveInt | None = None
+    metric: str = Field(
+        "loss", description="What `checkpoint.keep_best` and early stopping go by: a name in the evaluation's scores"
+    )
+    larger_is_better: Flag | Auto = Field(
+        "auto", description="auto: unless the metric is a loss, an error or perplexity"
+    )
+    patience: PositiveInt | None = Field(
+        None, description="Early stopping: end after so many evaluations in a row that were no better than the best"
+    )
+
+    @property
+    def maximise(self) -> bool:
+        """Whether a larger `metric` is better."""
+        if self.larger_is_better != "auto":
+            return self.larger_is_better
+        return not re.search(r"(^|[/_])(loss|perplexity|mse|mae|rmse|error|ter|wer|cer)$", self.metric)
 
 
 class ExportConfig(Section):
@@ -401,7 +415,7 @@ class LaunchConfig(Section):
         description='1 to 100 letters, digits, ".", "_" or "-", beginning with a letter or digit',
     )
     output_dir: str = "runs"
-    task: CausalLMTask
+    task: Task
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
@@ -412,6 +426,20 @@ class LaunchConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     cluster: Cluster = LocalCluster()
     resilience: ResilienceConfig = ResilienceConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _packed_where_it_can_be(cls, value: Any) -> Any:
+        task, data = (value.get(key) if isinstance(value, dict) else None for key in ("task", "data"))
+        if not isinstance(task, dict) or not isinstance(data, dict) or task.get("type") in PACKED_TASKS:
+            return value
+        return {**value, "data": {"packing": False, **data}}
+
+    @model_validator(mode="after")
+    def _task_allows(self) -> LaunchConfig:
+        if self.data.packing and self.task.type not in PACKED_TASKS:
+            raise ValueError(f"data.packing: samples of {self.task.type} cannot share a sequence; leave it out")
+        return self
 
     @field_validator("cluster", mode="before")
     @classmethod
