@@ -6,7 +6,7 @@ import time
 from typing import TextIO
 
 from launcher import jobs
-from launcher.state import DIED, ledger, run_state
+from launcher.state import CUT_SHORT, DIED, ledger, run_state
 from launcher.watch import Watch
 from slurm.client import Job
 from trainer.failures import EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY
@@ -55,7 +55,7 @@ def _follow(run: RunDirectory, job_id: str, watch: Watch) -> int:
         if state.state == "running" or run.path in answer.unknown or (job and job.state in ("pending", "running")):
             continue
         last = next((event for event in reversed(events) if event["event"] in ("finished", "failed", "stopped")), None)
-        if last is not None and float(last["time"]) >= started - 1 and state.reason != DIED:
+        if last is not None and float(last["time"]) >= started - 1 and state.reason not in (DIED, CUT_SHORT):
             return int(last.get("exit_code", EXIT_FAILED))
         if state.state == "finished":
             return EXIT_DONE

@@ -20,6 +20,9 @@ from trainer.failures import EXIT_FAILED, EXIT_TEMPORARY, DsftError, node_name
 from trainer.rundir import RunDirectory
 
 
+_ASK_SECONDS = 2.0  # after TERM, everything is killed soon: the verdict cannot wait for long
+
+
 class GivenUpError(DsftError):
     """An earlier job of the chain has stopped the run for good."""
 
@@ -48,10 +51,10 @@ def continue_job(supervisor: Supervisor, backend: SlurmBackend) -> None:
 
 
 def _explain(reason: str) -> str:
-    """Where SLURM runs with `preempt_send_user_signal`, it sends the time limit's signal for a preemption too."""
-    if reason == "time_limit":
+    """TERM comes with a preemption and with scancel; with `preempt_send_user_signal` so does the time limit's signal."""
+    if reason in ("time_limit", "terminate"):
         with contextlib.suppress(DsftError):
-            if client.is_preempted(os.environ["SLURM_JOB_ID"]):
+            if client.is_preempted(os.environ["SLURM_JOB_ID"], _ASK_SECONDS):
                 return "preemption"
     return reason
 

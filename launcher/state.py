@@ -12,6 +12,7 @@ from trainer.lease import LEASE_SECONDS, Holder, read_holder
 from trainer.rundir import RunDirectory, read_lines
 
 DIED = "the launcher died without a word (killed, or its machine went down)"
+CUT_SHORT = "killed while it was stopping"  # SLURM waits KillWait seconds, often 30
 State = Literal["pending", "running", "finished", "failed", "stopped"]
 
 # For showing only (taking over trusts no clock): a lock of another host that is older than this is shown as dead.
@@ -52,7 +53,8 @@ def run_state(run: RunDirectory, events: Sequence[Mapping[str, Any]] | None = No
         case "reopened":
             return RunState("stopped", f"to go on from step {last.get('step')}")
         case "attempt":
-            return RunState("failed", DIED)
+            stopping = run.stop_request(int(last["attempt"])) is not None
+            return RunState("stopped", CUT_SHORT) if stopping else RunState("failed", DIED)
     return RunState("pending")
 
 

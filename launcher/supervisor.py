@@ -271,14 +271,20 @@ def attempts_of(run: RunDirectory, job_id: str, now: float) -> list[Attempt]:
         attempt = int(event["attempt"])
         value = read_json(run.verdict_path(attempt))
         if value is None:
-            head = event.get("head")
-            message = f"the supervisor on {head} was killed, or its node went down: it left no verdict"
-            verdict = Verdict("failed", "node", message=message, step=progress(run)[1] or None)
+            step = progress(run)[1] or None
+            if (request := run.stop_request(attempt)) is not None:  # it was stopping, and took longer than it was given
+                message = f"stopped on request ({request.get('reason', 'cancel')})"
+                verdict = Verdict("stopped", message=message, step=step)
+            else:
+                head = event.get("head")
+                message = f"the supervisor on {head} was killed, or its node went down: it left no verdict"
+                verdict = Verdict("failed", "node", message=message, step=step)
             value = verdict.to_json() | {"action": "retry", "reason": "the job was requeued", "delay_seconds": 0.0}
             value |= {"requeue": True, "exit_code": EXIT_TEMPORARY, "time": now, "progress": list(progress(run))}
             write_json(run.verdict_path(attempt), value, indent=1)
-            fields = {key: value[key] for key in ("class", "rank", "node", "step", "message", "victims", "action")}
-            run.event_writer("supervisor").write("failure", attempt=attempt, **fields)
+            if verdict.outcome == "failed":
+                fields = {key: value[key] for key in ("class", "rank", "node", "step", "message", "victims", "action")}
+                run.event_writer("supervisor").write("failure", attempt=attempt, **fields)
         reached = value.get("progress") or (0, 0)
         history.append(Attempt(Verdict.from_json(value), (int(reached[0]), int(reached[1]))))
     return history

@@ -86,9 +86,9 @@ def job(job_id: str) -> Job | None:
     return jobs([job_id]).get(job_id)
 
 
-def is_preempted(job_id: str) -> bool:
+def is_preempted(job_id: str, seconds: float = QUERY_SECONDS) -> bool:
     """Whether the running job has been told to make room for another. Raises SlurmUnavailable."""
-    text = _call(["scontrol", "show", "job", "--oneliner", job_id], QUERY_SECONDS)
+    text = _call(["scontrol", "show", "job", "--oneliner", job_id], seconds)
     match = re.search(r" PreemptTime=(\S+)", text)
     return match is not None and match[1] not in ("None", "Unknown")
 

@@ -101,20 +101,16 @@ class SlurmAttempt:
 
     def poll(self) -> dict[str, int] | None:
         """Node -> exit code of its agent (NODE_LOST: it or its link is gone) once no agent is left, else None."""
-        nodes = self.links.nodes.values()
-        if any(node.terminating for node in nodes) and not self._told:
+        if self._is_terminating() and not self._told:
+            # the job has to make room, or somebody cancels it: which of them can be asked later (`launcher.requeue`),
+            # but everything is killed KillWait seconds from now
             self._told = True
-            self._request_stop()
+            if self.run.stop_request(self.attempt) is None:
+                self.run.request_stop(self.attempt, "terminate")
         return self.ends.poll(lambda _: self.step.poll())
 
-    def _request_stop(self) -> None:
-        """SLURM has sent TERM to the step: the job has to make room, or somebody cancels it."""
-        reason = "terminate"
-        with contextlib.suppress(DsftError):
-            if client.is_preempted(os.environ["SLURM_JOB_ID"]):
-                reason = "preemption"
-        if self.run.stop_request(self.attempt) is None:
-            self.run.request_stop(self.attempt, reason)
+    def _is_terminating(self) -> bool:
+        return any(node.terminating for node in self.links.nodes.values())
 
     def kill(self) -> list[int]:
         """Close the links, upon which every node kills what it has; then end the step."""
@@ -124,8 +120,9 @@ class SlurmAttempt:
         nodes = list(self.links.nodes.values())
         self.links.close()
         try:
-            # srun waits for a node that is gone until SLURM has noticed: half a minute
-            self.step.wait(_LOST_STEP_SECONDS if any(node.lost for node in nodes) else END_SECONDS)
+            # srun waits for a node that is gone until SLURM has noticed: half a minute; and after TERM none is left
+            hasty = self._is_terminating() or any(node.lost for node in nodes)
+            self.step.wait(_LOST_STEP_SECONDS if hasty else END_SECONDS)
         except subprocess.TimeoutExpired:
             for name in {node.step for node in nodes if node.step}:  # SLURM may be as slow to answer
                 threading.Thread(target=_cancel_step, args=(name,), daemon=True).start()

@@ -13,7 +13,7 @@ from launcher.consistency import refuse_changes
 from launcher.grace import grace_problem
 from launcher.registry import find_run, known_runs, register
 from launcher.reporting import report
-from launcher.state import run_state
+from launcher.state import CUT_SHORT, run_state
 from launcher.supervisor import attempts_of
 from launcher.verdict import Verdict, decide
 from trainer.config.schema import SlurmCluster
@@ -142,6 +142,19 @@ def test_attempts_before_a_requeue_count_and_one_without_a_verdict_is_a_failure(
     assert attempts_of(run, "7", 100.0) == history  # read back, not made anew
     assert decide(history, max_restarts=1).kind == "stop"
     assert decide(history, max_restarts=2).kind == "retry"
+
+
+def test_an_attempt_killed_while_it_was_stopping_is_no_failure(run: RunDirectory) -> None:
+    run.new_attempt()
+    run.events_dir.mkdir()
+    append_line(run.events_dir / "supervisor.jsonl", {"time": 1, "event": "attempt", "attempt": 1, "job_id": "7"})
+    assert run_state(run).state == "failed"
+    run.request_stop(1, "terminate")
+    assert (run_state(run).state, run_state(run).reason) == ("stopped", CUT_SHORT)
+    history = attempts_of(run, "7", 100.0)
+    assert [past.verdict.outcome for past in history] == ["stopped"]
+    assert run.verdicts()[0]["message"] == "stopped on request (terminate)"
+    assert (run.events_dir / "supervisor.jsonl").read_text().count("\n") == 1  # nothing counts against the run
 
 
 def test_the_grace_time_is_held_against_what_was_measured(run: RunDirectory) -> None:
