@@ -19,7 +19,6 @@ from trainer.config.schema import SlurmCluster
 from trainer.failures import EXIT_FAILED, EXIT_TEMPORARY, DsftError, node_name
 from trainer.rundir import RunDirectory
 
-
 _ASK_SECONDS = 2.0  # after TERM, everything is killed soon: the verdict cannot wait for long
 
 
@@ -51,7 +50,7 @@ def continue_job(supervisor: Supervisor, backend: SlurmBackend) -> None:
 
 
 def _explain(reason: str) -> str:
-    """TERM comes with a preemption and with scancel; with `preempt_send_user_signal` so does the time limit's signal."""
+    """TERM comes with a preemption and with scancel; where `preempt_send_user_signal` is set, so does USR1."""
     if reason in ("time_limit", "terminate"):
         with contextlib.suppress(DsftError):
             if client.is_preempted(os.environ["SLURM_JOB_ID"], _ASK_SECONDS):
