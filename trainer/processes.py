@@ -52,6 +52,12 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def age_seconds() -> float:
+    """How long ago this process was started; to a hundredth of a second."""
+    ticks = start_time(os.getpid()) or 0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
 def processes_of_run(run_dir: Path) -> list[int]:
     """Pids of living processes of this user on this host that were started for the run in `run_dir`."""
     mark = f"{RUN_VARIABLE}={run_dir}".encode()

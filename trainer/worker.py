@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None, train: Train | None = None) -> 
             from trainer.train import train as default_train
 
             train = default_train
+        if rank == 0:
+            with contextlib.suppress(OSError):  # an account of time must not end the run where the disk is full
+                run.event_writer("rank0", options.attempt).write("setup")
         train(run, options.attempt)
     except BaseException as error:
         if isinstance(error, SystemExit) and error.code in (0, None):

@@ -87,6 +87,7 @@ def launch(
     from trainer.config.loading import redacted
     from trainer.failures import EXIT_DONE, StorageError
     from trainer.lease import acquire
+    from trainer.processes import age_seconds
 
     if config.cluster.backend == "slurm":
         from launcher.backends.slurm import in_allocation
@@ -108,6 +109,7 @@ def launch(
             _write_records(target, resolved, plan)
         except OSError as error:
             raise _cannot_write(target, error) from error
+        target.event_writer("launch").write("launched", started=time.time() - age_seconds())
         gate = CheckProcess(target.config_path)
         try:
             stream = sys.stderr if as_json else sys.stdout
