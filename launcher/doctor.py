@@ -242,7 +242,8 @@ def _srun_command(cluster: SlurmCluster, only: Sequence[str], count: int, queue_
     setup = "\n".join([*(f"{line}\n[ $? = 0 ] || exit 2" for line in cluster.setup), 'exec "$@"'])
     return [
         *("srun", "--job-name=doctor", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--time=10"),
-        *(f"--immediate={queue_seconds}", "--mpi=none", "--cpu-bind=none", "--input=none", "--export=ALL"),
+        *(f"--immediate={queue_seconds}", "--mpi=none", "--cpu-bind=none", "--gpu-bind=none"),
+        *("--input=none", "--export=ALL"),
         *("--no-kill", "--kill-on-bad-exit=0", "--wait=0", *written, "bash", "-c", setup, "doctor", *task),
     ]
 

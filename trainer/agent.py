@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.binding import divide_node
 from trainer.failures import EXIT_DONE, EXIT_FAILED, EXIT_TERMINATED, classify, exit_code_of, node_name
 from trainer.processes import RUN_VARIABLE, die_with_parent
 from trainer.rundir import RunDirectory, write_json
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ[AGENT_PID_VARIABLE] = str(os.getpid())
     os.environ[RUN_VARIABLE] = str(run.path)
     os.environ["PYTHONSAFEPATH"] = "1"  # a trainer.py or torch.py in the user's folder is not ours
-    os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_rank(ranks.nproc_per_node)))
+    for name, value in divide_node(ranks.nproc_per_node, os.environ).items():
+        os.environ.setdefault(name, value)
     report = Report()
     try:
         from trainer.elastic import run_ranks
@@ -81,10 +83,6 @@ def _torchrun_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rdzv-id", default="dsft")
     parser.add_argument("--max-restarts", type=int, choices=[0], default=0, help="restarts are the supervisor's")
     return parser
-
-
-def _threads_per_rank(ranks: int) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 @dataclass

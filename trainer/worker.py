@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import trainer
+from trainer.binding import CPUS_VARIABLE, bind
 from trainer.failures import DsftError, UserError, exit_code_of, node_name, write_failure
 from trainer.processes import die_with_parent
 from trainer.rundir import RunDirectory
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None, train: Train | None = None) -> 
     agent = os.environ.get(AGENT_PID_VARIABLE)
     die_with_parent(int(agent) if agent else None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which decides
+    if cpus := os.environ.get(CPUS_VARIABLE):
+        bind(cpus, int(os.environ["LOCAL_RANK"]))
     parser = argparse.ArgumentParser(prog="trainer.worker")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--attempt", type=int, required=True)

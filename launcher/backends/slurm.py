@@ -225,7 +225,7 @@ def step_command(
         f"--nodelist={','.join(nodes)}",
         # the agent sees all that the job has of the node; since SLURM 22.05 srun takes no count from sbatch
         *([f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []),
-        *("--cpu-bind=none", "--mpi=none", "--export=ALL", "--input=none"),
+        *("--cpu-bind=none", "--gpu-bind=none", "--mpi=none", "--export=ALL", "--input=none"),
         # the step of an attempt that lost a node is not over for SLURM until it has noticed
         "--overlap",
         # the supervisor decides when the rest has to end

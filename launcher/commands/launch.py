@@ -313,11 +313,14 @@ def _cannot_write(target: RunDirectory, error: OSError) -> UserError:
 
 def _rank_environment(config: LaunchConfig, plan: dict[str, Any]) -> dict[str, str]:
     """Variables of every rank: the plan's, over them the user's own, over them the config's."""
+    from trainer.binding import BIND_VARIABLE
     from trainer.failures import UserError
 
     variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(plan["threads_per_rank"]))}
-    if config.cluster.backend == "slurm" and not config.cluster.cpus_per_task and "OMP_NUM_THREADS" not in os.environ:
-        del variables["OMP_NUM_THREADS"]  # what SLURM gives is known on the node: its agent divides it among the ranks
+    if config.cluster.backend != "local" and "OMP_NUM_THREADS" not in os.environ:
+        del variables["OMP_NUM_THREADS"]  # what there is, is known on the node: its agent divides it among the ranks
+    if config.cluster.bind_cpus == "off":
+        variables[BIND_VARIABLE] = "off"
     if plan["device"] == "cpu":
         variables["DS_ACCELERATOR"] = "cpu"
     for name, value in config.cluster.environment.items():

@@ -70,6 +70,7 @@ def train(run: RunDirectory, attempt: int) -> None:
         time.sleep(0.05)
     note = {"rank": rank, "node": os.environ["SLURMD_NODENAME"], "interface": os.environ["GLOO_SOCKET_IFNAME"]}
     note |= {name: os.environ.get(name) for name in ("MASTER_ADDR", "HOSTILE", "PASSED_TOKEN")} | {"attempt": attempt}
+    note["cpus"] = sorted(os.sched_getaffinity(0))
     append_line(run.path / f"notes{rank}.jsonl", note)
     dist.destroy_process_group()
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Cluster, read_json_lines
@@ -63,12 +65,14 @@ def test_six_ranks_on_three_nodes_reduce(cluster: Cluster, tmp_path: Path, monke
     job = start(run, processes=2, environment={"HOSTILE": HOSTILE}, pass_environment=["PASSED_TOKEN"])
     cluster.wait_for_state(job, "COMPLETED", "FAILED", "CANCELLED")
     assert cluster.state(job) == "COMPLETED", log(run)
-    found = [notes(run, rank)[0] for rank in range(6)]
+    found: list[dict[str, Any]] = [notes(run, rank)[0] for rank in range(6)]
     assert [note["node"] for note in found] == ["n1", "n1", "n2", "n2", "n3", "n3"]
     assert {note["interface"] for note in found} == {"eth0"}
     assert {note["MASTER_ADDR"] for note in found} == {"10.77.0.11"}
     assert {note["HOSTILE"] for note in found} == {HOSTILE}
     assert {note["PASSED_TOKEN"] for note in found} == {"s3cret"}
+    if len(os.sched_getaffinity(0)) > 1:  # a rank has its share of the node's CPUs
+        assert all(not {*one["cpus"]} & {*two["cpus"]} for one, two in zip(found[::2], found[1::2], strict=True))
     for path in run.path.rglob("*"):
         if path.is_file() and not path.name.startswith("notes"):
             assert b"s3cret" not in path.read_bytes(), path

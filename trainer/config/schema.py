@@ -271,6 +271,9 @@ class LocalCluster(Section):
     nodes: Literal[1] = 1
     processes_per_node: PositiveInt | None = Field(None, description="Default: `gpus_per_node`, else 1")
     gpus_per_node: NonNegativeInt | None = Field(None, description="Default: the GPUs found here")
+    bind_cpus: Literal["auto", "off"] = Field(
+        "auto", description="auto: each rank keeps to its share of the node's CPUs, near its GPU where that is known"
+    )
     environment: dict[str, str] = Field(default_factory=dict, description="Variables set for every rank")
 
 
@@ -322,6 +325,9 @@ class SlurmCluster(Section):
     grace_seconds: Annotated[int, Field(ge=60, strict=True)] = Field(
         300, description="Before the time limit: the stop request, which SLURM may deliver a minute late"
     )
+    bind_cpus: Literal["auto", "off"] = Field(
+        "auto", description="auto: each rank keeps to its share of the node's CPUs, near its GPU where that is known"
+    )
     network_interface: str | None = Field(None, description="Default: where the route to the first node leads")
     python: str | None = Field(None, description="Python of the jobs; default: the one that runs dsft")
     setup: tuple[str, ...] = Field(
@@ -362,6 +368,9 @@ class SshCluster(Section):
     gpus_per_node: NonNegativeInt | None = Field(None, description="0: train on CPUs")
     address: str | None = Field(
         None, description="Of the launching machine, as hosts reach it; default: what ssh connects from"
+    )
+    bind_cpus: Literal["auto", "off"] = Field(
+        "auto", description="auto: each rank keeps to its share of the node's CPUs, near its GPU where that is known"
     )
     network_interface: str | None = Field(None, description="Default: where the route to the launching machine leads")
     python: str | None = Field(None, description="Python of the hosts; default: the one that runs dsft, same path")
