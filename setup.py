@@ -46,6 +46,8 @@ setup(
         "pydantic>=2.10",
         "rich>=14.0",
         "safetensors>=0.6",
+        "scikit-learn>=1.5",
+        "scipy>=1.14",
         "sentencepiece>=0.2.1",
         "tensorboard>=2.18",
         "tokenizers>=0.22",

@@ -34,6 +34,7 @@ def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
     report: dict[str, Any] = {"ok": True, "errors": [], "warnings": [], "statistics": []}
     try:
         tokenizer = load_tokenizer(config.model)
+        task = get_task(config, tokenizer)
     except DsftError as error:
         return {**report, "ok": False, "class": error.failure_class, "errors": [str(error)]}
     vocabulary = model_vocabulary(config)
@@ -42,9 +43,8 @@ def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
             f"the tokenizer has {tokenizer.vocab_size} ids and the model's vocab_size is {vocabulary}: use the model's "
             "own tokenizer, or raise model.config.vocab_size"
         )
-    if tokenizer.eos_id is None:
+    if tokenizer.eos_id is None and task.splits:
         report["warnings"].append("the tokenizer has no end-of-text token: the model will not learn where to stop")
-    task = get_task(config, tokenizer)
     for part, sources in (("train", config.data.train), ("evaluation", config.data.evaluation)):
         for index, source in enumerate(sources):
             try:

@@ -6,14 +6,16 @@ The layout of a checkpoint is in `trainer.checkpoint`, which writes and loads th
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from trainer.config.schema import LaunchConfig
 from trainer.failures import StorageError, UserError
 from trainer.rundir import RunDirectory, read_json
 
@@ -38,7 +40,7 @@ class Checkpoint:
             ``abandoned`` (damaged, or gone back behind); only published ones are ever loaded.
         size: bytes, as the manifest says; of the files that are there, without one.
         world_size: ranks that wrote it; None without a manifest.
-        evaluation_loss: nats per target token at this step, if it was evaluated there.
+        scores: of the evaluation at this step, if there was one.
     """
 
     folder: Path
@@ -46,7 +48,7 @@ class Checkpoint:
     status: str
     size: int
     world_size: int | None
-    evaluation_loss: float | None
+    scores: Mapping[str, float]
 
 
 def list_checkpoints(run: RunDirectory) -> list[Checkpoint]:
@@ -72,7 +74,7 @@ def _describe(folder: Path, step: int, rest: str) -> Checkpoint:
     if not manifest:
         size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     evaluation = (manifest or {}).get("evaluation") or {}
-    return Checkpoint(folder, step, status, size, (manifest or {}).get("world_size"), evaluation.get("loss"))
+    return Checkpoint(folder, step, status, size, (manifest or {}).get("world_size"), evaluation)
 
 
 def published(run: RunDirectory, step: int | None = None) -> Path:
@@ -119,19 +121,28 @@ def damage(folder: Path, share: Callable[[int], bool] = lambda _: True) -> str |
 
 @dataclass(frozen=True)
 class Retention:
-    """Which published checkpoints are kept: the newest, the best by evaluation loss, and one of every so many steps."""
+    """Which published checkpoints are kept: the newest, the best by a score, and one of every so many steps."""
 
     keep_last: int
     keep_best: int = 0
     keep_every_steps: int | None = None
+    metric: str = "loss"
+    maximise: bool = False
+
+
+def retention_of(config: LaunchConfig) -> Retention:
+    """What a config asks for."""
+    kept, judged = config.checkpoint, config.evaluation
+    return Retention(kept.keep_last, kept.keep_best, kept.keep_every_steps, judged.metric, judged.maximise)
 
 
 def superfluous(checkpoints: Sequence[Checkpoint], retention: Retention) -> list[Checkpoint]:
     """The published checkpoints that ``retention`` does not keep; never the newest one. Pure."""
     candidates = sorted((c for c in checkpoints if c.status == "published"), key=lambda c: c.step)
     kept = {c.step for c in candidates[-max(retention.keep_last, 1) :]}
-    scored = [c for c in candidates if c.evaluation_loss is not None and c.evaluation_loss == c.evaluation_loss]
-    scored.sort(key=lambda c: (c.evaluation_loss, -c.step))
+    sign = -1.0 if retention.maximise else 1.0
+    scored = [c for c in candidates if not math.isnan(c.scores.get(retention.metric, math.nan))]
+    scored.sort(key=lambda c: (sign * c.scores[retention.metric], -c.step))
     kept |= {c.step for c in scored[: retention.keep_best]}
     if retention.keep_every_steps is not None:
         # The first one at or after each multiple: saves need not fall on multiples. The first of a block stays the

@@ -52,8 +52,13 @@ def sum_step(
     return float(values[0]), total, int(values[1]), int(values[2])
 
 
+def largest(group: dist.ProcessGroup | None, value: int) -> int:
+    """The largest of the ranks' values."""
+    values = torch.tensor([value], dtype=torch.int64)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return int(values.item())
+
+
 def any_rank(group: dist.ProcessGroup | None, flag: bool) -> bool:
     """Whether the flag is set on any rank."""
-    value = torch.tensor([int(flag)], dtype=torch.int64)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
-    return bool(value.item())
+    return bool(largest(group, int(flag)))

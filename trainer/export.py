@@ -14,8 +14,10 @@ from trainer.checkpoint_files import damage, published
 from trainer.config.schema import LaunchConfig, ModelConfig
 from trainer.export_weights import Weights
 from trainer.failures import DsftError, StorageError, UserError
-from trainer.model import DTYPES, quiet_libraries
+from trainer.model import DTYPES, load_model_config, quiet_libraries
 from trainer.rundir import RunDirectory
+from trainer.tasks import get_task
+from trainer.tasks.base import BaseTask
 from trainer.tokenizer import load_tokenizer
 
 _ROOM_BYTES = 100 << 20  # tokenizer, configs
@@ -45,7 +47,8 @@ def export_run(
         raise UserError(f"--output {target} is there already: choose a folder that is not, or is empty")
 
     chosen = dtype or (config.model.dtype if config.export.dtype == "auto" else config.export.dtype)
-    model = _meta_model(config.model)
+    tokenizer = load_tokenizer(config.model)
+    model = _meta_model(config.model, get_task(config, tokenizer))
     weights = Weights(source, model, DTYPES[chosen])
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
@@ -63,7 +66,7 @@ def export_run(
     model.config.save_pretrained(partial)
     if model.can_generate():
         model.generation_config.save_pretrained(partial)
-    load_tokenizer(config.model).save(partial)
+    tokenizer.save(partial)
     (partial / "README.md").write_text(_model_card(run, config, int(weights.state["step"])), encoding="utf-8")
     weights.check(partial, config.model.trust_remote_code)
     if target.exists():
@@ -77,17 +80,15 @@ def export_run(
     return target
 
 
-def _meta_model(config: ModelConfig) -> Any:
+def _meta_model(config: ModelConfig, task: BaseTask) -> Any:
     """The model's structure, without memory for its weights."""
     import transformers
 
-    if config.config is not None:
-        arguments = dict(config.config)
-        model_config = transformers.AutoConfig.for_model(arguments.pop("model_type"), **arguments)
-    else:
-        model_config = transformers.AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    model_config = load_model_config(config)
+    task.configure(model_config)
+    auto_class = getattr(transformers, task.auto_class)
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+        return auto_class.from_config(model_config, trust_remote_code=config.trust_remote_code)
 
 
 def _model_card(run: RunDirectory, config: LaunchConfig, step: int) -> str:

@@ -209,7 +209,13 @@ class Weights:
         vocabulary = int(loaded.get_input_embeddings().weight.shape[0])
         ids = torch.arange(_TOKENS)[None] * 7919 % vocabulary
         with torch.no_grad():
-            found, wanted = loaded.eval()(input_ids=ids).logits, expected.eval()(input_ids=ids).logits
-        if not torch.allclose(found.float(), wanted.float(), rtol=1e-5, atol=1e-5, equal_nan=True):
-            difference = float((found.float() - wanted.float()).abs().max())
+            found, wanted = (_outputs(model.eval()(input_ids=ids)) for model in (loaded, expected))
+        if not torch.allclose(found, wanted, rtol=1e-5, atol=1e-5, equal_nan=True):
+            difference = float((found - wanted).abs().max())
             raise StorageError(f"{folder}: logits of the reloaded export differ by {difference} from the checkpoint's")
+
+
+def _outputs(output: Any) -> torch.Tensor:
+    """All float tensors of a model's output, flattened: logits, whatever the head calls them."""
+    found = [v for v in output.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    return torch.cat([value.float().reshape(-1) for value in found])

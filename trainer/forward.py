@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,10 @@ import numpy as np
 import torch
 
 from trainer.data.sample import PackedSequence, Sample
+from trainer.engine import Engine, whole_shape
 from trainer.failures import UserError
 from trainer.loss import IGNORED, LabelledPositions, cross_entropy_sum
+from trainer.tasks.base import Predictions
 
 # Tokens. Matrix kernels like multiples of 8, and the CPU's keep a compiled one and its workspace for every shape they
 # meet: without coarser steps memory grows with every batch.
@@ -87,8 +90,11 @@ def collate(
 class LanguageModelLoss:
     """Runs a causal language model on micro-batches and sums the loss of their target tokens."""
 
-    def __init__(self, model: Any, pad_id: int | None, attention: str, device: torch.device) -> None:
-        self._model = model
+    def __init__(
+        self, model: Any, pad_id: int | None, attention: str, device: torch.device, packing: bool = True
+    ) -> None:
+        self._model, self._packing = model, packing
+        self.head_parameters = math.prod(whole_shape(model.get_output_embeddings().weight))
         self._attention = attention
         self._head = LabelledPositions(model)
         self._pad_id = 0 if pad_id is None else pad_id  # never attended to, never a label: any id will do
@@ -101,6 +107,15 @@ class LanguageModelLoss:
         with self._head.only(batch.positions):
             output = forward(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
         return cross_entropy_sum(output.logits, batch.labels), batch.padded_tokens
+
+    def predict(self, engine: Engine, sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, Predictions]:
+        """(sum of the loss over target tokens, nothing)."""
+        return self(engine.forward, sequences)[0], []
+
+    def check(self, engine: Engine) -> None:
+        """Where samples are packed: that they do not see one another."""
+        if self._packing:
+            self.check_isolation(engine)
 
     def check_isolation(self, engine: Any) -> None:
         """Prove on the model itself that packed samples do not see one another.

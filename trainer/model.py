@@ -6,10 +6,9 @@ import ctypes
 import fnmatch
 import importlib.util
 import logging
-import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,7 +53,12 @@ def returning_freed_memory() -> Iterator[None]:
 
 
 def build_model(
-    config: ModelConfig, auto_class: Any, deepspeed_config: dict[str, Any], attention: str | None, seed: int
+    config: ModelConfig,
+    auto_class: Any,
+    deepspeed_config: dict[str, Any],
+    attention: str | None,
+    seed: int,
+    configure: Callable[[Any], None] = lambda _: None,
 ) -> torch.nn.Module:
     """The model of a config, on this rank.
 
@@ -68,11 +72,11 @@ def build_model(
         deepspeed_config: the whole DeepSpeed JSON.
         attention: a transformers attention implementation, or None for its default.
         seed: of random weights.
+        configure: sets what the task needs in the transformers config.
 
     Raises:
         UserError: the model cannot be built or read.
     """
-    import transformers
     from transformers.integrations import HfDeepSpeedConfig
 
     # transformers keeps only a weak reference to this object, and partitions models while it lives
@@ -81,13 +85,14 @@ def build_model(
     torch.manual_seed(seed)
     try:
         with returning_freed_memory():
+            model_config = load_model_config(config)
+            configure(model_config)
             if config.config is not None:
-                arguments = dict(config.config)
-                model_config = transformers.AutoConfig.for_model(arguments.pop("model_type"), **arguments)
                 model = auto_class.from_config(model_config, dtype=dtype, attn_implementation=attention)
             else:
                 model = auto_class.from_pretrained(
                     config.path,
+                    config=model_config,
                     dtype=dtype,
                     attn_implementation=attention,
                     trust_remote_code=config.trust_remote_code,
@@ -106,6 +111,16 @@ def build_model(
     freeze(model, config.freeze)
     result: torch.nn.Module = model
     return result
+
+
+def load_model_config(config: ModelConfig) -> Any:
+    """The transformers config of a config's `model` section."""
+    import transformers
+
+    if config.config is not None:
+        arguments = dict(config.config)
+        return transformers.AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+    return transformers.AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
 
 
 def freeze(model: torch.nn.Module, patterns: tuple[str, ...]) -> None:
@@ -136,11 +151,6 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
         if parameters
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
-
-
-def output_head_parameters(model: Any) -> int:
-    """Elements of the language-model head's weight."""
-    return math.prod(whole_shape(model.get_output_embeddings().weight))
 
 
 def quiet_libraries() -> None:

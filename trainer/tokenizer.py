@@ -31,6 +31,7 @@ class Tokenizer:
         pad_id: the padding token, or None.
         chat_template: Jinja template of the tokenizer, or None.
         special_tokens: `bos_token` and the like by name, as chat templates use them.
+        backend: the `tokenizers.Tokenizer` behind it, with its own template of special tokens; None for slow ones.
     """
 
     origin: str
@@ -45,6 +46,7 @@ class Tokenizer:
     _decode: Callable[[list[int]], str]
     _show: Callable[[list[int]], str]
     _save: Callable[[Path], None]
+    backend: Any = None
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int32, without special tokens."""
@@ -155,6 +157,7 @@ def _fast(path: Path, settings: dict[str, Any], folder: Path | None) -> Tokenize
         lambda ids: str(fast.decode(ids)),
         lambda ids: str(fast.decode(ids, skip_special_tokens=False)),
         save,
+        fast,
     )
 
 
@@ -213,6 +216,7 @@ def _sentencepiece(path: Path) -> Tokenizer:
         lambda ids: str(fast.decode(ids)),
         lambda ids: str(fast.decode(ids, skip_special_tokens=False)),
         save,
+        fast,
     )
 
 

@@ -6,7 +6,6 @@ import collections
 import functools
 import json
 import math
-import resource
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,23 +14,20 @@ import numpy as np
 import torch
 
 from trainer import checkpoint, collectives
-from trainer.checkpoint_files import Retention, abandon, damage, folder_name, remove_unpublished
+from trainer.checkpoint_files import abandon, damage, folder_name, remove_unpublished, retention_of
 from trainer.config.schema import LaunchConfig
-from trainer.data.stream import BatchStream, GlobalBatch, build_evaluation_stream, build_training_stream
+from trainer.data.stream import BatchStream, GlobalBatch, build_training_stream
 from trainer.engine import Engine, init_distributed
-from trainer.evaluation import evaluate
+from trainer.evaluation import BEST, OVER, evaluate, evaluation_streams, judge
 from trainer.export import export_run
 from trainer.failures import NumericError, StorageError
-from trainer.forward import LanguageModelLoss
 from trainer.metrics import MetricsLog
 from trainer.model import (
     build_model,
     build_optimizer,
     choose_attention,
-    output_head_parameters,
     quiet_libraries,
 )
-from trainer.planning.flops import peak_flops
 from trainer.rollback import roll_back
 from trainer.rundir import RunDirectory, cut_torn_tail
 from trainer.saving import SavePolicy, tell
@@ -39,6 +35,7 @@ from trainer.schedule import learning_rate_factor
 from trainer.spikes import cause_to_go_back, rollbacks_of
 from trainer.tasks import get_task
 from trainer.tokenizer import load_tokenizer
+from trainer.usage import Utilisation, peak_memory
 
 _MAX_SKIPPED_IN_A_ROW = 3
 _STOP_POLL_SECONDS = 0.5
@@ -75,30 +72,30 @@ class Trainer:
 
         tokenizer = load_tokenizer(self.config.model)
         self.task = get_task(self.config, tokenizer)
+        self.config = self.task.config  # with what the task has found in the data
         import transformers
 
         model = build_model(
             self.config.model,
-            transformers.AutoModelForCausalLM,
+            getattr(transformers, self.task.auto_class),
             self.plan["deepspeed"],
             choose_attention(self.config.model.attention, self.device),
             self.config.training.seed,
+            self.task.configure,
         )
         attention = str(getattr(model.config, "_attn_implementation", "unknown"))
         print(f"{type(model).__name__}, attention: {attention}", flush=True)
-        self.head_parameters = output_head_parameters(model)
-        on_gpu = self.device.type == "cuda"
-        self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device)) if on_gpu else None
-        self.loss = LanguageModelLoss(model, tokenizer.pad_id, attention, self.device)
+        self.loss = self.task.objective(model, attention, self.device)
         optimizer = build_optimizer(model, self.config.training.optimizer)
         self.engine = Engine(model, optimizer, self.plan["deepspeed"])
         self.rank, self.world_size = self.engine.rank, self.engine.world_size
         self.is_main = self.rank == 0
+        per_token = self.plan["flops_per_token"]
+        self.utilisation = Utilisation(per_token, self.loss.head_parameters, self.world_size, self.device)
 
         self.events = run.event_writer(f"rank{self.rank}", attempt)
         settings = self.config.checkpoint
-        retention = Retention(settings.keep_last, settings.keep_best, settings.keep_every_steps)
-        self.saver = checkpoint.Saver(run, self.engine, retention, functools.partial(tell, self.events))
+        self.saver = checkpoint.Saver(run, self.engine, retention_of(self.config), functools.partial(tell, self.events))
         self.save_policy = SavePolicy(settings, self.saver, run, attempt, self.world_size) if self.is_main else None
         self.last_saved: int | None = None
         self.last_evaluated: int | None = None
@@ -116,8 +113,7 @@ class Trainer:
 
     def run_to_end(self) -> None:
         self.resume()
-        if self.config.data.packing:
-            self.loss.check_isolation(self.engine)
+        self.loss.check(self.engine)
         metrics = self.open_metrics()
         self.engine.train()
         stopped = False
@@ -129,9 +125,13 @@ class Trainer:
             line, request = self.train_step(batch)
             stopped = bool(request & _STOP)
             seconds = time.monotonic() - mark  # with the wait for data: what a step really takes
-            line |= {"step_seconds": seconds, "data_seconds": waited, **self.utilisation(batch, seconds)}
+            line |= {
+                "step_seconds": seconds,
+                "data_seconds": waited,
+                **self.utilisation(batch.tokens, batch.target_tokens, seconds),
+            }
             if first and self.is_main:
-                self.events.write("first_step", step=self.step)
+                self.events.write("first_step", step=self.step, seconds=seconds, data_seconds=waited)
             first = False
             if metrics and (self.step % self.config.logging.interval_steps == 0 or self.is_last(batch) or stopped):
                 metrics.step(line)
@@ -140,10 +140,11 @@ class Trainer:
                 continue
             if stopped:
                 break
-            if self.is_due(self.config.evaluation.interval_steps):
-                self.evaluate(metrics)
-            if request & _SAVE:
+            judgement = self.evaluate(metrics) if self.is_due(self.config.evaluation.interval_steps) else 0
+            if request & _SAVE or judgement & BEST:
                 self.save()
+            if judgement & OVER:
+                break
             mark = time.monotonic()
         self.finish(metrics, stopped)
 
@@ -175,7 +176,7 @@ class Trainer:
             "batch_digest": f"{digest:016x}",
             "progress": batch.progress,
             "total_steps": self.config.training.max_steps,
-            "memory_bytes": self.peak_memory(),
+            "memory_bytes": peak_memory(self.device),
         }
         if not result.applied:
             line["skipped"] = True
@@ -314,36 +315,30 @@ class Trainer:
                 f"{loss}): lower training.optimizer.learning_rate, or look at the records of these batches"
             )
 
-    def utilisation(self, batch: GlobalBatch, seconds: float) -> dict[str, float]:
-        """{"mfu": share of the devices' dense bf16 peak}, where that is known; formula in plan.json.
-
-        The language-model head does not run at positions without a label, so it is not counted there.
-        """
-        per_token = self.plan["flops_per_token"]
-        if self.peak_flops is None or per_token is None:
-            return {}
-        without_head = 6.0 * self.head_parameters * (batch.tokens - batch.target_tokens)
-        flops = per_token * batch.tokens - without_head
-        return {"mfu": flops / (seconds * self.world_size * self.peak_flops)}
-
-    def peak_memory(self) -> int:
-        """Peak memory of this rank in bytes: the GPU's allocator, or the resident set on CPUs."""
-        if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated())
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
     def open_metrics(self) -> MetricsLog | None:
         if not self.is_main:
             return None
         cut_torn_tail(self.run.metrics_path)
         return MetricsLog(self.run.metrics_path, self.run.tensorboard_dir if self.config.logging.tensorboard else None)
 
-    def evaluate(self, metrics: MetricsLog | None) -> None:
+    def evaluate(self, metrics: MetricsLog | None) -> int:
+        """Score the evaluation data; what follows from it: flags BEST and OVER, the same on all ranks."""
         if not self.config.data.evaluation or self.last_evaluated == self.step:
-            return
+            return 0
         self.last_evaluated = self.step
         start = time.monotonic()
-        stream = build_evaluation_stream(
+        self.scores = scores = evaluate(self.engine, self.task, self.loss, self.evaluation_sets(), self.control)
+        judgement = 0
+        if metrics:
+            metrics.evaluation(self.step, scores)
+            self.events.write("evaluation", step=self.step, seconds=time.monotonic() - start, **scores)
+            settings = self.config.evaluation
+            judgement = judge(settings, self.run.evaluation_lines(), self.config.checkpoint.keep_best > 0)
+        return collectives.largest(self.control, judgement)
+
+    def evaluation_sets(self) -> dict[str | None, BatchStream]:
+        """The evaluation data by the sources' names."""
+        return evaluation_streams(
             self.config,
             self.task,
             rank=self.rank,
@@ -351,10 +346,6 @@ class Trainer:
             micro_batch_size=self.plan["batch"]["micro_batch_size"],
             gather=self.evaluation_gather,
         )
-        self.scores = scores = evaluate(self.engine, self.loss, stream, self.control)
-        if metrics:
-            metrics.evaluation(self.step, scores)
-            self.events.write("evaluation", step=self.step, seconds=time.monotonic() - start, **scores)
 
     def save(self) -> None:
         if self.last_saved == self.step:

@@ -8,12 +8,12 @@ from typing import Any
 
 from trainer.checkpoint_files import (
     Checkpoint,
-    Retention,
     damage,
     differences,
     list_checkpoints,
     published,
     remove,
+    retention_of,
     superfluous,
 )
 from trainer.failures import EXIT_DONE, EXIT_FAILED, UserError
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     helps = {
-        "list": "what there is: step, size, evaluation loss",
+        "list": "what there is: step, size, scores",
         "verify": "check every file of every published checkpoint against its checksum",
         "diff": "what differs between two checkpoints",
         "gc": "remove what the config's retention does not keep, and what was set aside",
@@ -62,7 +62,7 @@ def _to_json(checkpoint: Checkpoint) -> dict[str, Any]:
         "status": checkpoint.status,
         "bytes": checkpoint.size,
         "world_size": checkpoint.world_size,
-        "evaluation_loss": checkpoint.evaluation_loss,
+        "evaluation": dict(checkpoint.scores) or None,
         "path": str(checkpoint.folder),
     }
 
@@ -71,7 +71,7 @@ def _list(target: RunDirectory, options: argparse.Namespace) -> int:
     found = list_checkpoints(target)
     lines = []
     for checkpoint in found:
-        loss = "" if checkpoint.evaluation_loss is None else f"  evaluation loss {checkpoint.evaluation_loss:.6g}"
+        loss = "".join(f"  {name} {value:.6g}" for name, value in checkpoint.scores.items() if name != "target_tokens")
         ranks = "" if checkpoint.world_size is None else f"  {checkpoint.world_size} ranks"
         lines.append(f"{checkpoint.folder.name}  {checkpoint.status}  {checkpoint.size / 1e9:.3f} GB{ranks}{loss}")
     _show(options, [_to_json(checkpoint) for checkpoint in found], lines, "no checkpoints yet")
@@ -102,12 +102,11 @@ def _gc(target: RunDirectory, options: argparse.Namespace) -> int:
     from trainer.config.schema import LaunchConfig
     from trainer.lease import acquire
 
-    config = LaunchConfig.model_validate_json(target.config_path.read_text()).checkpoint
+    config = LaunchConfig.model_validate_json(target.config_path.read_text())
     _refuse_while_running(target)
     with acquire(target.lock_dir, lambda _: None):  # nobody trains in it meanwhile
         found = list_checkpoints(target)
-        retention = Retention(config.keep_last, config.keep_best, config.keep_every_steps)
-        doomed = [c for c in found if c.status != "published"] + superfluous(found, retention)
+        doomed = [c for c in found if c.status != "published"] + superfluous(found, retention_of(config))
         steps = target.published_checkpoints()
         if steps and not options.dry_run and (problem := damage(published(target))):
             raise UserError(

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def checkpoint(step: int, loss: float | None = None, status: str = "published") -> Checkpoint:
-    return Checkpoint(Path(folder_name(step)), step, status, 0, 1, loss)
+    return Checkpoint(Path(folder_name(step)), step, status, 0, 1, {} if loss is None else {"loss": loss})
 
 
 def kept(checkpoints: list[Checkpoint], retention: Retention) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,8 +18,6 @@ from trainer.failures import DataError
 BAD, LONG_SKIPPED, NOTHING_TO_LEARN, SPLIT, TRUNCATED = range(5)
 OUTCOMES = ("bad", "skipped_long", "nothing_to_learn", "split", "truncated")
 
-STRUCTURED = ("messages", "tools")  # task columns that are no strings
-_OPTIONAL = ("tools",)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LOOKED_AT = 100  # records, for their columns
 
@@ -26,20 +25,34 @@ Encoded = tuple[dict[int, list[Sample]], list[tuple[int, int]]]
 
 
 class Encoder(Protocol):
-    """The part of a task that the data needs."""
+    """The part of a task that the data needs.
+
+    Attributes:
+        structured: task columns that need not be strings.
+        optional: task columns that a record may lack.
+        splits: whether a sample that is too long can be cut anywhere; else the task cuts it itself.
+        predicts: whether predictions are scored: samples then know their origin.
+    """
+
+    structured: frozenset[str]
+    optional: frozenset[str]
+    splits: bool
+    predicts: bool
 
     def columns(self, source_columns: dict[str, str], record: dict[str, Any]) -> dict[str, str]:
         """Task column -> column of the file. Raises DataError where the record has not what the task needs."""
 
-    def encode(self, records: Sequence[dict[str, Any]]) -> Sequence[Sample | str]:
-        """A sample for each record of the task's columns, or what is wrong with it."""
+    def encode(self, records: Sequence[dict[str, Any]]) -> Sequence[Sample | list[Sample] | str]:
+        """The sample of each record of the task's columns (or its samples), or what is wrong with it."""
 
 
 class SourceEncoder:
     """Reads records of a source and encodes them as a task does."""
 
-    def __init__(self, source: Source, task: Encoder, sequence_length: int, on_long: str, on_bad_record: str) -> None:
-        self.source, self._task = source, task
+    def __init__(
+        self, source: Source, task: Encoder, sequence_length: int, on_long: str, on_bad_record: str, index: int = 0
+    ) -> None:
+        self.source, self._task, self._index = source, task, index
         self._limit, self._on_long, self._on_bad = sequence_length, on_long, on_bad_record
         self._columns = self._find_columns()
 
@@ -71,7 +84,11 @@ class SourceEncoder:
             if isinstance(sample, str):
                 bad(position, f"{self.source.where(int(numbers[position]))}: {sample}")
                 continue
-            pieces[position], found = self._cut(sample, int(numbers[position]))
+            number = int(numbers[position])
+            made, found = self._fitted(sample if isinstance(sample, list) else [sample], number)
+            if self._task.predicts:
+                made = [replace(one, origin=(self._index, number, piece)) for piece, one in enumerate(made)]
+            pieces[position] = made
             outcomes += [(position, outcome) for outcome in found]
         return pieces, outcomes
 
@@ -80,24 +97,25 @@ class SourceEncoder:
             return {name: text.format_map(_Shown(record)) for name, text in template.items()}
         return {name: record.get(column) for name, column in self._columns.items()}
 
-    def _cut(self, sample: Sample, number: int) -> tuple[list[Sample], list[int]]:
+    def _fitted(self, samples: list[Sample], number: int) -> tuple[list[Sample], list[int]]:
         """Samples that fit, with at least one target each, and what is to be counted."""
-        limit, on_long = self._limit, self._on_long
-        pieces, outcomes = [sample], []
-        if len(sample.tokens) > limit:
+        limit, on_long, longest = self._limit, self._on_long, max((len(sample.tokens) for sample in samples), default=0)
+        outcomes = []
+        if longest > limit or any(sample.truncated for sample in samples):
             if on_long == "error":
+                tokens = f"{longest} tokens are" if longest > limit else "it has"
                 raise DataError(
-                    f"{self.source.where(number)}: {len(sample.tokens)} tokens are more than data.sequence_length "
-                    f"({limit}): raise it, or set data.on_long to split, truncate or skip"
+                    f"{self.source.where(number)}: {tokens} more than data.sequence_length ({limit}): raise it, "
+                    f"or set data.on_long to {'split, ' * self._task.splits}truncate or skip"
                 )
             if on_long == "skip":
                 return [], [LONG_SKIPPED]
-            outcomes.append(SPLIT if on_long == "split" else TRUNCATED)
-            # pieces overlap by a token: the last of one is what the first target of the next is predicted from
-            starts = range(0, len(sample.tokens) - 1, limit - 1) if on_long == "split" else (0,)
-            pieces = [_piece(sample, start, start + limit) for start in starts]
-        pieces = [piece for piece in pieces if piece.targets.any()]
-        return pieces, outcomes if pieces else [*outcomes, NOTHING_TO_LEARN]
+            split = on_long == "split" and self._task.splits
+            outcomes.append(SPLIT if split else TRUNCATED)
+            if longest > limit:
+                samples = [piece for sample in samples for piece in _cut(sample, limit, split)]
+        samples = [sample for sample in samples if sample.targets.any()]
+        return samples, outcomes if samples else [*outcomes, NOTHING_TO_LEARN]
 
     def _find_columns(self) -> dict[str, str]:
         """Task column -> column of this source, from its first readable record."""
@@ -121,13 +139,13 @@ class SourceEncoder:
     def _column_problem(self, record: dict[str, Any], number: int) -> str | None:
         for name, column in self._columns.items():
             if column not in record:
-                if name in _OPTIONAL:
+                if name in self._task.optional:
                     continue
                 found = ", ".join(map(repr, record)) or "none"
                 return f"{self.source.where(number)}: no column {column!r}; the record has {found}"
             value = record[column]
             plain = self.source.config.template and isinstance(value, int | float) and not isinstance(value, bool)
-            if not isinstance(value, str) and name not in STRUCTURED and not plain:
+            if not isinstance(value, str) and name not in self._task.structured and not plain:
                 kind = "null" if value is None else type(value).__name__
                 return f"{self.source.where(number)}: column {column!r} is {kind}, expected a string"
             if has_surrogates(value):  # JSON allows \ud800 alone, no tokenizer does
@@ -161,7 +179,13 @@ def has_surrogates(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(map(has_surrogates, value))
 
 
-def _piece(sample: Sample, start: int, end: int) -> Sample:
-    targets = sample.targets[start:end].copy()
-    targets[0] = False
-    return Sample(sample.tokens[start:end], targets)
+def _cut(sample: Sample, limit: int, split: bool) -> list[Sample]:
+    """Pieces of at most ``limit`` tokens; without ``split`` the first one alone."""
+    # pieces overlap by a token: the last of one is what the first target of the next is predicted from
+    starts = range(0, max(len(sample.tokens) - 1, 1), limit - 1) if split else (0,)
+    pieces = []
+    for start in starts:
+        targets = sample.targets[start : start + limit].copy()
+        targets[0] = False
+        pieces.append(Sample(sample.tokens[start : start + limit], targets))
+    return pieces

@@ -1,24 +1,39 @@
-"""What a record becomes: token sequences with the positions that are learned."""
+"""What a record becomes: token sequences with what is learned from them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+Origin = tuple[int, int, int]  # source, record in it, piece of it
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens of one record (or of a piece of one).
+    """One record (or a piece of one) as a model sees it.
 
     Attributes:
         tokens: int32 [length].
-        targets: bool [length]; True where this token is to be predicted from those before it. ``targets[0]`` is always
-            False.
+        targets: bool [length]; what is learned, and counted: for language models the tokens to be predicted from those
+            before them (``targets[0]`` is then always False), else the positions that carry a label; a sample with one
+            label as a whole has it at position 0.
+        labels: what is to be predicted, as the task lays it out; None: the tokens at ``targets``.
+        inputs: further inputs of the model, without padding.
+        reference: what the task needs to score a prediction.
+        truncated: whether the task has cut the record to fit.
+        origin: which record it comes from, where predictions are asked for.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
+    labels: np.ndarray | None = None
+    inputs: Mapping[str, np.ndarray] | None = None
+    reference: Any = None
+    truncated: bool = False
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class BatchStream:
             _refuse_changed(state.get("data"), self._identity)
         states = state["sources"] if state else []
         states = [*states[: len(sources)], *[None] * (len(sources) - len(states))]
-        encoders = [options.encoder(source, task) for source in opened]
+        encoders = [options.encoder(source, task, index) for index, source in enumerate(opened)]
         self._streams = [
             SourceStream(index, source, encoders[index].encode, options, gather, states[index])
             for index, source in enumerate(opened)
@@ -227,12 +227,15 @@ def _refuse_changed(before: dict[str, Any] | None, now: dict[str, Any]) -> None:
 
 
 def digest(place: int, sequence: PackedSequence) -> int:
-    """63-bit BLAKE2b of a sequence at its place in the global batch: tokens, targets and where samples begin."""
+    """63-bit BLAKE2b of a sequence at its place in the global batch: samples, where they begin, and what is learned."""
     state = hashlib.blake2b(place.to_bytes(8, "little"), digest_size=8)
     for sample in sequence.samples:
         state.update(len(sample.tokens).to_bytes(8, "little"))
         state.update(np.ascontiguousarray(sample.tokens, dtype="<i4").tobytes())
         state.update(np.packbits(sample.targets).tobytes())
+        for values in (sample.labels, *(sample.inputs or {}).values()):
+            if values is not None:
+                state.update(np.ascontiguousarray(values).tobytes())
     return int.from_bytes(state.digest(), "little") >> 1
 
 
@@ -316,11 +319,18 @@ def build_training_stream(
 
 
 def build_evaluation_stream(
-    config: LaunchConfig, task: Encoder, *, rank: int, world_size: int, micro_batch_size: int, gather: Gather
+    config: LaunchConfig,
+    task: Encoder,
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    gather: Gather,
+    sources: tuple[DataSource, ...] | None = None,
 ) -> BatchStream:
-    """One pass over the evaluation data, in the order of the files."""
+    """One pass over the evaluation data (or other ``sources``), in the order of the files."""
     return BatchStream(
-        config.data.evaluation,
+        config.data.evaluation if sources is None else sources,
         task,
         replace(_options(config, rank, world_size), shuffle=False, epochs=1.0),
         global_batch_size=micro_batch_size * world_size,

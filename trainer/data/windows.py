@@ -43,9 +43,9 @@ class Options:
     rank: int
     world_size: int
 
-    def encoder(self, source: Source, task: Encoder) -> SourceEncoder:
-        """What turns this source's records into samples."""
-        return SourceEncoder(source, task, self.sequence_length, self.on_long, self.on_bad_record)
+    def encoder(self, source: Source, task: Encoder, index: int) -> SourceEncoder:
+        """What turns the records of this source, number ``index``, into samples."""
+        return SourceEncoder(source, task, self.sequence_length, self.on_long, self.on_bad_record, index)
 
 
 @dataclass(frozen=True)

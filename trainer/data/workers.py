@@ -88,7 +88,7 @@ class Workers:
                     errors.append(answer)
                     continue
                 made, found = answer
-                pieces.update(_unpacked(made))
+                pieces.update(made if isinstance(made, dict) else _unpacked(made))
                 outcomes += found
         except (EOFError, ConnectionError) as error:
             codes = [process.poll() for process in self._processes]
@@ -146,8 +146,13 @@ def main(arguments: Sequence[str]) -> int:
             except (DataError, StorageError) as error:
                 connection.send(error)
                 continue
-            packed = _packed({positions[place]: made for place, made in pieces.items()})
-            connection.send((packed, [(positions[place], outcome) for place, outcome in outcomes]))
+            placed = {positions[place]: made for place, made in pieces.items()}
+            plain = all(
+                s.labels is None and s.inputs is None and s.origin is None for of in placed.values() for s in of
+            )
+            connection.send(
+                (_packed(placed) if plain else placed, [(positions[place], outcome) for place, outcome in outcomes])
+            )
     except (EOFError, ConnectionError):
         return 0
 
@@ -159,7 +164,7 @@ def _encoders(config: LaunchConfig) -> dict[int, SourceEncoder]:
 
     task, data = get_task(config, load_tokenizer(config.model)), config.data
     return {
-        index: SourceEncoder(open_source(source), task, data.sequence_length, data.on_long, data.on_bad_record)
+        index: SourceEncoder(open_source(source), task, data.sequence_length, data.on_long, data.on_bad_record, index)
         for index, source in enumerate(data.train)
     }
 

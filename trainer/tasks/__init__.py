@@ -1,14 +1,21 @@
-"""One module a task: how a record becomes samples, which model class it needs, its loss and metric."""
+"""One module a task: how a record becomes samples, which model class it needs, its loss and scores."""
 
 from __future__ import annotations
 
 from trainer.config.schema import LaunchConfig
+from trainer.tasks.base import BaseTask
 from trainer.tasks.causal_lm import CausalLM
+from trainer.tasks.text_classification import TextClassification
 from trainer.tokenizer import Tokenizer
 
-Task = CausalLM  # every task has its shape
+Task = BaseTask
+
+_TASKS: dict[str, type[BaseTask]] = {
+    "causal-lm": CausalLM,
+    "text-classification": TextClassification,
+}
 
 
-def get_task(config: LaunchConfig, tokenizer: Tokenizer) -> Task:
-    """The task of a config."""
-    return CausalLM(config, tokenizer)
+def get_task(config: LaunchConfig, tokenizer: Tokenizer) -> BaseTask:
+    """The task of a config. Raises DataError where its data or tokenizer are not what it needs."""
+    return _TASKS[config.task.type](config, tokenizer)

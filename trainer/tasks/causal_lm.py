@@ -8,9 +8,10 @@ position, never by token id: an EOS that is also the padding token is still lear
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,17 +19,36 @@ from trainer.config.schema import LaunchConfig
 from trainer.data.chat import Chat
 from trainer.data.sample import Sample
 from trainer.failures import DataError
+from trainer.tasks.base import BaseTask, Predictions
 from trainer.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    import torch
 
-class CausalLM:
+    from trainer.forward import LanguageModelLoss
+
+
+class CausalLM(BaseTask):
     """Turns records into samples of one piece; the stream splits those that are longer than a sequence."""
 
     auto_class = "AutoModelForCausalLM"
+    structured = frozenset({"messages", "tools"})
+    optional = frozenset({"tools"})
+    splits = True
+    predicts = False
+    counted = "target_tokens"
 
     def __init__(self, config: LaunchConfig, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+        super().__init__(config, tokenizer)
         self._data = config.data
+
+    def objective(self, model: Any, attention: str, device: torch.device) -> LanguageModelLoss:
+        from trainer.forward import LanguageModelLoss
+
+        return LanguageModelLoss(model, self.tokenizer.pad_id, attention, device, self._data.packing)
+
+    def scores(self, loss: float, predictions: Predictions) -> dict[str, float]:
+        return {"perplexity": math.exp(loss) if loss < 700 else math.inf}
 
     @cached_property
     def chat(self) -> Chat:
@@ -71,7 +91,7 @@ class CausalLM:
             chosen = ("messages", "tools")
         return {name: names[name] for name in chosen}
 
-    def encode(self, records: Sequence[dict[str, Any]]) -> list[Sample | str]:
+    def encode(self, records: Sequence[dict[str, Any]]) -> Sequence[Sample | list[Sample] | str]:
         """A sample for each record of the task's columns, or what is wrong with it."""
         if records and "messages" in records[0]:
             return self._encode_chats(records)

@@ -1,0 +1,76 @@
+"""From padded samples to a summed loss and predictions, for models with a head that reads a whole sequence."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.data.sample import PackedSequence, Sample
+from trainer.engine import Engine
+from trainer.tasks.base import Predictions
+from trainer.tasks.encoder import EncoderTask
+
+_PAD_TO = 8  # tokens; matrix kernels like it, and CPU kernels are kept for every shape that they meet
+
+
+class EncoderObjective:
+    """The loss and the predictions of an `EncoderTask` on a model.
+
+    Args:
+        model: its forward pass tells which inputs it takes.
+        task: computes the loss from the model's output.
+        pad_id: token that fills rows up; the attention mask hides it, so any will do.
+        device: of the model.
+    """
+
+    head_parameters = 0
+
+    def __init__(self, model: Any, task: EncoderTask, pad_id: int | None, device: torch.device) -> None:
+        self._task, self._pad_id, self._device = task, pad_id or 0, device
+        self._accepted = frozenset(inspect.signature(model.forward).parameters)
+
+    def __call__(self, forward: Callable[..., Any], sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, int]:
+        samples = [sample for sequence in sequences for sample in sequence.samples]
+        inputs, padded = self.collate(samples)
+        output = forward(**inputs)
+        return self._loss(output, samples), padded
+
+    def predict(self, engine: Engine, sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, Predictions]:
+        samples = [sample for sequence in sequences for sample in sequence.samples]
+        output = engine.forward(**self.collate(samples)[0])
+        found = self._task.read(output, samples) if samples else []
+        origins = [sample.origin or (0, 0, 0) for sample in samples]
+        return self._loss(output, samples), list(zip(origins, found, strict=True))
+
+    def check(self, engine: Engine) -> None:
+        """Nothing: samples do not share sequences."""
+
+    def collate(self, samples: Sequence[Sample]) -> tuple[dict[str, torch.Tensor], int]:
+        """(inputs of the model, int64 [samples, longest rounded up]; tokens of padding); a row of padding for none."""
+        rows = [sample.tokens for sample in samples] or [np.full(_PAD_TO, self._pad_id, dtype=np.int32)]
+        inputs = {"input_ids": padded(rows, self._pad_id), "attention_mask": padded([np.ones(len(r)) for r in rows], 0)}
+        more: Mapping[str, np.ndarray] = (samples[0].inputs or {}) if samples else {}
+        for name in self._accepted & more.keys():
+            inputs[name] = padded([sample.inputs[name] for sample in samples if sample.inputs], 0)
+        filled = inputs["input_ids"].size - sum(map(len, rows))
+        return {n: torch.from_numpy(v).to(self._device, non_blocking=True) for n, v in inputs.items()}, filled
+
+    def _loss(self, output: Any, samples: Sequence[Sample]) -> torch.Tensor:
+        if samples:
+            return self._task.loss(output, samples)
+        # reaches every parameter, so that ranks without work take part in the same collectives
+        values = [value for value in output.values() if isinstance(value, torch.Tensor)]
+        return torch.stack([value.float().sum() for value in values]).sum() * 0.0
+
+
+def padded(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
+    """int64 [rows, longest rounded up]: rows of different lengths, filled up with ``value``."""
+    width = -(-max(map(len, rows)) // _PAD_TO) * _PAD_TO
+    result = np.full((len(rows), width), value, dtype=np.int64)
+    for index, row in enumerate(rows):
+        result[index, : len(row)] = row
+    return result

@@ -1,0 +1,152 @@
+"""What tasks with one sample a sequence share: tokens with the special ones, and their loss."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainer.config.schema import LaunchConfig
+from trainer.data.sample import Sample
+from trainer.data.sources import open_source
+from trainer.failures import DataError, UserError
+from trainer.tasks.base import BaseTask, Objective
+from trainer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+_MOST_LABELS = 10_000
+_AT_ONCE = 4096  # records
+# what model families call the dropout in front of a classifier
+_HEAD_DROPOUTS = ("classifier_dropout", "seq_classif_dropout", "cls_dropout", "summary_last_dropout")
+
+
+class EncoderTask(BaseTask):
+    """A task whose model reads a whole text at once and whose head predicts labels."""
+
+    def __init__(self, config: LaunchConfig, tokenizer: Tokenizer) -> None:
+        super().__init__(config, tokenizer)
+        if tokenizer.backend is None:
+            raise DataError(
+                f"{tokenizer.origin} is a slow tokenizer, which {config.task.type} cannot use: give model.tokenizer a "
+                "folder with a tokenizer.json"
+            )
+        import tokenizers
+
+        # a copy: it is told to cut
+        self.fast: Any = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+        self.fast.no_padding()
+        self.fast.enable_truncation(config.data.sequence_length, strategy="longest_first")
+
+    def objective(self, model: Any, attention: str, device: torch.device) -> Objective:
+        from trainer.objective import EncoderObjective
+
+        return EncoderObjective(model, self, self.tokenizer.pad_id, device)
+
+    def loss(self, output: Any, samples: Sequence[Sample]) -> torch.Tensor:
+        """Sum of the loss over the targets of ``samples`` (at least one), an fp32 scalar, from the model's output."""
+        raise NotImplementedError
+
+    def read(self, output: Any, samples: Sequence[Sample]) -> list[Any]:
+        """What the scores need of each sample, small and without tensors."""
+        raise NotImplementedError
+
+    def encode_texts(self, texts: Sequence[Any], **options: Any) -> list[Any]:
+        """`tokenizers.Encoding` of each text or (text, text), cut to `data.sequence_length`, with special tokens."""
+        found: list[Any] = self.fast.encode_batch(list(texts), add_special_tokens=True, **options)
+        return found
+
+
+def inputs_of(encoding: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(token ids, int32 [length]; further inputs) of an encoding."""
+    return (
+        np.array(encoding.ids, dtype=np.int32),
+        {"token_type_ids": np.array(encoding.type_ids, dtype=np.int64)},
+    )
+
+
+def set_labels(model_config: Any, labels: Sequence[str]) -> None:
+    """Name the classes in a transformers config, which also sizes the head."""
+    model_config.num_labels = len(labels)  # first: it resets the names
+    model_config.id2label = dict(enumerate(labels))
+    model_config.label2id = {name: index for index, name in enumerate(labels)}
+
+
+def set_padding(model_config: Any, tokenizer: Tokenizer) -> None:
+    """Tell a model how it is padded: decoders find the last token of a text by it."""
+    if getattr(model_config, "pad_token_id", None) is None:
+        model_config.pad_token_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+
+
+def set_head_dropout(model_config: Any, dropout: float | None) -> None:
+    """Set the dropout in front of the classifier. Raises UserError where the model has none by a known name."""
+    if dropout is None:
+        return
+    names = [name for name in _HEAD_DROPOUTS if hasattr(model_config, name)]
+    if not names:
+        raise UserError(f"task.dropout: {model_config.model_type} has no dropout in front of its head; leave it out")
+    for name in names:
+        setattr(model_config, name, dropout)
+
+
+def found_labels(config: LaunchConfig, column: str) -> tuple[str, ...]:
+    """The distinct values of a task column in all training data: numbers in their order, else sorted texts.
+
+    Values in lists count one by one; negative numbers and nulls stand for "no label".
+
+    Raises:
+        DataError: there are fewer than two, or too many.
+    """
+    values: set[str] = set()
+    for source in config.data.train:
+        opened, name = open_source(source), source.columns.get(column, column)
+        for start in range(0, opened.records, _AT_ONCE):
+            for record, _ in opened.read(range(start, min(start + _AT_ONCE, opened.records))):
+                value = None if record is None else record.get(name)
+                for item in value if isinstance(value, list) else [value]:
+                    text = label_text(item)
+                    if text is not None:
+                        values.add(text)
+            if len(values) > _MOST_LABELS:
+                raise DataError(
+                    f"{source.path}: column {name!r} holds more than {_MOST_LABELS} different values, too many for "
+                    "classes: map another column to `label`, or give task.labels"
+                )
+    if len(values) < 2:
+        found = ", ".join(map(repr, sorted(values))) or "none"
+        raise DataError(
+            f"the training data has fewer than two labels ({found}): map `{column}` under `columns`, or give "
+            "task.labels"
+        )
+    numeric = all(re.fullmatch(r"\d+", value) for value in values)
+    return tuple(sorted(values, key=int) if numeric else sorted(values))
+
+
+def label_text(value: Any) -> str | None:
+    """A label as text: `True` is "1", 2.0 is "2"; None for null, the empty text and negative numbers."""
+    if isinstance(value, bool | int) or (isinstance(value, float) and value.is_integer()):
+        value = str(int(value))
+    if value is None or value == "" or (isinstance(value, str) and re.fullmatch(r"-\d+", value)):
+        return None
+    return str(value)
+
+
+class Labels:
+    """Names of classes and their ids."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._ids = {name: index for index, name in enumerate(names)}
+
+    def id(self, value: Any) -> int | str:
+        """The id of a label, given by name or by number; or what is wrong with it."""
+        text = label_text(value)
+        if text in self._ids:
+            return self._ids[text]
+        if text is not None and re.fullmatch(r"\d+", text) and int(text) < len(self.names):
+            return int(text)
+        some = ", ".join(map(repr, self.names[:8])) + (", ..." if len(self.names) > 8 else "")
+        return f"label {value!r} is none of the {len(self.names)} classes ({some}); see task.labels"

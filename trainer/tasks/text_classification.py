@@ -1,0 +1,177 @@
+"""A class, several classes or a number for a text or a pair of texts, by the model's own sequence-classification head.
+
+The loss is cross-entropy, binary cross-entropy (mean over the classes) or the squared error; every sample counts one.
+Layouts of GLUE and SuperGLUE are known by their column names. Longer pairs lose tokens from the longer text first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from trainer.config.schema import LaunchConfig
+from trainer.config.tasks import TextClassificationTask
+from trainer.data.sample import Sample
+from trainer.failures import UserError
+from trainer.tasks.base import Predictions, named_columns
+from trainer.tasks.encoder import (
+    EncoderTask,
+    Labels,
+    found_labels,
+    inputs_of,
+    set_head_dropout,
+    set_labels,
+    set_padding,
+)
+from trainer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+# columns of GLUE's and SuperGLUE's tasks, in the order in which they are looked for
+_LAYOUTS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("sentence", None),
+)
+_DEFAULT_METRICS = {
+    "single-label": ("accuracy",),
+    "multi-label": ("micro_f1", "macro_f1"),
+    "regression": ("pearson", "spearman"),
+}
+
+
+class TextClassification(EncoderTask):
+    """Sentences and pairs of them."""
+
+    auto_class = "AutoModelForSequenceClassification"
+    structured = frozenset({"label"})
+
+    def __init__(self, config: LaunchConfig, tokenizer: Tokenizer) -> None:
+        task = cast("TextClassificationTask", config.task)
+        if task.problem != "regression" and task.labels is None:
+            task = task.model_copy(update={"labels": found_labels(config, "label")})
+            config = config.model_copy(update={"task": task})
+        super().__init__(config, tokenizer)
+        self.task = task
+        self.labels = Labels(task.labels or ())
+        if task.class_weights and len(task.class_weights) != len(self.labels.names):
+            raise UserError(f"task.class_weights: {len(task.class_weights)} for {len(self.labels.names)} labels")
+        self.metrics = task.metrics or _DEFAULT_METRICS[task.problem]
+
+    def columns(self, source_columns: dict[str, str], record: dict[str, Any]) -> dict[str, str]:
+        if "text" not in source_columns and "text" not in record:
+            for first, second in _LAYOUTS:
+                if first in record and (second is None or second in record):
+                    pair = {"text_pair": second} if second else {}
+                    source_columns = {"text": first, **pair, **source_columns}
+                    break
+        return named_columns("text-classification", ("text", "label"), ("text_pair",), source_columns, record)
+
+    def encode(self, records: Sequence[dict[str, Any]]) -> Sequence[Sample | list[Sample] | str]:
+        labels = [self._label(record["label"]) for record in records]
+        texts = [(r["text"], r["text_pair"]) if "text_pair" in r else r["text"] for r in records]
+        results: list[Sample | list[Sample] | str] = []
+        for label, encoding in zip(labels, self.encode_texts(texts), strict=True):
+            if isinstance(label, str):
+                results.append(label)
+                continue
+            tokens, inputs = inputs_of(encoding)
+            targets = np.zeros(len(tokens), dtype=bool)
+            targets[:1] = True
+            results.append(Sample(tokens, targets, label, inputs, truncated=bool(encoding.overflowing)))
+        return results
+
+    def configure(self, model_config: Any) -> None:
+        if self.task.problem == "regression":
+            model_config.num_labels = 1
+        else:
+            set_labels(model_config, self.labels.names)
+        model_config.problem_type = self.task.problem.replace("-", "_") + (
+            "_classification" if self.labels.names else ""
+        )
+        set_padding(model_config, self.tokenizer)
+        set_head_dropout(model_config, self.task.dropout)
+
+    def loss(self, output: Any, samples: Sequence[Sample]) -> torch.Tensor:
+        import torch
+        from torch.nn import functional
+
+        logits = output.logits.float()
+        stacked = np.stack([sample.labels for sample in samples if sample.labels is not None])
+        labels = torch.from_numpy(stacked).to(logits.device)
+        if self.task.problem == "regression":
+            return functional.mse_loss(logits, labels, reduction="sum")
+        if self.task.problem == "multi-label":
+            return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1).sum()
+        weights = self.task.class_weights
+        return functional.cross_entropy(
+            logits,
+            labels[:, 0],
+            weight=torch.tensor(weights, device=logits.device) if weights else None,
+            reduction="sum",
+            label_smoothing=self.task.label_smoothing,
+        )
+
+    def read(self, output: Any, samples: Sequence[Sample]) -> list[Any]:
+        """(gold, predicted) of each sample: ids of classes, lists of 0 and 1, or numbers."""
+        logits = output.logits.float().cpu().numpy()
+        gold = np.stack([sample.labels for sample in samples if sample.labels is not None])
+        if self.task.problem == "single-label":
+            return list(zip(gold[:, 0].tolist(), logits.argmax(-1).tolist(), strict=True))
+        if self.task.problem == "multi-label":
+            return list(zip(gold.astype(int).tolist(), (logits > 0).astype(int).tolist(), strict=True))
+        return list(zip(gold[:, 0].tolist(), logits[:, 0].tolist(), strict=True))
+
+    def scores(self, loss: float, predictions: Predictions) -> dict[str, float]:
+        pairs = [pair for _, pair in predictions]
+        gold, predicted = (np.array([pair[side] for pair in pairs]) for side in (0, 1))
+        return {name: _score(name, gold, predicted) for name in self.metrics} if pairs else {}
+
+    def _label(self, value: Any) -> np.ndarray | str:
+        if self.task.problem == "regression":
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                return f"label {value!r} is no number"
+            return np.array([number], dtype=np.float32) if np.isfinite(number) else f"label {value!r} is not finite"
+        if self.task.problem == "multi-label":
+            if not isinstance(value, list):
+                return f"label is {type(value).__name__}, expected a list of classes"
+            row = np.zeros(len(self.labels.names), dtype=np.float32)
+            for item in value:
+                found = self.labels.id(item)
+                if isinstance(found, str):
+                    return found
+                row[found] = 1.0
+            return row
+        found = self.labels.id(value)
+        return found if isinstance(found, str) else np.array([found], dtype=np.int64)
+
+
+def _score(name: str, gold: np.ndarray, predicted: np.ndarray) -> float:
+    """One metric; F1 is that of class 1 where there are two classes (as GLUE has it), else the mean over classes."""
+    from scipy import stats
+    from sklearn import metrics
+
+    match name:
+        case "accuracy":
+            return float(metrics.accuracy_score(gold, predicted))
+        case "f1":
+            binary = gold.ndim == 1 and max(gold.max(), predicted.max()) < 2
+            return float(metrics.f1_score(gold, predicted, average="binary" if binary else "macro", zero_division=0))
+        case "macro_f1" | "micro_f1":
+            return float(metrics.f1_score(gold, predicted, average=name.partition("_")[0], zero_division=0))
+        case "matthews":
+            return float(metrics.matthews_corrcoef(gold, predicted))
+        case "mse":
+            return float(metrics.mean_squared_error(gold, predicted))
+        case _:
+            if len(gold) < 2 or np.ptp(gold) == 0 or np.ptp(predicted) == 0:
+                return float("nan")  # no correlation with something that does not vary
+            return float((stats.pearsonr if name == "pearson" else stats.spearmanr)(gold, predicted).statistic)
