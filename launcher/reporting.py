@@ -1,4 +1,4 @@
-"""What a run has come to, as one JSON value and as text: the end of `dsft launch`, `dsft status` and `dsft report`."""
+"""How runs are doing, as JSON and as a line for each: `dsft status`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from launcher.state import DIED, RunState, failures, ledger, run_state
-from launcher.watch import Progress, describe_evaluation, describe_failure, duration, number
+from launcher.goodput import Span, account, timeline
+from launcher.state import DIED, RunState, ledger, run_state
+from launcher.watch import Progress, duration, number
 from trainer.failures import DsftError
 from trainer.rundir import Json, RunDirectory, read_json, read_lines
 
@@ -23,8 +24,9 @@ _NODES_SECONDS = 5.0
 
 
 def status(run: RunDirectory) -> Json:
-    """State, position and rates; of a run in a SLURM job, also the states of its nodes."""
+    """State, position, rates and goodput; of a run in a SLURM job, also the states of its nodes."""
     value = statuses([run])[0]
+    value["goodput"] = account(time_line(run, value["state"], run.merged_events()))
     job = value["job"]
     if job is not None and job["nodes"]:
         from slurm import client
@@ -147,56 +149,10 @@ def _last_checkpoint(run: RunDirectory) -> int | None:
     return next((int(name.removeprefix("step-")) for name in whole), None)
 
 
-def report(run: RunDirectory) -> Json:
-    """The whole account: state, steps, losses, evaluations, goodput, failures and where things are."""
-    steps, evaluations = run.step_lines(), run.evaluation_lines()
-    return {
-        **status(run),
-        "steps": steps[-1]["step"] if steps else 0,
-        "loss_first": steps[0]["loss"] if steps else None,
-        "loss_last": steps[-1]["loss"] if steps else None,
-        "evaluation": evaluations[-1]["evaluation"] if evaluations else None,
-        "evaluations": [{"step": line["step"], **line["evaluation"]} for line in evaluations],
-        "goodput": goodput(run, steps),
-        "failures": failures(run),
-        "checkpoints": run.published_checkpoints(),
-        "export": str(run.export_dir) if (run.export_dir / "config.json").is_file() else None,
-        "tensorboard": str(run.tensorboard_dir) if run.tensorboard_dir.is_dir() else None,
-    }
-
-
-def goodput(run: RunDirectory, steps: list[Json]) -> Json:
-    """Seconds of the steps that count (each once) over the time that launches of this run were up.
-
-    Where only every k-th step is logged, the steps between are taken to last as long as the logged ones.
-    """
-    logged = sum(float(line["step_seconds"]) for line in steps)
-    useful = logged * (steps[-1]["step"] / len(steps)) if steps else 0.0
-    wall = sum(end - start for start, end in _launches(run))
-    return {"useful_seconds": useful, "wall_seconds": wall, "ratio": min(1.0, useful / wall) if wall else None}
-
-
-def _launches(run: RunDirectory) -> Iterator[tuple[float, float]]:
-    """(start, end) in unix seconds of each launch of the run."""
-    ledger = read_lines(run.events_dir / "supervisor.jsonl")
-    times = [float(event["time"]) for event in run.merged_events()]
-    times += [float(line["time"]) for line in read_lines(run.metrics_path) if "time" in line]
-    times.sort()
-    start: float | None = None
-    before = ""
-    for event in ledger:
-        now = float(event["time"])
-        if event["event"] == "attempt":
-            if start is not None and before == "attempt":  # its launcher was killed: it lasted to its last sign of life
-                yield start, max((t for t in times if t < now), default=start)
-                start = None
-            start = now if start is None else start
-        elif event["event"] in ("finished", "failed", "stopped") and start is not None:
-            yield start, now
-            start = None
-        before = event["event"]
-    if start is not None:
-        yield start, time.time() if run_state(run).state == "running" else times[-1]
+def time_line(run: RunDirectory, state: str, events: Sequence[Json]) -> list[Span]:
+    """Where the time of a run went; `events` are the merged ledger. Reads all metrics."""
+    now = time.time() if state in ("running", "pending") else None
+    return timeline(events, read_lines(run.metrics_path), run.verdicts(), now)
 
 
 def _epochs(run: RunDirectory) -> float | None:
@@ -215,6 +171,8 @@ def render_status(value: Json) -> str:
         parts.append(f"ETA {duration(value['eta_seconds'])}")
     if value["last_checkpoint"] is not None:
         parts.append(f"last checkpoint {value['last_checkpoint']}")
+    if value.get("goodput") and value["goodput"]["ettr"] is not None:
+        parts.append(f"ETTR {100 * value['goodput']['ettr']:.0f} %")
     if value["restarts"]:
         parts.append(f"restarts {value['restarts']}")
     if (job := value["job"]) is not None and job["nodes"]:
@@ -231,33 +189,3 @@ def _nodes(states: Mapping[str, str | None]) -> str:
     fine = (None, "allocated", "mixed", "idle", "completing")
     shown = [name if state in fine else f"{name} ({state})" for name, state in states.items()]
     return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
-
-
-def render_report(value: Json) -> str:
-    """The account as lines."""
-    return "\n".join(_report_lines(value))
-
-
-def _report_lines(value: Json) -> Iterator[str]:
-    yield f"{value['name']}: {value['state']} at step {value['steps']}" + (
-        f" ({value['reason']})" if value["reason"] else ""
-    )
-    rows: list[tuple[str, Any]] = [("run", value["run"])]
-    if value["loss_last"] is not None:
-        rows.append(("loss", f"{number(value['loss_first'])} -> {number(value['loss_last'])}"))
-    scored = value["evaluations"]
-    if scored:
-        shown = [scored[0], scored[-1]] if len(scored) > 1 else scored
-        for entry in shown:
-            line = {"step": entry["step"], "evaluation": {k: v for k, v in entry.items() if k != "step"}}
-            rows.append(("evaluation", describe_evaluation(line)))
-    if value["goodput"]["ratio"] is not None:
-        share, wall = 100 * value["goodput"]["ratio"], duration(value["goodput"]["wall_seconds"])
-        rows.append(("goodput", f"{share:.0f} % of {wall} in steps that count"))
-    if value["checkpoints"]:
-        rows.append(("checkpoints", f"{value['run']}/checkpoints (steps {', '.join(map(str, value['checkpoints']))})"))
-    rows += [(key, value[key]) for key in ("export", "tensorboard") if value[key]]
-    for name, text in rows:
-        yield f"  {name:<12} {text}"
-    for failure in value["failures"]:
-        yield f"  attempt {failure['attempt']}: {describe_failure(failure)}"

@@ -84,11 +84,13 @@ def launch(
 ) -> int:
     """Run `config` in `target` under its lock, show how it goes, and print the account at the end."""
     from launcher.gate import CheckProcess
+    from launcher.permissions import apply_umask, make_run_directory
     from trainer.config.loading import redacted
     from trainer.failures import EXIT_DONE, StorageError
     from trainer.lease import acquire
     from trainer.processes import age_seconds
 
+    apply_umask(config.cluster)
     if config.cluster.backend == "slurm":
         from launcher.backends.slurm import in_allocation
 
@@ -99,6 +101,7 @@ def launch(
     if _is_finished(target, resolved, as_json):
         return EXIT_DONE
     try:
+        make_run_directory(target.path, config.cluster)
         lease = acquire(target.lock_dir, _tell_waiting)
     except OSError as error:
         raise _cannot_write(target, error) from error
@@ -118,6 +121,7 @@ def launch(
             raise StorageError(f"{error.filename or target.path}: {error.strerror or error}") from error
         finally:
             gate.cancel()
+    _write_html(target)
     _print_account(target, as_json)
     if result.verdict.outcome == "failed":
         print(f"error: {result.verdict.message}", file=sys.stderr, flush=True)
@@ -144,6 +148,7 @@ def _submit(
     from launcher.gate import CheckProcess
     from launcher.grace import grace_problem
     from launcher.jobs import base_id, refuse_second_job, waiting_job
+    from launcher.permissions import make_run_directory
     from trainer.config.loading import redacted
     from trainer.failures import EXIT_DONE
 
@@ -154,7 +159,7 @@ def _submit(
         return _follow(config, target, base_id(job_there), as_json)
     refuse_second_job(target)
     try:
-        target.path.mkdir(parents=True, exist_ok=True)
+        make_run_directory(target.path, cluster)
         _write_records(target, resolved, plan)
     except OSError as error:
         raise _cannot_write(target, error) from error
@@ -313,6 +318,7 @@ def _cannot_write(target: RunDirectory, error: OSError) -> UserError:
 
 def _rank_environment(config: LaunchConfig, plan: dict[str, Any]) -> dict[str, str]:
     """Variables of every rank: the plan's, over them the user's own, over them the config's."""
+    from trainer.agent import UMASK_VARIABLE
     from trainer.binding import BIND_VARIABLE
     from trainer.failures import UserError
 
@@ -321,6 +327,8 @@ def _rank_environment(config: LaunchConfig, plan: dict[str, Any]) -> dict[str, s
         del variables["OMP_NUM_THREADS"]  # what there is, is known on the node: its agent divides it among the ranks
     if config.cluster.bind_cpus == "off":
         variables[BIND_VARIABLE] = "off"
+    if config.cluster.umask is not None:
+        variables[UMASK_VARIABLE] = config.cluster.umask
     if plan["device"] == "cpu":
         variables["DS_ACCELERATOR"] = "cpu"
     for name, value in config.cluster.environment.items():
@@ -340,8 +348,22 @@ def _tell_waiting(holder: Holder) -> None:
     )
 
 
+def _write_html(target: RunDirectory) -> None:
+    """The report for people; a run's end does not depend on it."""
+    from launcher.html_report import write_report
+
+    try:
+        write_report(target)
+    except Exception as error:
+        print(f"warning: report.html could not be written: {error}", file=sys.stderr, flush=True)
+
+
 def _print_account(target: RunDirectory, as_json: bool) -> None:
-    from launcher.reporting import render_report, report
+    from launcher.report import report, show_report
 
     value = report(target)
-    print(json.dumps(value) if as_json else render_report(value), flush=True)
+    if as_json:
+        print(json.dumps(value))
+    else:
+        show_report(value)
+    sys.stdout.flush()

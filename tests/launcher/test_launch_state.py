@@ -12,7 +12,7 @@ import pytest
 from launcher.consistency import refuse_changes
 from launcher.grace import grace_problem
 from launcher.registry import find_run, known_runs, register
-from launcher.reporting import report
+from launcher.report import report
 from launcher.state import CUT_SHORT, run_state
 from launcher.supervisor import attempts_of
 from launcher.verdict import Verdict, decide
@@ -63,28 +63,28 @@ def test_a_lock_of_another_host_is_shown_as_dead_after_a_while(run: RunDirectory
     assert run_state(run).state == "failed"
 
 
-def test_goodput_counts_each_step_once_and_only_the_time_of_launches(run: RunDirectory) -> None:
+def test_the_report_accounts_for_the_time_of_launches(run: RunDirectory) -> None:
     ledger(run, (100, "attempt", 1), (110, "failure", 1), (112, "attempt", 2))  # then the launcher was killed
     ledger(run, (1000, "attempt", 3), (1010, "finished", 3))
-    for time, step, seconds in ((105, 1, 2.0), (106, 2, 2.0), (115, 2, 3.0), (120, 3, 3.0), (1005, 4, 2.0)):
+    for time, attempt, step in ((105, 1, 1), (115, 2, 2), (1005, 3, 4)):
+        line = {"time": time, "event": "first_step", "attempt": attempt, "step": step, "seconds": 2.0}
+        append_line(run.events_dir / "rank0.jsonl", line)
+    for time, step, seconds in ((105, 1, 2.0), (106, 2, 1.0), (115, 2, 2.0), (120, 3, 5.0), (1005, 4, 2.0)):
         append_line(run.metrics_path, {"time": time, "step": step, "loss": 1.0, "step_seconds": seconds})
     value = report(run)
-    assert value["goodput"] == {"useful_seconds": 10.0, "wall_seconds": 30.0, "ratio": pytest.approx(1 / 3)}
+    parts = {name: seconds for name, seconds in value["goodput"]["seconds"].items() if seconds}
+    useful = {"useful": 2.0 + 2.0 + 5.0 + 2.0, "repeated": 1.0}
+    assert parts == useful | {"start": 3.0 + 1.0 + 3.0, "recovery": 4.0 + 2.0, "idle": 880.0, "shutdown": 5.0}
+    assert value["goodput"]["ettr"] == pytest.approx(11 / 30)
     assert (value["state"], value["steps"]) == ("finished", 4)
-
-
-def test_goodput_of_sparse_logs(run: RunDirectory) -> None:
-    ledger(run, (0, "attempt", 1), (100, "finished", 1))
-    for step in (10, 20):
-        append_line(run.metrics_path, {"step": step, "loss": 1.0, "step_seconds": 2.0})
-    assert report(run)["goodput"]["useful_seconds"] == 40.0
 
 
 def test_failures_come_from_the_verdicts(run: RunDirectory) -> None:
     failure: dict[str, Any] = {"class": "data", "rank": 1, "node": "n", "step": 3, "message": "m", "victims": [0]}
     write_json(run.verdict_path(run.new_attempt()), {**failure, "outcome": "failed", "action": "stop"})
     write_json(run.verdict_path(run.new_attempt()), {"outcome": "finished", "action": "done"})
-    assert report(run)["failures"] == [{"attempt": 1, "action": "stop", **failure}]
+    times = dict.fromkeys(("time", "injected", "detection_seconds", "recovery_seconds"))
+    assert report(run)["failures"] == [{"attempt": 1, "action": "stop", **failure, **times}]
 
 
 def test_a_run_is_found_by_path_by_name_here_and_by_name_elsewhere(
