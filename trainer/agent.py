@@ -25,6 +25,8 @@ from trainer.processes import RUN_VARIABLE, die_with_parent
 from trainer.rundir import RunDirectory, write_json
 from trainer.worker import AGENT_PID_VARIABLE, write_output_to
 
+UMASK_VARIABLE = "DSFT_UMASK"  # of the agent and its ranks, in octal digits
+
 # After the first failure the other ranks get this long to fail by themselves: their records help to tell what happened.
 _VICTIM_SECONDS = 0.5
 
@@ -42,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ranks = _torchrun_parser().parse_args(options.torchrun)
     die_with_parent(options.parent_pid)
     run = RunDirectory(options.run_dir)
+    if umask := os.environ.get(UMASK_VARIABLE):  # srun and ssh bring their own
+        os.umask(int(umask, 8))
     write_output_to(run.agent_log_path(options.attempt, node_name()))
     os.environ[AGENT_PID_VARIABLE] = str(os.getpid())
     os.environ[RUN_VARIABLE] = str(run.path)

@@ -204,6 +204,7 @@ class Saver:
         folder.mkdir(parents=True, exist_ok=True)
         self._at("write")
         save_file(tensors, partial, metadata={"DCP_SHARDING_INFO": json.dumps(sharding), "DCP_VERSION": "1.0"})
+        partial.chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read, whatever the umask
         self._at("sync")
         _fsync(partial)
         self._at("rename")

@@ -55,7 +55,7 @@ def write_inputs(folder: Path) -> Path:
             "max_steps": STEPS,
             "optimizer": {"learning_rate": 1e-2},
         },
-        "cluster": {"backend": "slurm", "nodes": 3, "time": "1:00:00"},
+        "cluster": {"backend": "slurm", "nodes": 3, "time": "1:00:00", "umask": "0027"},
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder / "config.json"
@@ -118,5 +118,6 @@ def test_three_nodes_interrupted_end_where_one_machine_does(cluster: Cluster, tm
     assert [line["batch_digest"] for line in lines] == [line["batch_digest"] for line in expected]
     assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
     assert exported(run) == exported(alone) != {}
+    assert all(path.stat().st_mode & 0o027 == 0 for path in run.path.rglob("*"))  # whoever wrote it, on whichever node
     finished = cluster.run(*dsft, "launch", str(config), **variables).stdout
     assert "finished already" in finished

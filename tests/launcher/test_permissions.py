@@ -1,0 +1,104 @@
+"""Whose a run directory is: the umask and the group of all that launcher, agents and ranks write into it."""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from pydantic import ValidationError
+
+from launcher.permissions import make_run_directory
+from trainer.config.schema import LocalCluster
+from trainer.failures import UserError
+from trainer.rundir import RunDirectory
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def other_group() -> str:
+    """A group that is not this process's own, and that it may give files to."""
+    own = os.getegid()
+    numbers = [group.gr_gid for group in grp.getgrall()] if os.geteuid() == 0 else os.getgroups()
+    name = next((grp.getgrgid(number).gr_name for number in numbers if number != own), None)
+    if name is None:
+        pytest.skip("needs root, or a second group")
+    return name
+
+
+@pytest.fixture
+def usual_umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("usual_umask")
+def test_everything_a_run_writes_has_its_umask_and_group(tmp_path: Path, other_group: str) -> None:
+    records = [{"prompt": f"{a} plus {b} is ", "completion": f"{a + b}."} for a in range(9) for b in range(9)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    lines = (record["prompt"] + record["completion"] for record in records)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_prefix=str(tmp_path / "small"), vocab_size=30, minloglevel=2
+    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config: dict[str, Any] = {
+        "name": "shared",
+        "task": {"type": "causal-lm"},
+        "model": {"config": {"model_type": "llama", "vocab_size": 30, **sizes}, "tokenizer": "small.model"},
+        "data": {
+            "train": [{"path": "train.jsonl"}],
+            "evaluation": [{"path": "train.jsonl", "limit": 5}],
+            "sequence_length": 64,
+        },
+        "training": {"global_batch_size": 4, "max_steps": 2},
+        "checkpoint": {"interval_steps": 1},
+        "cluster": {"processes_per_node": 2, "gpus_per_node": 0, "umask": "0027", "group": other_group},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(tmp_path / "state")}
+    command = [sys.executable, "-P", "-m", "launcher", "launch", "config.json"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    run = RunDirectory(tmp_path / "runs" / "shared")
+    assert (run.export_dir / "config.json").exists()
+    number = grp.getgrnam(other_group).gr_gid
+    for path in [run.path, *run.path.rglob("*")]:
+        mode, wanted = path.stat().st_mode, 0o2750 if path.is_dir() else 0o640
+        assert (path.stat().st_gid, stat.S_IMODE(mode)) == (number, wanted), f"{path}: {stat.filemode(mode)}"
+
+
+@pytest.mark.usefixtures("usual_umask")
+def test_a_group_that_is_not_ones_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no group nosuchgroup on this machine"):
+        make_run_directory(tmp_path / "run", LocalCluster(group="nosuchgroup"))
+    if os.geteuid() != 0:
+        pytest.skip("becoming another user needs root")
+    tmp_path.chmod(0o777)
+    for folder in tmp_path.parents[:-1]:  # the other user has to get here
+        if not folder.stat().st_mode & stat.S_IXOTH:
+            folder.chmod(folder.stat().st_mode | stat.S_IXOTH)
+    program = (
+        "import sys; from pathlib import Path; from launcher.permissions import make_run_directory as make;"
+        "from trainer.config.schema import LocalCluster; from trainer.failures import UserError\n"
+        "try: make(Path(sys.argv[1]), LocalCluster(group='root'))\nexcept UserError as error: print(error)"
+    )
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-P", "-c", program]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, str(tmp_path / "own")], env=environment, capture_output=True, text=True)
+    assert "cannot be given to root: you have to be in that group" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("text", ["27", "0777", "rwx", "0o027"])
+def test_a_umask_is_octal_digits_and_leaves_the_owner_alone(text: str) -> None:
+    with pytest.raises(ValidationError):
+        LocalCluster(umask=text)
