@@ -112,6 +112,10 @@ class LanguageModelLoss:
         """(sum of the loss over target tokens, nothing)."""
         return self(engine.forward, sequences)[0], []
 
+    def answer(self, engine: Engine, sequences: Sequence[PackedSequence]) -> Predictions:
+        """Nothing that a task could answer from."""
+        return []
+
     def check(self, engine: Engine) -> None:
         """Where samples are packed: that they do not see one another."""
         if self._packing:

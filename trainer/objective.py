@@ -46,6 +46,11 @@ class EncoderObjective:
         origins = [sample.origin or (0, 0, 0) for sample in samples]
         return self._loss(output, samples), list(zip(origins, found, strict=True))
 
+    def answer(self, engine: Engine, sequences: Sequence[PackedSequence]) -> Predictions:
+        samples = [sample for sequence in sequences for sample in sequence.samples]
+        found = self._task.read_answers(engine.forward(**self.collate(samples)[0]), samples)
+        return [(sample.origin or (0, 0, 0), item) for sample, item in zip(samples, found, strict=True)]
+
     def check(self, engine: Engine) -> None:
         """Nothing: samples do not share sequences."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from trainer.config.schema import LaunchConfig
 from trainer.data.sample import Origin, PackedSequence, Sample
-from trainer.failures import DataError
+from trainer.failures import DataError, UserError
 from trainer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -36,12 +36,26 @@ class Objective(Protocol):
     def predict(self, engine: Engine, sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, Predictions]:
         """(sum of the loss over targets, what `Task.scores` needs of each sample); every rank must make the call."""
 
+    def answer(self, engine: Engine, sequences: Sequence[PackedSequence]) -> Predictions:
+        """What `Task.answer` needs of each sample (at least one), which may have no labels: for `dsft predict`.
+
+        The engine is then a whole model on each rank (`trainer.inference.Replica`: world_size 1), and ranks make calls
+        of their own: nothing in here may wait for other ranks.
+        """
+
     def check(self, engine: Engine) -> None:
         """Prove on the model what training relies on. Every rank must make the call. Raises UserError."""
 
 
 class BaseTask:
-    """How records become samples, which model learns from them, and how its predictions are scored."""
+    """How records become samples, which model learns from them, and how its predictions are scored.
+
+    Attributes:
+        label_columns: task columns with what is to be predicted.
+        labelled: False where there is nothing but questions (`dsft predict` sets it on a task of its own): `columns`
+            then neither needs nor names `label_columns`, and `encode` makes samples without labels. These still have a
+            target, since samples without any are left out as having nothing to learn.
+    """
 
     auto_class: ClassVar[str]  # of transformers
     structured: frozenset[str] = frozenset()
@@ -49,6 +63,8 @@ class BaseTask:
     splits = False
     predicts = True
     counted = "samples"  # what targets are, in scores
+    label_columns: frozenset[str] = frozenset()
+    labelled = True
 
     def __init__(self, config: LaunchConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
@@ -71,6 +87,14 @@ class BaseTask:
     def scores(self, loss: float, predictions: Predictions) -> dict[str, float]:
         """Scores of an evaluation besides the mean loss, from all predictions in the order of the data."""
         return {}
+
+    def answer(self, found: Sequence[Any]) -> dict[str, Any]:
+        """A record's answer, of JSON's types, from what `Objective.answer` gave of each of its samples, in order."""
+        raise UserError(f"dsft predict cannot do {self.config.task.type}")
+
+    def needed(self, *columns: str) -> tuple[str, ...]:
+        """Those of ``columns`` that records must have: all, or the questions alone where they are not `labelled`."""
+        return columns if self.labelled else tuple(name for name in columns if name not in self.label_columns)
 
 
 def named_columns(

@@ -54,6 +54,10 @@ class EncoderTask(BaseTask):
         """What the scores need of each sample, small and without tensors."""
         raise NotImplementedError
 
+    def read_answers(self, output: Any, samples: Sequence[Sample]) -> list[Any]:
+        """What `answer` needs of each sample, which may have no labels, small and without tensors."""
+        raise NotImplementedError
+
     def encode_texts(self, texts: Sequence[Any], **options: Any) -> list[Any]:
         """`tokenizers.Encoding` of each text or (text, text), cut to `data.sequence_length`, with special tokens."""
         found: list[Any] = self.fast.encode_batch(list(texts), add_special_tokens=True, **options)

@@ -50,7 +50,7 @@ class TextClassification(EncoderTask):
     """Sentences and pairs of them."""
 
     auto_class = "AutoModelForSequenceClassification"
-    structured = frozenset({"label"})
+    structured = label_columns = frozenset({"label"})
 
     def __init__(self, config: LaunchConfig, tokenizer: Tokenizer) -> None:
         task = cast("TextClassificationTask", config.task)
@@ -71,10 +71,11 @@ class TextClassification(EncoderTask):
                     pair = {"text_pair": second} if second else {}
                     source_columns = {"text": first, **pair, **source_columns}
                     break
-        return named_columns("text-classification", ("text", "label"), ("text_pair",), source_columns, record)
+        needed = self.needed("text", "label")
+        return named_columns("text-classification", needed, ("text_pair",), source_columns, record)
 
     def encode(self, records: Sequence[dict[str, Any]]) -> Sequence[Sample | list[Sample] | str]:
-        labels = [self._label(record["label"]) for record in records]
+        labels = [self._label(record["label"]) if self.labelled else None for record in records]
         texts = [(r["text"], r["text_pair"]) if "text_pair" in r else r["text"] for r in records]
         results: list[Sample | list[Sample] | str] = []
         for label, encoding in zip(labels, self.encode_texts(texts), strict=True):
@@ -132,6 +133,24 @@ class TextClassification(EncoderTask):
         pairs = [pair for _, pair in predictions]
         gold, predicted = (np.array([pair[side] for pair in pairs]) for side in (0, 1))
         return {name: _score(name, gold, predicted) for name in self.metrics} if pairs else {}
+
+    def read_answers(self, output: Any, samples: Sequence[Sample]) -> list[Any]:
+        """The number of each sample, or the probability of each class."""
+        logits = output.logits.float()
+        if self.task.problem == "regression":
+            return [float(number) for number in logits[:, 0].tolist()]
+        found = logits.sigmoid() if self.task.problem == "multi-label" else logits.softmax(-1)
+        return [*found.tolist()]
+
+    def answer(self, found: Sequence[Any]) -> dict[str, Any]:
+        """A label with its probability, or labels (those of at least 0.5) with all probabilities, or a number."""
+        if self.task.problem == "regression":
+            return {"value": found[0]}
+        probabilities = dict(zip(self.labels.names, found[0], strict=True))
+        if self.task.problem == "multi-label":
+            return {"labels": [n for n, p in probabilities.items() if p > 0.5], "probabilities": probabilities}
+        label = max(probabilities, key=lambda name: probabilities[name])
+        return {"label": label, "probability": probabilities[label], "probabilities": probabilities}
 
     def _label(self, value: Any) -> np.ndarray | str:
         if self.task.problem == "regression":
