@@ -22,6 +22,7 @@ VERBS = {
     "status": "how a run is doing",
     "logs": "what the ranks of a run wrote",
     "report": "what became of a run: steps, evaluation, goodput, failures",
+    "drill": "inject a fault into a running run, to see it recover",
     "cancel": "stop a run, after a last checkpoint",
     "resume": "go on with a stopped run from its last checkpoint",
     "checkpoint": "list, verify, compare, thin out or ask for checkpoints of a run",

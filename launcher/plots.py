@@ -115,7 +115,7 @@ class Mark:
     text: str
 
 
-_ROWS = {"failure": 74, "drill": 74, "checkpoint": 92, "evaluation": 92}
+_ROWS = {"failure": 74, "drill": 74, "checkpoint": 90, "evaluation": 106}
 _SHAPES: Mapping[str, str] = {  # told apart by shape as well as by colour
     "failure": "m-5 -5l10 10m0 -10l-10 10",
     "drill": "m0 -6l5 6l-5 6l-5 -6z",
@@ -134,7 +134,7 @@ def timeline_chart(spans: Sequence[Span], attempts: Sequence[tuple[int, float]],
     def x(time: float) -> float:
         return _RIGHT + (min(max(time, begin), end) - begin) * scale
 
-    parts = [_open("timeline of the run", 130)]
+    parts = [_open("timeline of the run", 144)]
     for span in _coarse(spans):
         text = escape(f"{span.part}: {duration(span.start - begin)} to {duration(span.end - begin)}")
         size = f'width="{(span.end - span.start) * scale:.2f}" height="34"'
@@ -160,10 +160,10 @@ def timeline_chart(spans: Sequence[Span], attempts: Sequence[tuple[int, float]],
     step = next((s for s in _SECONDS if (end - begin) / s <= 8), 86400 * math.ceil((end - begin) / 86400 / 8))
     for index in range(int((end - begin) / step) + 1):
         at = x(begin + index * step)
-        parts.append(f'<path class="axis" d="M{at:.1f} 104v5"/>')
+        parts.append(f'<path class="axis" d="M{at:.1f} 118v5"/>')
         anchor = "start" if index == 0 else "end" if at > WIDTH - 40 else "middle"
-        parts.append(_label(at, 122, duration(index * step), anchor))
-    return "".join([*parts, f'<path class="axis" d="M{_RIGHT} 104H{WIDTH - _RIGHT}"/></svg>'])
+        parts.append(_label(at, 136, duration(index * step), anchor))
+    return "".join([*parts, f'<path class="axis" d="M{_RIGHT} 118H{WIDTH - _RIGHT}"/></svg>'])
 
 
 def _coarse(spans: Sequence[Span]) -> list[Span]:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from launcher import notify
 from launcher.console import gib
 from launcher.facts import Facts, existing_parent
 from launcher.plan import Plan
@@ -28,7 +29,12 @@ def preflight(config: LaunchConfig, plan: Plan, facts: Facts) -> None:
 
 def preflight_problems(config: LaunchConfig, plan: Plan, facts: Facts) -> list[str]:
     """Every problem, in the config's order; empty where the run can start."""
-    return [*_output(config, plan, facts), *_tokenizer(config), *_data(config)]
+    return [
+        *_output(config, plan, facts),
+        *_tokenizer(config),
+        *_data(config),
+        *notify.problems(config.resilience.notify),
+    ]
 
 
 def _output(config: LaunchConfig, plan: Plan, facts: Facts) -> Iterator[str]:

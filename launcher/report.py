@@ -37,7 +37,7 @@ def report(run: RunDirectory) -> Json:
         "evaluations": [{"step": line["step"], **line["evaluation"]} for line in evaluations],
         "goodput": account(time_line(run, value["state"], events)),
         "failures": [{**failure, **times.get(failure["attempt"], _NO_TIMES)} for failure in failures(run)],
-        "drills": [event for event in events if event["event"] == "drill"],
+        "drills": [event for event in events if event["event"] == "drill"],  # also of those that left no failure
         "checkpoints": run.published_checkpoints(),
         "export": str(run.export_dir) if (run.export_dir / "config.json").is_file() else None,
         "tensorboard": str(run.tensorboard_dir) if run.tensorboard_dir.is_dir() else None,

@@ -228,10 +228,12 @@ def _supervise(
     ready_fd: int | None,
 ) -> Result:
     """The run itself, with its progress and its end told on `stream`."""
+    from launcher.notify import Notifier
     from launcher.supervisor import Supervisor
     from launcher.watch import Watch
 
     watch = Watch(target, stream, config.training.epochs)
+    notifier = Notifier(target, config.resilience.notify)
     backend, resilience = _backend(config, plan, target, environment)
     watch.say(f"run {target.path}: {plan['world_size']} rank(s), checking data and tokenizer")
     warned = False
@@ -244,6 +246,7 @@ def _supervise(
             for warning in gate.result.get("warnings", ()):
                 watch.say(f"warning: {warning}")
         watch.tick()
+        notifier.tick()
         check_grace()
 
     def released() -> None:
@@ -262,6 +265,8 @@ def _supervise(
             continue_job(supervisor, backend)
         result = supervisor.supervise()
     finally:
+        if not lease.lost.is_set():  # else another launch tells
+            notifier.close()
         watch.close()
     if result.action.reason:
         watch.say(f"{result.verdict.outcome}: {result.action.reason}")

@@ -17,6 +17,7 @@ from trainer.config.clusters import Cluster as Cluster
 from trainer.config.clusters import LocalCluster as LocalCluster
 from trainer.config.clusters import SlurmCluster as SlurmCluster
 from trainer.config.clusters import SshCluster as SshCluster
+from trainer.config.notifications import Notification
 from trainer.config.section import (
     Auto,
     Beta,
@@ -264,6 +265,7 @@ class ResilienceConfig(Section):
     stop_grace_seconds: NonNegativeFloat = Field(
         10.0, description="After a stop request: time for a last checkpoint before processes are killed"
     )
+    notify: tuple[Notification, ...] = Field((), description="Told of failures, recoveries and the end of the run")
 
 
 class LaunchConfig(Section):

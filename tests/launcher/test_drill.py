@@ -1,0 +1,122 @@
+"""`dsft drill` on a real run of two ranks: it recovers, people are told, and every second of it is accounted for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_launch import config_file, dsft, folder, start, wait_for  # noqa: F401
+
+from trainer.processes import kill_run, processes_of_run
+from trainer.rundir import RunDirectory, write_json
+
+
+@pytest.fixture
+def receiver() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The URL of a real HTTP server, and what was posted to it."""
+    posted: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            posted.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/secret-of-the-site", posted
+    server.shutdown()
+
+
+def test_a_rank_killed_by_a_drill(
+    folder: Path,  # noqa: F811
+    receiver: tuple[str, list[dict[str, Any]]],
+) -> None:
+    url, posted = receiver
+    program = "import os, sys; open(sys.argv[1], 'a').write(os.environ['DSFT_EVENT'] + sys.stdin.read() + '\\n')"
+    config = config_file(folder, "drilled", max_steps=60)
+    value = json.loads(config.read_text())
+    value["resilience"] = {
+        "notify": [
+            {"webhook": "$SITE_HOOK"},
+            {"command": [sys.executable, "-c", program, "told.txt"], "events": ["end"]},
+            {"command": ["/does/not/exist"], "events": ["end"]},
+        ]
+    }
+    write_json(config, value)
+    began = time.time()
+    process = start(folder, "launch", str(config), "--json", SITE_HOOK=url)
+    run = RunDirectory(folder / "runs" / "drilled")
+    wait_for(run.metrics_path.exists)
+    arguments = ("drill", str(run.path), "--fault", "kill-rank", "--rank", "1", "--after-step", "8")
+    code, _, errors = dsft(folder, *arguments)
+    assert (code, "--yes" in errors) == (2, True)
+    code, output, errors = dsft(folder, *arguments, "--yes", "--json")
+    assert code == 0, errors
+    drill = json.loads(output)
+    assert drill["step"] >= 8
+    output, errors = process.communicate(timeout=300)
+    outside = time.time() - began
+    assert process.returncode == 0, errors
+    report = json.loads(output)
+    assert (report["state"], report["steps"]) == ("finished", 60)
+
+    failure = report["failures"][0]
+    assert (failure["rank"], failure["injected"]) == (1, "kill-rank")
+    assert 0 < failure["detection_seconds"] <= 5.0
+    goodput = report["goodput"]
+    start_up = goodput["seconds"]["start"] + goodput["seconds"]["load"]  # of two attempts
+    assert 0 < failure["recovery_seconds"] < start_up + 2.0
+    assert sum(goodput["seconds"].values()) == pytest.approx(goodput["wall_seconds"], rel=1e-9)
+    written = (run.path / "report.html").stat().st_mtime - began  # the last thing of a launch before its own report
+    assert goodput["wall_seconds"] == pytest.approx(written, rel=0.01, abs=0.3)
+    assert goodput["wall_seconds"] < outside
+    assert goodput["seconds"]["repeated"] > 0
+    assert "kill-rank" in (run.path / "report.html").read_text()
+
+    assert [message["event"] for message in posted] == ["failure", "recovery", "end"]
+    assert posted[0]["rank"] == 1
+    assert posted[2]["state"] == "finished"
+    told = (folder / "told.txt").read_text()
+    assert told.startswith("end{")
+    assert (
+        "resilience.notify.2 was not told of `end`: No such file or directory"
+        in (run.events_dir / "notify.jsonl").read_text()
+    )
+    assert not any(b"secret-of-the-site" in path.read_bytes() for path in run.path.rglob("*") if path.is_file())
+    assert processes_of_run(run.path) == []
+
+
+def test_a_supervisor_killed_by_a_drill(folder: Path) -> None:  # noqa: F811
+    config = config_file(folder, "headless", max_steps=2000)
+    process = start(folder, "launch", str(config))
+    run = RunDirectory(folder / "runs" / "headless")
+    try:
+        wait_for(run.metrics_path.exists)
+        assert dsft(folder, "drill", str(run.path), "--fault", "kill-rank", "--rank", "7", "--yes")[0] == 2
+        code, _, errors = dsft(folder, "drill", str(run.path), "--fault", "kill-supervisor", "--yes")
+        assert code == 0, errors
+        assert process.wait(10) == -signal.SIGKILL
+        wait_for(lambda: not processes_of_run(run.path), 20)
+        code, output, _ = dsft(folder, "report", str(run.path))
+        assert "drill kill-supervisor" in output
+        code, _, errors = dsft(folder, "drill", str(run.path), "--fault", "kill-agent", "--yes")
+        assert code == 2
+        assert "is not running" in errors
+    finally:
+        kill_run(run.path)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
