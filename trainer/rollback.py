@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trainer import collectives
+from trainer import collectives, heartbeat
 from trainer.checkpoint_files import abandon_after
 from trainer.failures import NumericError, StorageError
 from trainer.saving import tell
@@ -32,6 +32,7 @@ def roll_back(trainer: Trainer, cause: Cause) -> bool:
             f"step {bad_step}: {cause.message}, after {trainer.rollbacks} rollbacks (training.max_rollbacks): lower "
             f"training.optimizer.learning_rate, or look at the records of global batches {suspects}"
         )
+    heartbeat.enter("checkpoint")
     trainer.saver.wait()
     usable = trainer.is_main and any(step < first for step in trainer.run.published_checkpoints())
     if not collectives.any_rank(trainer.control, usable):

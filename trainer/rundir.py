@@ -209,6 +209,13 @@ class RunDirectory:
     def agent_report_path(self, attempt: int, node: str) -> Path:
         return self.attempt_dir(attempt) / "agents" / f"{node}.json"
 
+    def heartbeat_path(self, attempt: int, rank: int) -> Path:
+        return self.attempt_dir(attempt) / "heartbeats" / f"rank{rank}"
+
+    def stack_path(self, attempt: int, rank: int) -> Path:
+        """Where a rank writes its threads' Python stacks when it is asked to."""
+        return self.attempt_dir(attempt) / "stacks" / f"rank{rank}.txt"
+
     def verdict_path(self, attempt: int) -> Path:
         return self.attempt_dir(attempt) / "verdict.json"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from trainer import heartbeat
 from trainer.checkpoint import Saver
 from trainer.checkpoint_interval import auto_interval_seconds, estimate_mtbf_seconds
 from trainer.config.schema import CheckpointConfig
@@ -38,7 +39,10 @@ class SavePolicy:
         if not self._waiting:
             return False
         elapsed = time.monotonic() - self._saved_at
-        if not self._saver.wait(0.0 if self._told else max(_WAITING_SECONDS, _WAITING_SHARE * elapsed)):
+        heartbeat.enter("checkpoint")
+        done = self._saver.wait(0.0 if self._told else max(_WAITING_SECONDS, _WAITING_SHARE * elapsed))
+        heartbeat.enter("step")
+        if not done:
             if not self._told:
                 self._tell("checkpoint_postponed", step, "the checkpoint before is still being written")
             self._told = True

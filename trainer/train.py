@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer import checkpoint, collectives
+from trainer import checkpoint, collectives, heartbeat
 from trainer.checkpoint_files import abandon, damage, folder_name, remove_unpublished, retention_of
 from trainer.config.schema import LaunchConfig
 from trainer.data.stream import BatchStream, GlobalBatch, build_training_stream
@@ -118,13 +118,13 @@ class Trainer:
         self.engine.train()
         stopped = False
         first = True
-        mark = time.monotonic()
+        mark = heartbeat.enter("data", self.step + 1)
         for batch in self.remaining_batches():
-            waited = time.monotonic() - mark
             self.step += 1
+            waited = heartbeat.enter("step", self.step) - mark
             line, request = self.train_step(batch)
             stopped = bool(request & _STOP)
-            seconds = time.monotonic() - mark  # with the wait for data: what a step really takes
+            seconds = heartbeat.step_done(mark, waited)  # with the wait for data: what a step really takes
             line |= {
                 "step_seconds": seconds,
                 "data_seconds": waited,
@@ -136,7 +136,7 @@ class Trainer:
             if metrics and (self.step % self.config.logging.interval_steps == 0 or self.is_last(batch) or stopped):
                 metrics.step(line)
             if self.go_back(line):
-                mark = time.monotonic()
+                mark = heartbeat.enter("data", self.step + 1)
                 continue
             if stopped:
                 break
@@ -145,7 +145,7 @@ class Trainer:
                 self.save()
             if judgement & OVER:
                 break
-            mark = time.monotonic()
+            mark = heartbeat.enter("data", self.step + 1)
         self.finish(metrics, stopped)
 
     def train_step(self, batch: GlobalBatch) -> tuple[dict[str, Any], int]:
@@ -197,6 +197,7 @@ class Trainer:
 
     def load_newest(self, before: int | None = None) -> bool:
         """Load the newest whole checkpoint (of a step less than ``before``); set damaged ones aside."""
+        heartbeat.enter("setup")
         published = self.run.published_checkpoints() if self.is_main else []
         for step in reversed([int(s) for s in self.gather(np.array(published, dtype=np.int64))[0]]):
             if before is not None and step >= before:
@@ -326,7 +327,7 @@ class Trainer:
         if not self.config.data.evaluation or self.last_evaluated == self.step:
             return 0
         self.last_evaluated = self.step
-        start = time.monotonic()
+        start = heartbeat.enter("evaluation")
         self.scores = scores = evaluate(self.engine, self.task, self.loss, self.evaluation_sets(), self.control)
         judgement = 0
         if metrics:
@@ -350,6 +351,7 @@ class Trainer:
     def save(self) -> None:
         if self.last_saved == self.step:
             return
+        heartbeat.enter("checkpoint")
         self.last_saved = self.step
         state = {
             "data": self.data_state,
@@ -366,6 +368,7 @@ class Trainer:
 
     def save_last(self) -> None:
         """The checkpoint that the end of a run depends on; tried twice. Raises StorageError."""
+        heartbeat.enter("checkpoint")
         for _ in range(2):
             self.saver.wait()
             problem = self.saver.missing_space() if self.is_main and self.last_saved != self.step else None
@@ -383,12 +386,13 @@ class Trainer:
         if not stopped:
             self.evaluate(metrics)
         self.save_last()
+        heartbeat.enter("ending")
         if metrics:
             metrics.close()
         if not self.is_main:
             return
         self.events.write("stopped" if stopped else "trained", step=self.step)
         if not stopped and self.config.export.enabled:
-            start = time.monotonic()
+            start = heartbeat.enter("export")
             folder = export_run(self.run, self.config, self.step)
             self.events.write("exported", step=self.step, seconds=time.monotonic() - start, path=str(folder))

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import trainer
+from trainer import heartbeat
 from trainer.binding import CPUS_VARIABLE, bind
 from trainer.failures import DsftError, UserError, exit_code_of, node_name, write_failure
 from trainer.processes import die_with_parent
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None, train: Train | None = None) -> 
     rank = int(os.environ.get("RANK", "0"))
     try:
         write_output_to(run.log_path(options.attempt, node_name(), rank))
+        with contextlib.suppress(OSError):
+            heartbeat.write_stacks_on_signal(run.stack_path(options.attempt, rank))
+        heartbeat.start(run.heartbeat_path(options.attempt, rank), rank)
         check_packages()
         if train is None:
             from trainer.train import train as default_train
@@ -52,6 +56,7 @@ def main(arguments: Sequence[str] | None = None, train: Train | None = None) -> 
             with contextlib.suppress(OSError):  # an account of time must not end the run where the disk is full
                 run.event_writer("rank0", options.attempt).write("setup")
         train(run, options.attempt)
+        heartbeat.finish()
     except BaseException as error:
         if isinstance(error, SystemExit) and error.code in (0, None):
             return 0
