@@ -261,7 +261,15 @@ class ResilienceConfig(Section):
     """What happens when something fails."""
 
     max_restarts: NonNegativeInt = 3
-    hang_timeout_seconds: PositiveFloat | Auto = "auto"
+    hang_timeout_seconds: Annotated[float, Field(ge=5, strict=True, allow_inf_nan=False)] | Auto | None = Field(
+        "auto",
+        description="No rank gets on for so long within training steps: a hang, which is ended and retried. auto: 5 "
+        "times the longest of the last 100 steps, and at least 60 s; null: hangs are not looked for",
+    )
+    slow_phase_timeout_seconds: PositiveFloat = Field(
+        1800.0,
+        description="The same for all but steps (loading, checkpoint, evaluation, export) and for the first step",
+    )
     stop_grace_seconds: NonNegativeFloat = Field(
         10.0, description="After a stop request: time for a last checkpoint before processes are killed"
     )
