@@ -18,3 +18,8 @@ def count(number: float) -> str:
         if number >= factor:
             return f"{number / factor:.3g} {unit}"
     return f"{number:g}"
+
+
+def printable(text: str) -> str:
+    """Without what would drive a terminal or break XML: control characters become U+FFFD, line ends stay."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

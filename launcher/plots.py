@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
+from launcher.console import printable
 from launcher.goodput import Span
 from launcher.watch import duration
 
@@ -89,7 +90,7 @@ def _drawn(line: Line, x: Callable[[float], float], y: Callable[[float], float])
     finite = [(step, value) for step, value in line.points if math.isfinite(value)]
     if line.dots:
         for step, value in finite:
-            text = escape(f"{line.name}, step {step:.0f}: {value:.5g}")
+            text = _escape(f"{line.name}, step {step:.0f}: {value:.5g}")
             place = f'cx="{x(step):.1f}" cy="{y(value):.1f}"'
             yield f'<circle class="{line.style}" {place} r="4"><title>{text}</title></circle>'
     else:
@@ -102,7 +103,7 @@ def _drawn(line: Line, x: Callable[[float], float], y: Callable[[float], float])
         yield f'<path class="line {line.style}" d="{"".join(pieces)}"/>'
     for step, value in line.points:
         if not math.isfinite(value):
-            text = escape(f"{line.name}, step {step:.0f}: {value}")
+            text = _escape(f"{line.name}, step {step:.0f}: {value}")
             yield f'<path class="bad" d="M{x(step) - 4:.1f} {_TOP - 8}l8 8m0 -8l-8 8"><title>{text}</title></path>'
 
 
@@ -136,7 +137,7 @@ def timeline_chart(spans: Sequence[Span], attempts: Sequence[tuple[int, float]],
 
     parts = [_open("timeline of the run", 144)]
     for span in _coarse(spans):
-        text = escape(f"{span.part}: {duration(span.start - begin)} to {duration(span.end - begin)}")
+        text = _escape(f"{span.part}: {duration(span.start - begin)} to {duration(span.end - begin)}")
         size = f'width="{(span.end - span.start) * scale:.2f}" height="34"'
         parts.append(
             f'<rect class="part {span.part}" x="{x(span.start):.2f}" y="26" {size}><title>{text}</title></rect>'
@@ -156,7 +157,7 @@ def timeline_chart(spans: Sequence[Span], attempts: Sequence[tuple[int, float]],
             continue
         taken.add(place)
         shape = f"M{x(mark.time):.1f} {_ROWS[mark.kind]}{_SHAPES[mark.kind]}"
-        parts.append(f'<path class="mark {mark.kind}" d="{shape}"><title>{escape(mark.text)}</title></path>')
+        parts.append(f'<path class="mark {mark.kind}" d="{shape}"><title>{_escape(mark.text)}</title></path>')
     step = next((s for s in _SECONDS if (end - begin) / s <= 8), 86400 * math.ceil((end - begin) / 86400 / 8))
     for index in range(int((end - begin) / step) + 1):
         at = x(begin + index * step)
@@ -187,8 +188,12 @@ def _coarse(spans: Sequence[Span]) -> list[Span]:
     return result
 
 
+def _escape(text: str) -> str:
+    return html.escape(printable(text))
+
+
 def _open(title: str, height: int) -> str:
-    name = escape(title)
+    name = _escape(title)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{name}">'
         f"<title>{name}</title>"
@@ -196,7 +201,7 @@ def _open(title: str, height: int) -> str:
 
 
 def _label(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{_escape(text)}</text>'
 
 
 def _range(values: Sequence[float], from_zero: bool) -> Point:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from launcher.console import printable
 from launcher.goodput import account, failure_times
 from launcher.reporting import status, time_line
 from launcher.state import failures
@@ -133,4 +134,4 @@ def _text(value: Any, style: str = "") -> RenderableType:
     """As it is: no markup, and nothing that would drive a terminal."""
     from rich.text import Text
 
-    return Text("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(value)), style)
+    return Text(printable(str(value)), style)
