@@ -6,11 +6,12 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from launcher.hangs import HangWatch, with_stack
 from launcher.verdict import Action, Attempt, Snapshot, Verdict, classify, decide
 from trainer.config.schema import ResilienceConfig
 from trainer.failures import EXIT_TEMPORARY, DsftError
@@ -19,6 +20,7 @@ from trainer.rundir import EventWriter, RunDirectory, read_json, read_lines, wri
 
 _POLL_SECONDS = 0.05
 _FILE_POLL_SECONDS = 0.5  # how often shared storage is asked for a stop request
+_STACKS_SECONDS = 5.0
 _TAIL_BYTES = 2000
 _TAIL_LINES = 3
 
@@ -28,6 +30,9 @@ class AttemptHandle(Protocol):
 
     def release(self) -> None:
         """Let the agents, which were started ahead, start their ranks."""
+
+    def ask_for_stacks(self) -> None:
+        """Have every rank write the Python stacks of its threads into the attempt's folder, soon."""
 
     def poll(self) -> dict[str, int] | None:
         """Node -> exit code of its agent once all agents have ended, else None."""
@@ -138,6 +143,7 @@ class Supervisor:
         """Run one attempt to its end, whatever that is; nothing of it runs when this returns."""
         gate, self.gate = self.gate, None
         handle = self.backend.start(attempt)
+        hangs = self._hang_watch(attempt)
         codes: dict[str, int] | None = None
         reason: str | None = None
         try:
@@ -149,22 +155,29 @@ class Supervisor:
             handle.release()
             if gate is not None:
                 self.released()
-            codes, reason = self._watch(attempt, handle, signals)
+            hangs.start()
+            codes, reason = self._watch(attempt, handle, signals, hangs)
+            if codes is None and hangs.hang is not None and reason is None:
+                handle.ask_for_stacks()
+                self._wait_for_stacks(attempt, hangs)
             reason = self.explain(reason) if reason else None
         except DsftError as error:  # the gate's
             return Verdict("failed", error.failure_class, message=str(error)), None
         finally:
+            hangs.stop()
             if gate is not None:
                 gate.cancel()
             left = handle.kill()
         snapshot = self._snapshot(attempt, codes, reason, _oom_kills() - oom_kills)
+        if codes is None and hangs.hang is not None:
+            snapshot = replace(snapshot, hang=with_stack(hangs.hang, self.run.attempt_dir(attempt) / "stacks"))
         verdict = classify(snapshot)
         if left:
             print(f"warning: processes {left} would not die (stuck in the kernel?)", flush=True)
         return verdict, reason
 
     def _watch(
-        self, attempt: int, handle: AttemptHandle, signals: StopSignals
+        self, attempt: int, handle: AttemptHandle, signals: StopSignals, hangs: HangWatch
     ) -> tuple[dict[str, int] | None, str | None]:
         """Wait for the agents; (their exit codes, or None if they have to be killed; the reason of a stop)."""
         reason: str | None = None
@@ -174,6 +187,8 @@ class Supervisor:
             self.tick()
             if signals.count >= 2 or self.lease.lost.is_set() or time.monotonic() > deadline:
                 return None, reason or signals.reason
+            if hangs.hang is not None and reason is None:
+                return None, None
             if signals.reason and reason is None:
                 with contextlib.suppress(OSError):  # no storage, no last checkpoint: the grace just passes
                     if self.run.stop_request(attempt) is None:
@@ -190,6 +205,18 @@ class Supervisor:
         if reason is None and (request := self.run.stop_request(attempt)) is not None:
             reason = str(request.get("reason", "cancel"))  # the ranks were quicker than the next look
         return codes, reason
+
+    def _hang_watch(self, attempt: int) -> HangWatch:
+        plan = read_json(self.run.plan_path) or {}
+        folder = self.run.heartbeat_path(attempt, 0).parent
+        return HangWatch(folder, int(plan.get("world_size", 0)), self.resilience)
+
+    def _wait_for_stacks(self, attempt: int, hangs: HangWatch) -> None:
+        """Until every rank that still can has written its stacks."""
+        deadline = time.monotonic() + _STACKS_SECONDS
+        while time.monotonic() < deadline and not hangs.has_stacks(self.run.stack_path(attempt, 0).parent):
+            self.tick()
+            time.sleep(_FILE_POLL_SECONDS)
 
     def _wait(self, attempt: int, seconds: float, signals: StopSignals) -> str | None:
         """Back off; returns the reason if the run is to stop meanwhile."""

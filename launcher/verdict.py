@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, cast, get_args
 
+from launcher.hangs import Hang
 from trainer.failures import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -57,6 +58,7 @@ class Snapshot:
     trained: bool = False  # the last step was done in this attempt
     oom_kills: int = 0  # processes that the kernel killed for memory during the attempt
     lease_lost: bool = False
+    hang: Hang | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ def classify(snapshot: Snapshot) -> Verdict:
         return Verdict("finished", step=snapshot.step)  # also where a stop request came too late
     if snapshot.stop_reason is not None and not any(c.failure_class in _NEVER_RETRIED for c in candidates):
         return Verdict("stopped", step=snapshot.step, message=f"stopped on request ({snapshot.stop_reason})")
+    if snapshot.hang is not None and not any(candidate.told for candidate in candidates):
+        return _of_hang(snapshot.hang)
     if not candidates:
         codes = ", ".join(f"{node}: {code}" for node, code in snapshot.agents.items()) or "none"
         message = f"nobody reported an error, nor that the training is done (exit codes of the agents: {codes})"
@@ -127,6 +131,20 @@ def classify(snapshot: Snapshot) -> Verdict:
         traceback=cause.traceback,
         victims=tuple(sorted(others | killed)),
         evidence=cause.evidence,
+    )
+
+
+def _of_hang(hang: Hang) -> Verdict:
+    return Verdict(
+        outcome="failed",
+        failure_class="hang",
+        rank=min(hang.ranks, default=None),
+        node=hang.node,
+        step=hang.step,
+        message=hang.message,
+        traceback=hang.stack,
+        victims=hang.others,
+        evidence=hang.evidence,
     )
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from trainer.binding import divide_node
 from trainer.failures import EXIT_DONE, EXIT_FAILED, EXIT_TERMINATED, classify, exit_code_of, node_name
+from trainer.heartbeat import STACK_SIGNAL
 from trainer.processes import RUN_VARIABLE, die_with_parent
 from trainer.rundir import RunDirectory, write_json
 from trainer.worker import AGENT_PID_VARIABLE, write_output_to
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     ranks = _torchrun_parser().parse_args(options.torchrun)
     die_with_parent(options.parent_pid)
+    signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # until there are ranks
     run = RunDirectory(options.run_dir)
     if umask := os.environ.get(UMASK_VARIABLE):  # srun and ssh bring their own
         os.umask(int(umask, 8))

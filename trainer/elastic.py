@@ -17,6 +17,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
+from trainer.heartbeat import STACK_SIGNAL
+
 RENDEZVOUS_TIMEOUT_SECONDS = 600
 _POLL_SECONDS = 0.05
 
@@ -55,7 +57,9 @@ def run_ranks(options: argparse.Namespace, command: Sequence[str], victim_second
     )
     # torch names the last rank to die, here one that this agent has killed; the report names the first
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    Agent(spec, victim_seconds, log).run()
+    agent = Agent(spec, victim_seconds, log)
+    signal.signal(STACK_SIGNAL, lambda *_: agent.ask_for_stacks())
+    agent.run()
 
 
 class _Rendezvous(StaticTCPRendezvous):
@@ -94,6 +98,11 @@ class Agent(LocalElasticAgent):
         return {
             worker.global_rank: handlers[worker.local_rank].proc for worker in self._worker_group.workers if handlers
         }
+
+    def ask_for_stacks(self) -> None:
+        """Have every rank of this node write the stacks of its threads; one that is suspended will not."""
+        for process in self._ranks().values():
+            process.send_signal(STACK_SIGNAL)
 
     def _note_ended(self) -> bool:
         """Note the ranks that have ended by themselves; True if one of them failed."""

@@ -156,14 +156,22 @@ def _publish(path: Path, rank: int) -> None:
         )
         with contextlib.suppress(OSError):  # no storage: nothing is known of this rank meanwhile, and it trains on
             _write(path, beat)
+            _flush_stacks()
         _over.wait(INTERVAL_SECONDS)
 
 
 _FIELDS = {field.name for field in fields(Heartbeat)}
 
 
+def _flush_stacks() -> None:
+    """NFS keeps what is written to an open file to itself for up to half a minute."""
+    for file in _kept_open:
+        if os.fstat(file.fileno()).st_size:
+            os.fsync(file.fileno())
+
+
 def _write(path: Path, beat: Heartbeat) -> None:
-    """Overwrite in place: on NFS new names are seen late, new content with the next open; and a full disk is no matter."""
+    """Overwrite in place: NFS shows new names late, new content at the next open; a full disk does not matter."""
     data = json.dumps(asdict(beat)).encode().ljust(_BYTES)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)

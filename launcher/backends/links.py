@@ -1,7 +1,7 @@
 """The supervisor's end of its links to the nodes of an attempt: one TCP connection a node, JSON lines both ways.
 
 node -> supervisor  {"token", "node", "port", "step"} first; {"terminating": true}; {"exit": code of the agent}
-supervisor -> node  {"start": agent arguments, "environment": {...}}; {"go": true}; {"end": true}
+supervisor -> node  {"start": agent arguments, "environment": {...}}; {"go": true}; {"stacks": true}; {"end": true}
 
 A closed link, whichever side closes it, means that nothing of the attempt may go on running on that node. Nothing
 here waits for shared storage, and a node that has lost its power is noticed within LOST_SECONDS.
@@ -98,6 +98,13 @@ class Links:
             for link in self.nodes.values():
                 if link.started:
                     self._send(link, {"go": True})
+
+    def ask_for_stacks(self) -> None:
+        """Tell every agent that still runs to have its ranks write their stacks."""
+        with self._lock:
+            for link in self.nodes.values():
+                if link.code is None:
+                    self._send(link, {"stacks": True})
 
     def end(self) -> None:
         """Tell every agent that still runs to kill its ranks, report and end."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import launcher
 from launcher.plan import torchrun_arguments
 from trainer.failures import node_name
+from trainer.heartbeat import STACK_SIGNAL
 from trainer.processes import RUN_VARIABLE, kill_run
 from trainer.rundir import RunDirectory
 
@@ -63,6 +64,10 @@ class LocalAttempt:
         """Exit code of each node's agent once all have ended (negative: the signal that killed it), else None."""
         code = self.process.poll()
         return None if code is None else {self.node: code}
+
+    def ask_for_stacks(self) -> None:
+        """Have every rank write the Python stacks of its threads."""
+        self.process.send_signal(STACK_SIGNAL)
 
     def kill(self) -> list[int]:
         """Kill everything that belongs to the run on this machine; returns pids that would not die."""

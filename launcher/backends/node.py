@@ -24,6 +24,7 @@ from typing import Any
 
 from launcher.backends.links import keep_alive
 from trainer.failures import EXIT_FAILED, EXIT_TEMPORARY, NODE_VARIABLE, node_name
+from trainer.heartbeat import STACK_SIGNAL
 from trainer.processes import RUN_VARIABLE, die_with_parent, kill_run
 
 LINK_VARIABLE = "DSFT_LINK"
@@ -66,6 +67,8 @@ class Node:
             with contextlib.suppress(BrokenPipeError):
                 self.agent.stdin.write(b"go\n")
                 self.agent.stdin.flush()
+        elif self.agent is not None and "stacks" in message:
+            self.agent.send_signal(STACK_SIGNAL)
         elif self.agent is not None and "end" in message:
             self.agent.send_signal(signal.SIGQUIT)  # torch's agent kills its ranks and reports
             self.deadline = time.monotonic() + _END_SECONDS

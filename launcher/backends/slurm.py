@@ -99,6 +99,10 @@ class SlurmAttempt:
         """Let the held agents start their ranks."""
         self.links.release()
 
+    def ask_for_stacks(self) -> None:
+        """Have every rank write the Python stacks of its threads."""
+        self.links.ask_for_stacks()
+
     def poll(self) -> dict[str, int] | None:
         """Node -> exit code of its agent (NODE_LOST: it or its link is gone) once no agent is left, else None."""
         if self._is_terminating() and not self._told:

@@ -128,6 +128,10 @@ class SshAttempt:
         """Let the held agents start their ranks."""
         self.links.release()
 
+    def ask_for_stacks(self) -> None:
+        """Have every rank write the Python stacks of its threads."""
+        self.links.ask_for_stacks()
+
     def poll(self) -> dict[str, int] | None:
         """Node -> exit code of its agent (NODE_LOST: it or its link is gone) once no agent is left, else None."""
         codes = self.ends.poll(lambda name: self.processes[name].poll())
