@@ -154,6 +154,20 @@ def is_dataset_folder(path: str | Path) -> bool:
     return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
+def load_dataset(config: DataSource) -> Any:
+    """The `datasets.DatasetDict` or `Dataset` of the hub, or of a folder; DataError if it cannot be loaded."""
+    import datasets
+
+    try:
+        if config.path.startswith("hf://"):
+            repository, _, revision = config.path.removeprefix("hf://").partition("@")
+            more = {"revision": revision} if revision else {}
+            return retried(lambda: datasets.load_dataset(repository, config.subset, **more), config.path)
+        return retried(lambda: datasets.load_from_disk(config.path), config.path)
+    except Exception as error:  # of datasets, huggingface_hub, the network, ...
+        raise DataError(f"{config.path} cannot be loaded by the datasets library: {error}") from error
+
+
 def open_dataset(config: DataSource) -> BatchedFile:
     """A dataset that `save_to_disk` wrote, or one of the hub: `hf://org/name`, `hf://org/name@revision`.
 
@@ -163,15 +177,7 @@ def open_dataset(config: DataSource) -> BatchedFile:
     import datasets
 
     name = config.path
-    try:
-        if config.path.startswith("hf://"):
-            repository, _, revision = config.path.removeprefix("hf://").partition("@")
-            more = {"revision": revision} if revision else {}
-            found = retried(lambda: datasets.load_dataset(repository, config.subset, **more), name)
-        else:
-            found = retried(lambda: datasets.load_from_disk(config.path), name)
-    except Exception as error:  # of datasets, huggingface_hub, the network, ...
-        raise DataError(f"{name} cannot be loaded by the datasets library: {error}") from error
+    found = load_dataset(config)
     if isinstance(found, datasets.DatasetDict):
         split = config.split or "train"
         if split not in found:
