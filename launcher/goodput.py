@@ -213,7 +213,7 @@ class _Window:
             match event["event"]:
                 case "evaluation":
                     yield self._before(event, seconds, "evaluation")
-                case "checkpoint_started":
+                case "checkpoint_started" | "checkpoint_postponed":
                     yield self._before(event, seconds, "checkpoint")
                 case "exported":
                     yield self._before(event, seconds, "export")

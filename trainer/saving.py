@@ -32,19 +32,23 @@ class SavePolicy:
         self._saved_at = time.monotonic()
         self._next_poll = 0.0
         self._waiting = self._told = False
+        self._waited = 0.0
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after this step."""
         self._waiting = self._waiting or self._wanted(step)
         if not self._waiting:
             return False
-        elapsed = time.monotonic() - self._saved_at
+        start = time.monotonic()
+        elapsed = start - self._saved_at
         heartbeat.enter("checkpoint")
         done = self._saver.wait(0.0 if self._told else max(_WAITING_SECONDS, _WAITING_SHARE * elapsed))
         heartbeat.enter("step")
+        self._waited = time.monotonic() - start
         if not done:
             if not self._told:
-                self._tell("checkpoint_postponed", step, "the checkpoint before is still being written")
+                message = "the checkpoint before is still being written"
+                self._tell("checkpoint_postponed", step, message, seconds=self._waited)
             self._told = True
             return False
         self._waiting = self._told = False
@@ -54,11 +58,12 @@ class SavePolicy:
             self._saved_at = time.monotonic()
         return problem is None
 
-    def saved(self, stall_seconds: float) -> None:
-        """A save has begun; training stood still for so long."""
-        self._stall = stall_seconds
+    def saved(self, stall_seconds: float) -> float:
+        """A save has begun; training stood still for so long. Returns that with the wait for the save before it."""
+        self._stall, waited, self._waited = stall_seconds, self._waited, 0.0
         self._saved_at = time.monotonic()
         self._mtbf = None
+        return stall_seconds + waited
 
     def interval_seconds(self) -> float | None:
         """Seconds between saves by time, or None where only steps count."""
@@ -86,9 +91,9 @@ class SavePolicy:
                 return True
         return False
 
-    def _tell(self, event: str, step: int, message: str) -> None:
+    def _tell(self, event: str, step: int, message: str, **fields: Any) -> None:
         print(f"warning: step {step}: {message}", flush=True)
-        tell(self._events, event, step=step, message=message)
+        tell(self._events, event, step=step, message=message, **fields)
 
 
 def tell(events: EventWriter, event: str, **fields: Any) -> None:

@@ -332,6 +332,7 @@ class Trainer:
         judgement = 0
         if metrics:
             metrics.evaluation(self.step, scores)
+            metrics.samples(self.step, self.task.shown, self.task.signatures)
             self.events.write("evaluation", step=self.step, seconds=time.monotonic() - start, **scores)
             settings = self.config.evaluation
             judgement = judge(settings, self.run.evaluation_lines(), self.config.checkpoint.keep_best > 0)
@@ -363,8 +364,7 @@ class Trainer:
         }
         stall = self.saver.save(self.step, state)
         if self.save_policy:
-            self.save_policy.saved(stall)
-            tell(self.events, "checkpoint_started", step=self.step, stall_seconds=stall)
+            tell(self.events, "checkpoint_started", step=self.step, stall_seconds=self.save_policy.saved(stall))
 
     def save_last(self) -> None:
         """The checkpoint that the end of a run depends on; tried twice. Raises StorageError."""

@@ -99,6 +99,12 @@ def test_sparse_logs() -> None:
     assert found["useful"] == pytest.approx(1.0 + 10.0 + 4.0 + 1.0)
 
 
+def test_waiting_for_the_save_before_is_no_training() -> None:
+    events = [event(0, "attempt", 1), event(2, "first_step", 1, step=1, seconds=1.0), event(30, "stopped", 1)]
+    events.append(event(20, "checkpoint_postponed", 1, step=2, seconds=4.0))
+    assert parts(events, [step(2, 1), step(20, 2), step(30, 3)]) == {"start": 1.0, "useful": 25.0, "checkpoint": 4.0}
+
+
 def test_a_rollback_makes_steps_repeated_too() -> None:
     events = [event(0, "attempt", 1), event(2, "first_step", 1, step=1, seconds=1.0)]
     events += [event(8, "rollback", 1, step=4, to_step=2), event(20, "stopped", 1)]
