@@ -160,7 +160,7 @@ class Engine:
     def step(self, learning_rate: float) -> StepResult:
         """Update the weights after the last `backward` of a global batch."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_factor", 1.0)
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         applied = bool(self._engine.was_step_applied())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fnmatch
 import importlib.util
 import logging
 import re
@@ -14,13 +13,17 @@ from typing import Any
 
 import torch
 
+from trainer.adapters import add_adapter, plain_name
 from trainer.config.schema import ModelConfig, OptimizerConfig
+from trainer.config.trained import ParameterGroup
 from trainer.engine import whole_shape
 from trainer.failures import UserError
+from trainer.selection import depths, select, trained_names
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _NORM = re.compile(r"(^|[._])(ln|norm|layernorm|rmsnorm)", re.IGNORECASE)
+_NO_RULE = ParameterGroup(match=("*",), learning_rate_factor=1.0)
 
 
 def choose_attention(requested: str, device: torch.device) -> str | None:
@@ -101,6 +104,7 @@ def build_model(
     except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
         origin = f"model.path {config.path!r}" if config.path else "model.config"
         raise UserError(f"{origin}: the model cannot be built: {error}") from error
+    choose_trained(model, config, seed)
     del partitioning
     model.config.use_cache = False
     if config.gradient_checkpointing:
@@ -108,7 +112,6 @@ def build_model(
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    freeze(model, config.freeze)
     result: torch.nn.Module = model
     return result
 
@@ -123,34 +126,49 @@ def load_model_config(config: ModelConfig) -> Any:
     return transformers.AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
 
 
-def freeze(model: torch.nn.Module, patterns: tuple[str, ...]) -> None:
-    """Stop the gradients of parameters that match: a module's name, a parameter's name, or an fnmatch pattern."""
+def choose_trained(model: torch.nn.Module, config: ModelConfig, seed: int) -> None:
+    """Stop the gradients of what is not trained, by `freeze` and `train_only`, or because there is an adapter."""
+    if config.adapter is not None:
+        add_adapter(model, config.adapter, seed)
+        return
     names = dict(model.named_parameters())
-    for pattern in patterns:
-        matching = [n for n in names if n == pattern or n.startswith(pattern + ".") or fnmatch.fnmatchcase(n, pattern)]
-        if not matching:
-            examples = ", ".join(list(names)[:4])
-            raise UserError(f"model.freeze: {pattern!r} matches no parameter of the model (it has {examples}, ...)")
-        for name in matching:
-            names[name].requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in names.values()):
-        raise UserError("model.freeze: it freezes every parameter, nothing is left to train")
+    trained = trained_names(list(names), config.freeze, config.train_only)
+    for name in names.keys() - trained:
+        names[name].requires_grad_(False)
 
 
 def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters; weight decay on matrices only, not on biases, norms and other vectors."""
-    decayed: list[torch.nn.Parameter] = []
-    others: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    """AdamW over the trained parameters; weight decay on matrices only, not on biases, norms and other vectors.
+
+    Each of its groups has an ``lr_factor``: its learning rate / `learning_rate`, all through the schedule.
+    """
+    parameters = dict(model.named_parameters())
+    plain = [plain_name(name) for name in parameters]
+    rules: dict[str, ParameterGroup] = {}
+    for index, rule in enumerate(config.groups):
+        for name in select(plain, rule.match, f"training.optimizer.groups.{index}.match"):
+            rules.setdefault(name, rule)
+    depth, top = depths(plain)
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in parameters.items():
         if parameter.requires_grad:
-            matrix = len(whole_shape(parameter)) >= 2 and not _NORM.search(name)
-            (decayed if matrix else others).append(parameter)
-    groups = [
-        {"params": parameters, "weight_decay": decay}
-        for parameters, decay in ((decayed, config.weight_decay), (others, 0.0))
-        if parameters
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+            name = plain_name(name)
+            rule = rules.get(name, _NO_RULE)
+            factor = (config.layer_decay or 1.0) ** (top - depth[name]) * (rule.learning_rate_factor or 1.0)
+            if rule.learning_rate is not None:
+                factor = rule.learning_rate / config.learning_rate
+            decay = config.weight_decay if len(whole_shape(parameter)) >= 2 and not _NORM.search(name) else 0.0
+            groups.setdefault((factor, decay if rule.weight_decay is None else rule.weight_decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": members, "weight_decay": decay, "lr": config.learning_rate * factor, "lr_factor": factor}
+            for (factor, decay), members in groups.items()
+        ],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
 
 
 def quiet_libraries() -> None:

@@ -92,15 +92,22 @@ def count_gathers(model: torch.nn.Module) -> list[int]:
     return found
 
 
+def optimizer_of(case: dict[str, Any]) -> OptimizerConfig:
+    return OptimizerConfig.model_validate({**OPTIMIZER.model_dump(), **case.get("optimizer", {})})
+
+
 def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     config = deepspeed_config(case, world_size)
-    model_config = ModelConfig(path=model_folder, dtype=case["dtype"], freeze=tuple(case.get("freeze", ())))
+    model_config = ModelConfig(
+        path=model_folder, dtype=case["dtype"], freeze=tuple(case.get("freeze", ())), adapter=case.get("adapter")
+    )
+    optimizer = optimizer_of(case)
     import transformers
 
     model = build_model(model_config, transformers.AutoModelForCausalLM, config, "sdpa", seed=0)
     loss = LanguageModelLoss(model, None, "sdpa", torch.device("cpu"))
-    engine = Engine(model, build_optimizer(model, OPTIMIZER), config)
+    engine = Engine(model, build_optimizer(model, optimizer), config)
     if case.get("load"):
         source = RunDirectory(Path(case["load"]))
         checkpoint.load(source.checkpoints_dir / checkpoint.folder_name(case["steps"][0] - 1), engine)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,20 @@ import pytest
 import torch
 from torch.nn import functional
 
-from trainer.model import build_optimizer, freeze
+from trainer.config.schema import ModelConfig
+from trainer.model import build_optimizer, choose_trained
 
 STEPS = 4
-FROZEN = ("model.layers.0", "model.embed_tokens")
+FROZEN = ("layers:0", "model.embed_tokens")
+LORA = {"rank": 3, "alpha": 6.0, "modules_to_save": ["model.norm"]}
+GROUPS = {
+    "groups": [
+        {"match": ["*.mlp"], "learning_rate": 1e-3, "weight_decay": 0.3},
+        {"match": ["layers:1"], "learning_rate_factor": 2.0},
+        {"match": ["model.norm", "*.up_proj"], "weight_decay": 0.2},
+    ],
+    "layer_decay": 0.6,
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +64,32 @@ def run_ranks(world_size: int, job: dict[str, Any], folder: Path) -> dict[str, l
     return {case["name"]: json.loads((folder / f"{case['name']}.json").read_text()) for case in job["cases"]}
 
 
-def plain_loop(model_folder: Path, frozen: tuple[str, ...] = ()) -> list[dict[str, float]]:
+def peft_model(model: Any, **more: Any) -> Any:
+    """As peft itself makes it."""
+    import peft
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", **more)
+    torch.manual_seed(0)
+    made = peft.get_peft_model(model, config)
+    made.base_model.model.model.norm.weight.requires_grad_(True)
+    return made
+
+
+def plain_loop(
+    model_folder: Path,
+    frozen: tuple[str, ...] = (),
+    prepare: Callable[[Any], Any] = lambda model: model,
+    optimizer_options: dict[str, Any] | None = None,
+) -> list[dict[str, float]]:
     """One process, one sample at a time, no packing, no DeepSpeed: what the figures ought to be."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="sdpa")
-    freeze(model, frozen)
+    choose_trained(model, ModelConfig(path=str(model_folder), freeze=frozen), 0)
+    model = prepare(model)
     model.train()
-    optimizer = build_optimizer(model, program.OPTIMIZER)
+    optimizer = build_optimizer(model, program.optimizer_of({"optimizer": optimizer_options or {}}))
     results = []
     for step in range(1, STEPS + 1):
         sequences = program.global_batch(step)
@@ -101,27 +131,67 @@ def test_loss_and_gradients_equal_a_plain_loop(world_size: int, model_folder: Pa
     ]
     cases.append(case("frozen", 3, 2, freeze=FROZEN))
     cases.append(case("probed", 3, 2, probe=True))
+    cases.append(case("lora", 3, 2, adapter=LORA))
+    cases.append(case("groups", 3, 2, optimizer=GROUPS))
     results = run_ranks(world_size, {"model": str(model_folder), "cases": cases}, tmp_path)
     expected = plain_loop(model_folder)
-    frozen = plain_loop(model_folder, FROZEN)
-    assert frozen[1]["loss"] != pytest.approx(expected[1]["loss"], rel=1e-6)
+    special = {
+        "frozen": plain_loop(model_folder, FROZEN),
+        "lora": plain_loop(model_folder, prepare=peft_model),
+        "groups": plain_loop(model_folder, optimizer_options=GROUPS),
+    }
+    for other in special.values():
+        assert other[-1]["loss"] != pytest.approx(expected[-1]["loss"], rel=1e-6)
     for name, found in results.items():
-        assert_same(found, frozen if name == "frozen" else expected, 1e-6)
+        assert_same(found, special.get(name, expected), 1e-6)
     gathered = [results[name][-1]["gathered"] for name in ("stage3-micro2", "probed")]
     assert gathered[0] == gathered[1] > 0  # a probe teaches ZeRO-3 nothing
 
 
-def test_a_checkpoint_loads_at_any_world_size(model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.matrix
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_adapters_equal_a_plain_loop(world_size: int, model_folder: Path, tmp_path: Path) -> None:
+    cases = [
+        case("lora-stage1", 1, 2, adapter=LORA),
+        case("lora-stage2", 2, 2, adapter=LORA),
+        case("lora-persistent", 3, 2, adapter=LORA, persistence_threshold=100_000),
+        case("dora", 3, 2, adapter={**LORA, "use_dora": True}),
+    ]
+    results = run_ranks(world_size, {"model": str(model_folder), "cases": cases}, tmp_path)
+    lora = plain_loop(model_folder, prepare=peft_model)
+    dora = plain_loop(model_folder, prepare=functools.partial(peft_model, use_dora=True))
+    assert dora[-1]["loss"] != pytest.approx(lora[-1]["loss"], rel=1e-6)
+    for name, found in results.items():
+        assert_same(found, dora if name == "dora" else lora, 1e-6)
+
+
+USUAL: dict[str, dict[str, Any]] = {
+    "stage3": {"stage": 3},
+    "persistent": {"stage": 3, "persistence_threshold": 100_000},
+    "frozen": {"stage": 3, "freeze": FROZEN},
+    "lora": {"stage": 3, "adapter": LORA},
+    "groups": {"stage": 3, "optimizer": GROUPS},
+    "stage2": {"stage": 2},
+    "stage1": {"stage": 1},
+    "bfloat16": {"stage": 3, "dtype": "bfloat16"},
+    "offload": {"stage": 3, "dtype": "bfloat16", "offload": True},
+}
+FURTHER: dict[str, dict[str, Any]] = {
+    "dora": {"stage": 3, "adapter": {**LORA, "use_dora": True}},
+    "lora-bfloat16": {"stage": 3, "dtype": "bfloat16", "adapter": LORA},
+    "lora-offload": {"stage": 3, "dtype": "bfloat16", "offload": True, "adapter": LORA},
+    "lora-persistent": {"stage": 3, "persistence_threshold": 100_000, "adapter": LORA},
+    "lora-stage2": {"stage": 2, "adapter": LORA},
+    "groups-stage2": {"stage": 2, "optimizer": GROUPS},
+    "groups-stage1": {"stage": 1, "optimizer": GROUPS},
+}
+
+
+@pytest.mark.parametrize("variants", [USUAL, pytest.param(FURTHER, marks=pytest.mark.matrix)], ids=["usual", "further"])
+def test_a_checkpoint_loads_at_any_world_size(
+    variants: dict[str, dict[str, Any]], model_folder: Path, tmp_path: Path
+) -> None:
     """Saved at 3 ranks after step 3; steps 4-6 at 3 ranks are equal bit for bit, at 1 and 2 ranks up to rounding."""
-    variants = {
-        "stage3": {"stage": 3},
-        "persistent": {"stage": 3, "persistence_threshold": 100_000},
-        "frozen": {"stage": 3, "freeze": FROZEN},
-        "stage2": {"stage": 2},
-        "stage1": {"stage": 1},
-        "bfloat16": {"stage": 3, "dtype": "bfloat16"},
-        "offload": {"stage": 3, "dtype": "bfloat16", "offload": True},
-    }
 
     def cases(kind: str, steps: tuple[int, int], world_size: int) -> list[dict[str, Any]]:
         made = []

@@ -30,6 +30,7 @@ from trainer.config.section import (
     Section,
 )
 from trainer.config.tasks import PACKED_TASKS, Task
+from trainer.config.trained import AdapterConfig, ParameterGroup
 
 
 class ModelConfig(Section):
@@ -46,8 +47,10 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     gradient_checkpointing: Flag = True
     freeze: tuple[str, ...] = Field(
-        (), description="Module names or fnmatch patterns of parameters that are not trained"
+        (), description="Not trained: names of modules or parameters, fnmatch patterns, layers:FIRST-LAST"
     )
+    train_only: tuple[str, ...] = Field((), description="Nothing else is trained; written as `freeze`")
+    adapter: AdapterConfig | None = Field(None, description="Train an adapter instead of the weights")
     trust_remote_code: Flag = Field(False, description="Run Python code that comes with the model")
 
     @model_validator(mode="after")
@@ -56,6 +59,11 @@ class ModelConfig(Section):
             raise ValueError("give exactly one of `path` (pretrained weights) and `config` (random weights)")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError('`config` needs a `model_type`, for example "llama"')
+        if self.adapter is not None and (self.freeze or self.train_only):
+            raise ValueError(
+                "`adapter` freezes all of the model's weights: leave out `freeze` and `train_only`; "
+                "`adapter.targets` and `adapter.modules_to_save` say what is trained"
+            )
         if self.config is not None and self.tokenizer is None:
             raise ValueError("`tokenizer` is needed with `config`, since there is no model folder to take it from")
         return self
@@ -148,6 +156,11 @@ class OptimizerConfig(Section):
     eps: PositiveFloat = 1e-8
 
 
+    groups: tuple[ParameterGroup, ...] = Field((), description="The first group that matches a parameter holds")
+    layer_decay: Annotated[float, Field(gt=0, le=1, strict=True)] | None = Field(
+        None,
+        description="Layer-wise learning-rate decay (Clark et al. 2020): times this for each layer below the head",
+    )
 class ScheduleConfig(Section):
     """Learning rate as a pure function of training progress."""
 
@@ -246,7 +259,12 @@ class ExportConfig(Section):
     """The Hugging Face folder written at the end of a run."""
 
     enabled: Flag = True
-    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto: `model.dtype`")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="auto: `model.dtype`; float32 for an adapter by itself"
+    )
+    adapter: Literal["merge", "adapter"] = Field(
+        "merge", description="merge: a whole model with the adapter in its weights; adapter: a folder for peft"
+    )
     max_shard_size_gib: PositiveFloat = 4.0
 
 
@@ -308,6 +326,8 @@ class LaunchConfig(Section):
     def _task_allows(self) -> LaunchConfig:
         if self.data.packing and self.task.type not in PACKED_TASKS:
             raise ValueError(f"data.packing: samples of {self.task.type} cannot share a sequence; leave it out")
+        if self.export.adapter == "adapter" and self.model.adapter is not None and self.model.path is None:
+            raise ValueError("export.adapter: random weights (`model.config`) are in no folder; use merge")
         return self
 
     @field_validator("cluster", mode="before")

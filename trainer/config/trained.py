@@ -1,0 +1,63 @@
+"""Sections that say what of a model is trained, and how fast: adapters and parameter groups."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from trainer.config.section import Auto, Flag, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+
+
+class AdapterConfig(Section):
+    """LoRA (Hu et al. 2021): low-rank updates of linear layers are trained, the model's own weights are not."""
+
+    type: Literal["lora"] = "lora"
+    rank: PositiveInt = Field(16, description="Of the update B A of each matrix")
+    alpha: PositiveFloat = Field(32.0, description="The update is scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1, strict=True)] = Field(0.0, description="Of the adapter's input")
+    targets: Auto | tuple[str, ...] = Field(
+        "auto",
+        description="Linear modules that get an adapter: the end of a name, a pattern, or layers:FIRST-LAST; auto: all "
+        "of those in the model's layers",
+    )
+    use_dora: Flag = Field(False, description="Learn each row's length by itself (DoRA, Liu et al. 2024)")
+    modules_to_save: tuple[str, ...] = Field(
+        (), description="Modules trained as a whole besides the adapter; the head of a task always is"
+    )
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _no_quantisation(cls, value: Any) -> Any:
+        if value == "qlora":
+            raise ValueError(
+                "4-bit weights cannot be cut into ZeRO's pieces; use lora: ZeRO-3 spreads the frozen weights over all "
+                "ranks, so each holds 1 / ranks of them in bfloat16"
+            )
+        return value
+
+    @field_validator("targets")
+    @classmethod
+    def _some_target(cls, value: Auto | tuple[str, ...]) -> Auto | tuple[str, ...]:
+        if not value:
+            raise ValueError('name at least one module, or "auto"')
+        return value
+
+
+class ParameterGroup(Section):
+    """Parameters with a learning rate or weight decay of their own."""
+
+    match: tuple[str, ...] = Field(
+        min_length=1, description="Names of modules or parameters, fnmatch patterns, or layers:FIRST-LAST"
+    )
+    learning_rate: PositiveFloat | None = Field(None, description="Its peak, instead of the optimizer's")
+    learning_rate_factor: PositiveFloat | None = Field(None, description="Times the optimizer's learning rate")
+    weight_decay: NonNegativeFloat | None = Field(None, description="Of all parameters matched, vectors as well")
+
+    @model_validator(mode="after")
+    def _something(self) -> ParameterGroup:
+        if self.learning_rate is not None and self.learning_rate_factor is not None:
+            raise ValueError("give `learning_rate` or `learning_rate_factor`, not both")
+        if self.learning_rate is None and self.learning_rate_factor is None and self.weight_decay is None:
+            raise ValueError("give `learning_rate`, `learning_rate_factor` or `weight_decay`")
+        return self
