@@ -263,6 +263,10 @@ def _supervise(
 
             assert isinstance(backend, SlurmBackend)
             continue_job(supervisor, backend)
+            if config.cluster.doctor:
+                from launcher.first_step import examine_allocation
+
+                examine_allocation(config, backend, target, watch.say)
         result = supervisor.supervise()
     finally:
         if not lease.lost.is_set():  # else another launch tells

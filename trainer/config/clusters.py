@@ -68,7 +68,8 @@ class SlurmCluster(ClusterSection):
         None, description='Of the nodes, as nvidia-smi names it ("H100"): the plan then knows their memory and speed'
     )
     network_gigabits: PositiveFloat | None = Field(
-        None, description="Gbit/s of a node to the others, one direction, all adapters together: for the plan's step time"
+        None,
+        description="Gbit/s of a node to the others, one direction, all adapters together: for the plan's step time",
     )
     processes_per_node: PositiveInt | None = Field(None, description="Default: `gpus_per_node`, else 1")
     cpus_per_task: PositiveInt | None = Field(None, description="CPUs of a node; there is one SLURM task a node")
@@ -108,6 +109,9 @@ class SlurmCluster(ClusterSection):
     pass_environment: tuple[str, ...] = Field(
         (), description="Names of variables taken from the launching shell, such as tokens; never written down"
     )
+    doctor: Flag = Field(
+        False, description="Examine the nodes before the first attempt; those that have problems are used last"
+    )
     container: SlurmContainer | None = None
     sbatch: dict[str, str | int | Flag] = Field(
         default_factory=dict, description='Further sbatch options: {"switches": 1, "contiguous": true}'
@@ -141,7 +145,8 @@ class SshCluster(ClusterSection):
         None, description='Of the nodes, as nvidia-smi names it ("H100"): the plan then knows their memory and speed'
     )
     network_gigabits: PositiveFloat | None = Field(
-        None, description="Gbit/s of a node to the others, one direction, all adapters together: for the plan's step time"
+        None,
+        description="Gbit/s of a node to the others, one direction, all adapters together: for the plan's step time",
     )
     address: str | None = Field(
         None, description="Of the launching machine, as hosts reach it; default: what ssh connects from"
