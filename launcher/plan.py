@@ -18,6 +18,8 @@ from trainer.planning.deepspeed_config import deepspeed_config
 from trainer.planning.flops import FORMULA, flops_per_token, peak_flops
 from trainer.planning.memory import MemoryEstimate, estimate
 from trainer.planning.model_facts import ModelFacts
+from trainer.planning.throughput import Device, StepTime, step_time
+from trainer.planning.throughput import device as known_device
 
 # A larger micro-batch than this many tokens gains nothing: GPUs are busy, and CPU caches overflow sooner.
 MICRO_BATCH_TOKENS = {"cuda": 32_768, "cpu": 4_096}
@@ -34,6 +36,8 @@ class Plan:
         device_memory: bytes that one rank may use.
         memory: estimate for one rank, or None where the model's sizes are not known.
         host_memory: bytes of host memory of a node.
+        step_time: bounds of an optimizer step's time, where the GPUs are known ones.
+        sequence_length: tokens.
     """
 
     name: str
@@ -51,9 +55,12 @@ class Plan:
     host_memory: int | None
     flops_per_token: float | None
     peak_flops: float | None
+    step_time: StepTime | None
     threads_per_rank: int
     deepspeed: dict[str, Any]
     warnings: tuple[str, ...]
+    max_steps: int | None
+    sequence_length: int
 
     @property
     def world_size(self) -> int:
@@ -105,6 +112,7 @@ class Plan:
             "flops_per_token": self.flops_per_token,
             "flops_formula": FORMULA,
             "peak_flops": self.peak_flops,
+            "step_time": asdict(self.step_time) if self.step_time else None,
             "deepspeed": self.deepspeed,
             "commands": self.commands(),
             "warnings": list(self.warnings),
@@ -140,9 +148,11 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
     local = config.cluster.backend == "local"
     world_size = config.cluster.nodes * per_node
     gpu = facts.gpus[0] if local and device == "cuda" else None
+    gpu_name = gpu.name if gpu else _gpu_model(config) if device == "cuda" else None
+    figures = known_device(gpu_name)
     host_memory = facts.memory if local else None
     if device == "cuda":
-        device_memory = min(item.memory for item in facts.gpus[:per_node]) if gpu else None
+        device_memory = min(item.memory for item in facts.gpus[:per_node]) if gpu else figures and figures.memory
     else:
         device_memory = host_memory // per_node if host_memory else None
 
@@ -190,13 +200,14 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
     if layers and hidden and parameters is not None:
         multiplied = parameters - facts.model.lookup_parameters
         flops = flops_per_token(multiplied, layers, hidden, config.data.sequence_length)
+    peak = peak_flops(gpu_name) if gpu_name and config.model.dtype == "bfloat16" else None
     return Plan(
         name=config.name,
         run_dir=str(Path(config.output_dir) / config.name),
         config_hash=config_hash(config),
         backend=config.cluster.backend,
         device=device,
-        device_name=gpu.name if gpu else None,
+        device_name=gpu_name,
         nodes=config.cluster.nodes,
         processes_per_node=per_node,
         batch=batch,
@@ -205,10 +216,48 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
         device_memory=device_memory,
         host_memory=host_memory,
         flops_per_token=flops,
-        peak_flops=peak_flops(gpu.name) if gpu and config.model.dtype == "bfloat16" else None,
+        peak_flops=peak,
+        step_time=_step_time(config, batch, facts.model, flops, peak, per_node, figures),
         threads_per_rank=max(1, (facts.cores if local else _cores_of_a_node(config)) // per_node),
         deepspeed=sections(batch.micro_batch_size, batch.micro_batches_per_rank),
         warnings=tuple(warnings),
+        max_steps=config.training.max_steps,
+        sequence_length=config.data.sequence_length,
+    )
+
+
+def _gpu_model(config: LaunchConfig) -> str | None:
+    """The GPUs of nodes that cannot be seen from here, as the config names them."""
+    return None if config.cluster.backend == "local" else config.cluster.gpu_model
+
+
+def _step_time(
+    config: LaunchConfig,
+    batch: BatchPlan,
+    model: ModelFacts,
+    flops: float | None,
+    peak: float | None,
+    per_node: int,
+    figures: Device | None,
+) -> StepTime | None:
+    if flops is None or peak is None or figures is None or model.parameters is None:
+        return None
+    gigabits = None if config.cluster.backend == "local" else config.cluster.network_gigabits
+    return step_time(
+        flops_per_token=flops,
+        tokens_per_rank=batch.micro_batches_per_rank * batch.micro_batch_size * config.data.sequence_length,
+        recompute=config.model.gradient_checkpointing,
+        peak_flops=peak,
+        parameters=model.parameters,
+        trainable=model.trainable_parameters or 0,
+        stage=config.deepspeed.zero_stage,
+        parameter_bytes=2,
+        gradient_bytes=4,  # DeepSpeed JSON: communication_data_type fp32
+        micro_batches=batch.micro_batches_per_rank,
+        nodes=config.cluster.nodes,
+        gpus_per_node=per_node,
+        link=figures.link,
+        network=None if gigabits is None else gigabits * 1e9 / 8,
     )
 
 

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.console import count, gib
 from trainer.failures import EXIT_DONE, EXIT_USER
+from trainer.planning.throughput import EFFICIENCY
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
     from launcher.plan import Plan
+    from trainer.planning.throughput import StepTime
 
 BAR = 24
 
@@ -26,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: training.max_steps=100"
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument(
+        "--nodes",
+        type=_node_counts,
+        metavar="N,N,...",
+        help="compare numbers of nodes: batch, memory, time of a step and node-hours of each",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,10 +41,15 @@ def run(arguments: argparse.Namespace) -> int:
     from launcher.facts import gather_facts
     from launcher.plan import make_plan
     from launcher.preflight import preflight_problems
+    from launcher.what_if import compare_nodes, show_nodes
     from trainer.config.loading import load_config
 
     config = load_config(arguments.config, arguments.set)
     facts = gather_facts(config)
+    if arguments.nodes:
+        choices = compare_nodes(config, facts, arguments.nodes)
+        print(json.dumps([choice.to_json() for choice in choices], indent=2)) if arguments.json else show_nodes(choices)
+        return EXIT_DONE if any(choice.plan for choice in choices) else EXIT_USER
     plan = make_plan(config, facts)
     problems = preflight_problems(config, plan, facts)
     if arguments.json:
@@ -44,6 +57,16 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         show(plan, problems)
     return EXIT_USER if problems else EXIT_DONE
+
+
+def _node_counts(text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of node counts, such as 1,2,4")
+    return counts
 
 
 def show(plan: Plan, problems: list[str] | None = None) -> None:
@@ -111,11 +134,26 @@ def _summary(plan: Plan) -> RenderableType:
     if plan.flops_per_token is not None:
         peak = f"; peak {plan.peak_flops / 1e12:.0f} TFLOP/s a GPU" if plan.peak_flops else ""
         rows.append(("compute", f"{count(plan.flops_per_token)}FLOP a token{peak}"))
+    if plan.step_time is not None:
+        rows.append(("step", _step(plan, plan.step_time)))
     grid = _grid(1)
     grid.add_column()
     for name, text in rows:
         grid.add_row(f"[cyan]{name}[/cyan]", text)
     return grid
+
+
+def _step(plan: Plan, time: StepTime) -> str:
+    tokens = plan.batch.global_batch * plan.sequence_length
+    text = (
+        f"{time.least:.3g} to {time.most:.3g} s ({time.compute_seconds:.3g} s compute at {EFFICIENCY:.0%} of the peak, "
+        f"{time.communication_seconds:.3g} s communication, hidden or not); "
+        f"{count(tokens / time.most)} to {count(tokens / time.least)} tokens/s"
+    )
+    if plan.max_steps:
+        hours = [plan.nodes * plan.max_steps * seconds / 3600 for seconds in (time.least, time.most)]
+        text += f"; the run {hours[0]:.3g} to {hours[1]:.3g} node-hours"
+    return text
 
 
 def _memory(plan: Plan) -> RenderableType:

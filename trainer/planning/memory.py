@@ -145,5 +145,6 @@ def activation_bytes(
 
 def logit_bytes(model: ModelFacts, tokens: int, width: int) -> int:
     """Bytes of the logits when every token has a label (the worst case): the head's output and its gradient in the
-    model's dtype, log-probabilities and their gradient in fp32."""
-    return tokens * (model.vocabulary or 0) * (2 * width + 8)
+    model's dtype, and the cross-entropy's blocks of rows in fp32 (DeepSpeed's: 256 MiB, up to three at a time)."""
+    elements = tokens * (model.vocabulary or 0)
+    return 2 * width * elements + min(12 * elements, 3 << 28)

@@ -1,0 +1,142 @@
+"""Memory of a step with a large vocabulary: `python benchmarks/vocabulary_memory.py` (limit: 0.70 of full logits).
+
+One process a side trains a small Llama with a 128k vocabulary for a step on the same packed batch, in bf16:
+
+- dsft: the head at labelled positions alone, cross-entropy in blocks (`LanguageModelLoss`);
+- full logits: transformers' own loss (`labels=`), which is what a plain loop and HF's Trainer run.
+
+Peak resident memory above what the process held before the step; the losses and the gradients' norms have to agree
+(1e-5 with `--dtype float32`, half a percent in bf16, where transformers rounds the gradient of the logits otherwise).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, environment, llama, write_result
+
+LIMIT = 0.70
+_PAGE = 4096
+
+
+def side(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """One step of one side, in this process."""
+    import numpy as np
+    import torch
+    import transformers
+
+    from trainer.data.sample import PackedSequence, Sample
+    from trainer.forward import LanguageModelLoss, collate
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    arguments = llama(options.hidden, options.layers, options.vocabulary)
+    config = transformers.AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+    model: Any = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=getattr(torch, options.dtype), attn_implementation="sdpa"
+    )
+    random = np.random.default_rng(0)
+
+    def sequence(length: int) -> PackedSequence:
+        learned = np.arange(length) >= round(length * (1 - options.labelled[0]))
+        return PackedSequence((Sample(random.integers(0, options.vocabulary, length).astype(np.int32), learned),))
+
+    objective = LanguageModelLoss(model, 0, "sdpa", torch.device("cpu"))
+
+    def step(sequences: list[PackedSequence]) -> float:
+        if name == "dsft":
+            loss, _ = objective(model, sequences)
+        else:
+            made = collate(sequences, 0, False, torch.device("cpu"))
+            labels = torch.full((made.input_ids.numel() + 1,), -100)
+            real = made.labels != -100
+            labels[made.positions[real] + 1] = made.labels[real]
+            labels = labels[:-1].view_as(made.input_ids)
+            inputs = {"input_ids": made.input_ids, "position_ids": made.position_ids, "use_cache": False}
+            loss = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(1)).loss
+        loss.backward()
+        return float(loss.detach())
+
+    step([sequence(16)])  # kernels, and memory for the gradients
+    for parameter in model.parameters():
+        parameter.grad.zero_()
+    batch = [sequence(options.sequence_length) for _ in range(options.sequences)]
+    before = peak = _resident()
+    ended = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not ended.is_set():
+            peak = max(peak, _resident())
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    loss = step(batch)
+    ended.set()
+    watcher.join()
+    norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+    return {"bytes": peak - before, "loss": loss, "grad_norm": norm}
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--vocabulary", type=int, default=128_256)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--sequences", type=int, default=2)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--labelled", type=float, nargs="+", default=[0.6, 1.0], help="shares of tokens with a label")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.side:
+        print(json.dumps(side(options.side, options)))
+        return
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory(prefix="dsft-vocabulary-") as scratch:
+        for labelled in options.labelled:
+            for name in ("dsft", "full_logits"):
+                command = [sys.executable, *sys.argv, "--labelled", str(labelled), "--side", name]
+                done = subprocess.run(command, env=environment(Path(scratch)), capture_output=True, text=True)
+                if done.returncode:
+                    raise SystemExit(done.stdout + done.stderr)
+                found[f"{name} {labelled}"] = json.loads(done.stdout.splitlines()[-1])
+    rows = [["tokens with a label", "dsft", "full logits", "ratio", "limit"]]
+    ratios = {}
+    tolerance = 1e-5 if options.dtype == "float32" else 5e-3
+    for labelled in options.labelled:
+        ours, theirs = found[f"dsft {labelled}"], found[f"full_logits {labelled}"]
+        for key in ("loss", "grad_norm"):
+            if not math.isclose(ours[key], theirs[key], rel_tol=tolerance):
+                raise SystemExit(f"{key} differs: {ours[key]} and {theirs[key]}")
+        ratios[str(labelled)] = ours["bytes"] / theirs["bytes"]
+        cells = [f"{value['bytes'] / 2**20:.0f} MiB" for value in (ours, theirs)]
+        rows.append([f"{labelled:.0%}", *cells, f"{ratios[str(labelled)]:.2f}", str(LIMIT)])
+    value = {
+        "command": " ".join(["python", "benchmarks/vocabulary_memory.py", *sys.argv[1:]]),
+        "formula": "peak resident memory during the step minus that before it",
+        "settings": {key: value for key, value in vars(options).items() if key not in ("output", "side")},
+        "limit": LIMIT,
+        "sides": found,
+        "ratios": ratios,
+    }
+    write_result(options.output, "vocabulary_memory", value, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""How long a step will take, roughly: from FLOPs, bytes that ZeRO moves, and data-sheet figures of devices.
+
+Two bounds, not a promise: with communication wholly hidden behind computation, and with none of it hidden. A run's own
+metrics replace them after its first steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Share of the dense bf16 peak that matrix-heavy training reaches on the devices below while it computes. A round figure
+# in the range that large trainings report as model FLOPs utilisation (Chowdhery et al. 2022: 0.46; Narayanan et al.
+# 2021: 0.52), which contains some communication.
+EFFICIENCY = 0.5
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Device:
+    """Data-sheet figures: memory in bytes, bandwidth to the other GPUs of a node in bytes/s and direction."""
+
+    memory: int
+    link: float
+
+
+# By a part of the name that nvidia-smi reports; the first match counts. Links: NVLink where the product has it (half of
+# the bidirectional figure of the data sheet), else PCIe x16 of its generation (4: 32 GB/s, 5: 64 GB/s).
+DEVICES: tuple[tuple[str, Device], ...] = (
+    ("GB200", Device(186 * GIB, 900e9)),
+    ("B200", Device(180 * GIB, 900e9)),
+    ("GH200", Device(96 * GIB, 450e9)),
+    ("H200", Device(141 * 10**9, 450e9)),
+    ("H100 PCIe", Device(80 * GIB, 64e9)),
+    ("H100 NVL", Device(94 * GIB, 300e9)),
+    ("H100", Device(80 * GIB, 450e9)),
+    ("H800", Device(80 * GIB, 200e9)),
+    ("A100-SXM4-40GB", Device(40 * GIB, 300e9)),
+    ("A100-PCIE-40GB", Device(40 * GIB, 32e9)),
+    ("A100", Device(80 * GIB, 300e9)),
+    ("A800", Device(80 * GIB, 200e9)),
+    ("A30", Device(24 * GIB, 32e9)),
+    ("A10", Device(24 * GIB, 32e9)),
+    ("A40", Device(48 * GIB, 32e9)),
+    ("A6000", Device(48 * GIB, 32e9)),
+    ("L40", Device(48 * GIB, 32e9)),
+    ("L4", Device(24 * GIB, 32e9)),
+    ("MI300X", Device(192 * GIB, 448e9)),
+    ("MI325X", Device(256 * GIB, 448e9)),
+    ("MI250X", Device(64 * GIB, 200e9)),
+)
+
+
+def device(name: str | None) -> Device | None:
+    """Figures of a device by its name, or None where it is not known."""
+    return next((found for part, found in DEVICES if name and part.lower() in name.lower()), None)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Bounds of the time of one optimizer step, in seconds, and what they are made of."""
+
+    compute_seconds: float
+    communication_seconds: float
+
+    @property
+    def least(self) -> float:
+        return max(self.compute_seconds, self.communication_seconds)
+
+    @property
+    def most(self) -> float:
+        return self.compute_seconds + self.communication_seconds
+
+
+def step_time(
+    *,
+    flops_per_token: float,
+    tokens_per_rank: float,
+    recompute: bool,
+    peak_flops: float,
+    parameters: int,
+    trainable: int,
+    stage: int,
+    parameter_bytes: int,
+    gradient_bytes: int,
+    micro_batches: int,
+    nodes: int,
+    gpus_per_node: int,
+    link: float,
+    network: float | None,
+) -> StepTime | None:
+    """Bounds of a step's time; None where the nodes' network is not known and there are several.
+
+    Computation: ``flops_per_token * tokens_per_rank`` (a third more where activations are recomputed) at EFFICIENCY of
+    the peak. Communication of a rank (Rajbhandari et al. 2020, section 7): ZeRO-3 gathers all parameters for each
+    forward and each backward pass and reduces the gradients after each backward; stages 1 and 2 gather once a step. A
+    ring over W ranks moves (W - 1) / W of the bytes through each rank; across nodes the GPUs of one share its network.
+
+    Args:
+        tokens_per_rank: of one step, padding included.
+        parameters, trainable: elements of the whole model.
+        parameter_bytes, gradient_bytes: of one element on the wire.
+        micro_batches: of one rank in one step.
+        link: bytes/s of a GPU to the others of its node, one direction.
+        network: bytes/s of a node to the others, one direction; None: not known.
+    """
+    world_size = nodes * gpus_per_node
+    if nodes > 1 and network is None:
+        return None
+    flops = flops_per_token * tokens_per_rank * (4 / 3 if recompute else 1)
+    gathers = 2 * micro_batches if stage == 3 else 1
+    moved = gathers * parameters * parameter_bytes + micro_batches * trainable * gradient_bytes
+    moved *= (world_size - 1) / world_size
+    bandwidth = min(link, network / gpus_per_node) if nodes > 1 and network is not None else link
+    return StepTime(flops / (EFFICIENCY * peak_flops), moved / bandwidth)
