@@ -152,7 +152,8 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
     figures = known_device(gpu_name)
     host_memory = facts.memory if local else None
     if device == "cuda":
-        device_memory = min(item.memory for item in facts.gpus[:per_node]) if gpu else figures and figures.memory
+        known = figures.memory if figures else None
+        device_memory = min(item.memory for item in facts.gpus[:per_node]) if gpu else known
     else:
         device_memory = host_memory // per_node if host_memory else None
 

@@ -109,7 +109,7 @@ def step_time(
         return None
     flops = flops_per_token * tokens_per_rank * (4 / 3 if recompute else 1)
     gathers = 2 * micro_batches if stage == 3 else 1
-    moved = gathers * parameters * parameter_bytes + micro_batches * trainable * gradient_bytes
-    moved *= (world_size - 1) / world_size
+    whole = gathers * parameters * parameter_bytes + micro_batches * trainable * gradient_bytes
+    moved = whole * (world_size - 1) / world_size
     bandwidth = min(link, network / gpus_per_node) if nodes > 1 and network is not None else link
     return StepTime(flops / (EFFICIENCY * peak_flops), moved / bandwidth)
