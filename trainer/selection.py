@@ -9,8 +9,9 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from trainer.config.trained import AdapterConfig
 from trainer.failures import UserError
 
 _NUMBERED = re.compile(r"^(.*?)\.(\d+)\.")
@@ -111,7 +112,7 @@ def trained_names(
 
 
 def adapter_targets(modules: Sequence[str], targets: str | Sequence[str]) -> list[str]:
-    """Those of the linear ``modules`` that `model.adapter.targets` means. Raises UserError where a target means none."""
+    """The linear ``modules`` that `model.adapter.targets` means. Raises UserError where a target means none."""
     layers = layers_of(f"{module}." for module in modules)
     inside = {name.removesuffix("."): index for name, index in layers.items()}
     if isinstance(targets, str):
@@ -131,3 +132,20 @@ def adapter_targets(modules: Sequence[str], targets: str | Sequence[str]) -> lis
             )
         chosen.update(found)
     return [module for module in modules if module in chosen]
+
+
+def adapter_shapes(
+    shapes: Mapping[str, tuple[int, ...]], adapter: AdapterConfig
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of the parameters that an adapter adds to a model of these; a matrix may lie either way round."""
+    linear = [
+        name.removesuffix(".weight")
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) == 2 and not re.search(r"(^|[._])(embed|wte|wpe|emb)", name)
+    ]
+    for module in adapter_targets(linear, adapter.targets):
+        rows, columns = shapes[f"{module}.weight"]
+        yield f"{module}.lora_A.weight", (adapter.rank, columns)
+        yield f"{module}.lora_B.weight", (rows, adapter.rank)
+        if adapter.use_dora:
+            yield f"{module}.lora_magnitude_vector.weight", (rows,)

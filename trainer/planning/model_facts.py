@@ -4,7 +4,6 @@ of its safetensors files. The tests hold every family against the real model on 
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import math
 import os
@@ -16,7 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.config.schema import ModelConfig
+from trainer.config.trained import AdapterConfig
 from trainer.failures import UserError
+from trainer.selection import adapter_shapes, select, trained_names
 
 Shape = tuple[int, ...]
 Json = Mapping[str, Any]
@@ -74,10 +75,11 @@ def model_facts(model: ModelConfig) -> ModelFacts:
     """The facts of the config's `model` section: reads config.json and safetensors headers, never weights.
 
     Raises:
-        UserError: the folder or its config.json cannot be read, a size in it is wrong, or `freeze` matches nothing.
+        UserError: the folder or its config.json cannot be read, a size in it is wrong, or `freeze` or an adapter
+            matches nothing.
     """
     if model.config is not None:
-        return facts_of_config(model.config, model.freeze)
+        return facts_of_config(model.config, model.freeze, model.train_only, model.adapter)
     assert model.path is not None
     folder = model_folder(model.path)
     if folder is None:
@@ -94,12 +96,19 @@ def model_facts(model: ModelConfig) -> ModelFacts:
         raise UserError(f"model.path: {path} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"model.path: {path} is not a JSON object; expected a Hugging Face model config")
-    facts = facts_of_config(config, model.freeze)
+    facts = facts_of_config(config, model.freeze, model.train_only, model.adapter)
     shapes = {} if facts.parameters is not None else safetensors_shapes(folder)
-    return _counted(facts, shapes, model.freeze, "safetensors") if shapes else facts
+    if not shapes:
+        return facts
+    return _counted(facts, shapes, model.freeze, model.train_only, model.adapter, "safetensors")
 
 
-def facts_of_config(config: Json, freeze: tuple[str, ...] = ()) -> ModelFacts:
+def facts_of_config(
+    config: Json,
+    freeze: tuple[str, ...] = (),
+    train_only: tuple[str, ...] = (),
+    adapter: AdapterConfig | None = None,
+) -> ModelFacts:
     """The facts of a Hugging Face config dict; the counts only for families whose layout is known here."""
     model_type = str(config.get("model_type", "unknown"))
     family = _FAMILIES.get(model_type)
@@ -120,7 +129,7 @@ def facts_of_config(config: Json, freeze: tuple[str, ...] = ()) -> ModelFacts:
         return replace(facts, note=f"the parameter layout of model_type {model_type!r} is not known to dsft")
     shapes = dict(parameter_shapes(config))
     tied = bool(sizes["tie_word_embeddings"])
-    return _counted(facts, shapes, freeze, "config", tied)
+    return _counted(facts, shapes, freeze, train_only, adapter, "config", tied)
 
 
 def parameter_shapes(config: Json) -> Iterator[tuple[str, Shape]]:
@@ -135,25 +144,22 @@ def parameter_shapes(config: Json) -> Iterator[tuple[str, Shape]]:
     return family.shapes({**sizes, "family": family})
 
 
-def is_frozen(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a parameter matches `model.freeze`: a module's name, a parameter's name, or an fnmatch pattern."""
-    return any(name == p or name.startswith(p + ".") or fnmatch.fnmatchcase(name, p) for p in patterns)
-
-
 def _counted(
     facts: ModelFacts,
     shapes: Mapping[str, Shape],
     freeze: tuple[str, ...],
+    train_only: tuple[str, ...],
+    adapter: AdapterConfig | None,
     source: Literal["config", "safetensors"],
     tied: bool = True,
 ) -> ModelFacts:
-    if source == "config":  # names in a file may carry another prefix than the model's own
-        for pattern in freeze:
-            if not any(is_frozen(name, (pattern,)) for name in shapes):
-                some = ", ".join(list(shapes)[:4])
-                raise UserError(f"model.freeze: {pattern!r} matches no parameter of the model (it has {some}, ...)")
-        if all(is_frozen(name, freeze) for name in shapes):
-            raise UserError("model.freeze: it freezes every parameter, nothing is left to train")
+    strict = source == "config"  # names in a file may carry another prefix than the model's own
+    if adapter is None:
+        trained = trained_names(list(shapes), freeze, train_only, strict)
+    else:
+        added = dict(adapter_shapes(shapes, adapter))
+        trained = added.keys() | select(list(shapes), adapter.modules_to_save, "model.adapter.modules_to_save", strict)
+        shapes = {**shapes, **added}
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
     blocks: dict[str, int] = {}
     for name, count in counts.items():
@@ -165,7 +171,7 @@ def _counted(
     return replace(
         facts,
         parameters=sum(counts.values()),
-        trainable_parameters=sum(count for name, count in counts.items() if not is_frozen(name, freeze)),
+        trainable_parameters=sum(counts[name] for name in trained),
         lookup_parameters=sum(counts[name] for name in lookups),
         largest_block=max(blocks.values()),
         small_parameters=sum(count for count in counts.values() if count <= 100_000),
