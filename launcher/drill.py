@@ -49,12 +49,15 @@ def _wait_for_step(run: RunDirectory, after_step: int | None) -> tuple[int, int]
         state = run_state(run)
         if state.state not in ("running", "pending"):
             raise UserError(f"{run.path} is not running ({state.state}), so there is nothing to drill")
-        attempts = [e for e in run.merged_events() if e["event"] == "attempt"]
+        events = run.merged_events()
+        attempts = [e for e in events if e["event"] == "attempt"]
         if attempts and float(attempts[-1]["time"]) > began:
             began, step, metrics.offset = float(attempts[-1]["time"]), 0, 0
-        for line in metrics.read():
-            if "loss" in line and float(line.get("time", 0)) > began > 0:
-                step = int(line["step"])
+        lines = [line for line in metrics.read() if "loss" in line]
+        # with sparse logs the first step is known by its event alone
+        for told in [*lines, *(e for e in events if e["event"] == "first_step")]:
+            if float(told.get("time", 0)) > began > 0:
+                step = max(step, int(told["step"]))
         if step and step >= (after_step or 0):
             return int(attempts[-1]["attempt"]), step
         time.sleep(_POLL_SECONDS)

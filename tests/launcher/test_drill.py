@@ -15,7 +15,11 @@ from typing import Any
 
 import pytest
 from test_launch import config_file, dsft, folder, start, wait_for  # noqa: F401
+from test_supervisor import Launch, agent_of
 
+from launcher.drill import inject
+from launcher.goodput import failure_times
+from trainer.failures import UserError
 from trainer.processes import kill_run, processes_of_run
 from trainer.rundir import RunDirectory, write_json
 
@@ -46,7 +50,7 @@ def test_a_rank_killed_by_a_drill(
 ) -> None:
     url, posted = receiver
     program = "import os, sys; open(sys.argv[1], 'a').write(os.environ['DSFT_EVENT'] + sys.stdin.read() + '\\n')"
-    config = config_file(folder, "drilled", max_steps=60)
+    config = config_file(folder, "drilled", max_steps=30)
     value = json.loads(config.read_text())
     value["resilience"] = {
         "notify": [
@@ -71,7 +75,7 @@ def test_a_rank_killed_by_a_drill(
     outside = time.time() - began
     assert process.returncode == 0, errors
     report = json.loads(output)
-    assert (report["state"], report["steps"]) == ("finished", 60)
+    assert (report["state"], report["steps"]) == ("finished", 30)
 
     failure = report["failures"][0]
     assert (failure["rank"], failure["injected"]) == (1, "kill-rank")
@@ -99,24 +103,40 @@ def test_a_rank_killed_by_a_drill(
     assert processes_of_run(run.path) == []
 
 
-def test_a_supervisor_killed_by_a_drill(folder: Path) -> None:  # noqa: F811
-    config = config_file(folder, "headless", max_steps=2000)
-    process = start(folder, "launch", str(config))
-    run = RunDirectory(folder / "runs" / "headless")
+def test_every_fault_hits_what_it_says(tmp_path: Path) -> None:
+    """With small ranks under the real agent and supervisor."""
+    run = RunDirectory(tmp_path / "runs" / "r")
+    launch = Launch(run, "stoppable")
     try:
-        wait_for(run.metrics_path.exists)
-        assert dsft(folder, "drill", str(run.path), "--fault", "kill-rank", "--rank", "7", "--yes")[0] == 2
-        code, _, errors = dsft(folder, "drill", str(run.path), "--fault", "kill-supervisor", "--yes")
-        assert code == 0, errors
-        assert process.wait(10) == -signal.SIGKILL
-        wait_for(lambda: not processes_of_run(run.path), 20)
-        code, output, _ = dsft(folder, "report", str(run.path))
-        assert "drill kill-supervisor" in output
-        code, _, errors = dsft(folder, "drill", str(run.path), "--fault", "kill-agent", "--yes")
-        assert code == 2
-        assert "is not running" in errors
+        wait_for(lambda: run.attempts() == [1])
+        assert launch.pid_of("pid0") != launch.pid_of("pid1")  # both are there
+        with pytest.raises(UserError, match="no rank 7 in attempt 1; its ranks: 0, 1"):
+            inject(run, "kill-rank", 7, None)
+        stopped = inject(run, "stop-rank", 1, 1)
+        assert stopped["pid"] == launch.pid_of("pid1")
+        wait_for(lambda: Path(f"/proc/{stopped['pid']}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+        os.kill(stopped["pid"], signal.SIGCONT)
+
+        assert inject(run, "kill-agent", 0, None)["pid"] == agent_of(launch.pid_of("pid0"))
+        wait_for(lambda: run.attempts() == [1, 2])
+        wait_for(lambda: failure_times(run.merged_events()))
+        found = failure_times(run.merged_events())[1]
+        assert found["injected"] == "kill-agent"
+        assert 0 < found["detection_seconds"] < 5
+
+        event = inject(run, "kill-supervisor", 0, None)
+        assert (event["attempt"], event["pid"]) == (2, launch.process.pid)
+        assert launch.process.wait(10) == -signal.SIGKILL
+        wait_for(lambda: not processes_of_run(run.path))
+        with pytest.raises(UserError, match="is not running"):
+            inject(run, "kill-rank", 0, None)
+        assert [e["fault"] for e in run.merged_events() if e["event"] == "drill"] == [
+            "stop-rank",
+            "kill-agent",
+            "kill-supervisor",
+        ]
     finally:
+        if launch.process.poll() is None:
+            os.killpg(launch.process.pid, signal.SIGKILL)
+        launch.process.communicate()
         kill_run(run.path)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
