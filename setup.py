@@ -50,6 +50,7 @@ setup(
         "scikit-learn>=1.5",
         "scipy>=1.14",
         "sentencepiece>=0.2.1",
+        "seqeval>=1.2.2",
         "tensorboard>=2.18",
         "tokenizers>=0.22",
         "torch>=2.11",

@@ -81,14 +81,18 @@ class DataSource(Section):
         description="File, folder, glob, URL (https://, s3://, hf://datasets/org/name/file) or hub dataset "
         "(hf://org/name, hf://org/name@revision)"
     )
-    format: Literal["auto", "jsonl", "text", "csv", "tsv", "parquet", "arrow", "webdataset", "datasets"] = "auto"
+    format: Literal[
+        "auto", "jsonl", "text", "csv", "tsv", "conll", "squad", "parquet", "arrow", "webdataset", "datasets"
+    ] = "auto"
     weight: PositiveFloat | None = Field(
         None,
         description="Share of the sequences drawn from this source, relative to the others; without any weights, each "
         "source's share is that of its records",
     )
     columns: dict[str, str] = Field(default_factory=dict, description="Task column -> column in the file")
-    column_names: tuple[str, ...] = Field((), description="Columns of a csv or tsv file without a header")
+    column_names: tuple[str, ...] = Field(
+        (), description="Columns of a csv or tsv file without a header, or of a conll file"
+    )
     quoting: Flag = Field(True, description="csv and tsv: double quotes as in RFC 4180; off: they are ordinary text")
     template: dict[str, str] = Field(
         default_factory=dict,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.config.section import Fraction, PositiveFloat, Section
+from trainer.config.section import Flag, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 # Tasks whose samples may share a sequence
 PACKED_TASKS = frozenset({"causal-lm"})
@@ -47,6 +47,54 @@ class TextClassificationTask(Section):
         return self
 
 
+class TokenClassificationTask(Section):
+    """A tag for each word (`tokens`, `tags`): named entities, parts of speech."""
+
+    type: Literal["token-classification"]
+    labels: tuple[str, ...] | None = Field(
+        None, description="Names of the tags in the order of their ids; default: what the training data holds"
+    )
+    scheme: Literal["auto", "none", "IOB1", "IOB2", "IOE1", "IOE2", "IOBES", "BILOU"] = Field(
+        "auto",
+        description="How tags mark entities; auto: IOBES, BILOU or IOB2 (BIO) by the names of the tags, none if they "
+        "mark no entities",
+    )
+    label_smoothing: Fraction = 0.0
+    class_weights: tuple[PositiveFloat, ...] = Field((), description="Weight of each tag in the loss, one per label")
+    dropout: Fraction | None = Field(None, description="Of the head; default: the model's")
+
+    @model_validator(mode="after")
+    def _sensible(self) -> TokenClassificationTask:
+        _check_labels(self.labels)
+        if self.class_weights and self.labels and len(self.class_weights) != len(self.labels):
+            raise ValueError(f"{len(self.class_weights)} class_weights for {len(self.labels)} labels")
+        return self
+
+
+class QuestionAnsweringTask(Section):
+    """The span of a context that answers a question (`question`, `context`, `answers`), as in SQuAD."""
+
+    type: Literal["question-answering"]
+    unanswerable: Flag = Field(False, description="A question may have no answer in its context (SQuAD v2)")
+    doc_stride: NonNegativeInt = Field(
+        128, description="Tokens that neighbouring windows of a context share where it is too long for one sequence"
+    )
+    max_question_tokens: PositiveInt = Field(64, description="Longer questions are cut")
+    max_answer_tokens: PositiveInt = Field(30, description="Longer spans are never predicted")
+    n_best: PositiveInt = Field(20, description="Spans of a window that are looked at")
+    no_answer_threshold: float = Field(
+        0.0, description='Predict "no answer" where its score exceeds the best span\'s by more than this'
+    )
+
+
+class MultipleChoiceTask(Section):
+    """Which of several texts goes on from a context, or answers a question on it."""
+
+    type: Literal["multiple-choice"]
+    label_smoothing: Fraction = 0.0
+    dropout: Fraction | None = Field(None, description="Of the head; default: the model's")
+
+
 def _check_labels(labels: tuple[str, ...] | None) -> None:
     if labels is not None and len(labels) < 2:
         raise ValueError("`labels` needs at least two names")
@@ -54,4 +102,7 @@ def _check_labels(labels: tuple[str, ...] | None) -> None:
         raise ValueError("`labels` names one class twice")
 
 
-Task = Annotated[CausalLMTask | TextClassificationTask, Field(discriminator="type")]
+Task = Annotated[
+    CausalLMTask | TextClassificationTask | TokenClassificationTask | QuestionAnsweringTask | MultipleChoiceTask,
+    Field(discriminator="type"),
+]

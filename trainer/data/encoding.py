@@ -31,12 +31,14 @@ class Encoder(Protocol):
         structured: task columns that need not be strings.
         optional: task columns that a record may lack.
         splits: whether a sample that is too long can be cut anywhere; else the task cuts it itself.
+        pieces: whether `encode` itself makes several samples of what is too long for one.
         predicts: whether predictions are scored: samples then know their origin.
     """
 
     structured: frozenset[str]
     optional: frozenset[str]
     splits: bool
+    pieces: bool
     predicts: bool
 
     def columns(self, source_columns: dict[str, str], record: dict[str, Any]) -> dict[str, str]:
@@ -100,13 +102,13 @@ class SourceEncoder:
     def _fitted(self, samples: list[Sample], number: int) -> tuple[list[Sample], list[int]]:
         """Samples that fit, with at least one target each, and what is to be counted."""
         limit, on_long, longest = self._limit, self._on_long, max((len(sample.tokens) for sample in samples), default=0)
-        outcomes = []
+        outcomes = [SPLIT] if self._task.pieces and len(samples) > 1 else []
         if longest > limit or any(sample.truncated for sample in samples):
             if on_long == "error":
                 tokens = f"{longest} tokens are" if longest > limit else "it has"
                 raise DataError(
                     f"{self.source.where(number)}: {tokens} more than data.sequence_length ({limit}): raise it, "
-                    f"or set data.on_long to {'split, ' * self._task.splits}truncate or skip"
+                    f"or set data.on_long to {'split, ' * (self._task.splits or self._task.pieces)}truncate or skip"
                 )
             if on_long == "skip":
                 return [], [LONG_SKIPPED]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trainer.config.schema import DataSource
+from trainer.data.formats.annotated import squad_lines
 from trainer.data.formats.base import Outcome, RecordFile
 from trainer.data.formats.bytes import open_bytes
 from trainer.data.formats.columns import is_dataset_folder, open_columns, open_dataset
@@ -31,6 +33,7 @@ _SUFFIXES = {
     ".feather": "arrow",
     ".tar": "webdataset",
     ".tgz": "webdataset",
+    ".conll": "conll",
 }
 _FINGERPRINTS = 256  # files listed one by one in a checkpoint
 
@@ -146,13 +149,15 @@ def _format_of(path: Path) -> str | None:
 def _open_file(path: Path, name: str, config: DataSource) -> RecordFile:
     format_name = _format_of(path) if config.format == "auto" else config.format
     if format_name is None:
-        known = "jsonl, text, csv, tsv, parquet, arrow, webdataset or datasets"
+        known = "jsonl, text, csv, tsv, conll, squad, parquet, arrow, webdataset or datasets"
         raise DataError(f"{name}: the format cannot be told from its name; set `format` ({known})")
     try:
         if path.suffix in COMPRESSED:
             path = expanded(path, name)
         if format_name in ("parquet", "arrow"):
             return open_columns(path, name, format_name)
+        if format_name == "squad":
+            return replace(open_bytes(squad_lines(path, name), name, "jsonl", config), lines=False)
         return open_bytes(path, name, format_name, config)
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror or error}") from error

@@ -6,6 +6,7 @@ from trainer.config.schema import LaunchConfig
 from trainer.tasks.base import BaseTask
 from trainer.tasks.causal_lm import CausalLM
 from trainer.tasks.text_classification import TextClassification
+from trainer.tasks.token_classification import TokenClassification
 from trainer.tokenizer import Tokenizer
 
 Task = BaseTask
@@ -13,6 +14,7 @@ Task = BaseTask
 _TASKS: dict[str, type[BaseTask]] = {
     "causal-lm": CausalLM,
     "text-classification": TextClassification,
+    "token-classification": TokenClassification,
 }
 
 

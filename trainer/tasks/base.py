@@ -61,8 +61,11 @@ class BaseTask:
     structured: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
     splits = False
+    pieces = False  # whether `encode` itself makes several samples of what is too long for one
     predicts = True
     counted = "samples"  # what targets are, in scores
+    shown: Sequence[dict[str, Any]] = ()  # some of what the last evaluation generated
+    signatures: Mapping[str, str] = {}  # how its scores were computed, by score
     label_columns: frozenset[str] = frozenset()
     labelled = True
 

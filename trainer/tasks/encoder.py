@@ -96,10 +96,11 @@ def set_head_dropout(model_config: Any, dropout: float | None) -> None:
         setattr(model_config, name, dropout)
 
 
-def found_labels(config: LaunchConfig, column: str) -> tuple[str, ...]:
+def found_labels(config: LaunchConfig, column: str, also: Sequence[str] = ()) -> tuple[str, ...]:
     """The distinct values of a task column in all training data: numbers in their order, else sorted texts.
 
-    Values in lists count one by one; negative numbers and nulls stand for "no label".
+    Values in lists count one by one; negative numbers and nulls stand for "no label". ``also`` are names under which
+    a file may have the column where the config does not map it.
 
     Raises:
         DataError: there are fewer than two, or too many.
@@ -107,6 +108,9 @@ def found_labels(config: LaunchConfig, column: str) -> tuple[str, ...]:
     values: set[str] = set()
     for source in config.data.train:
         opened, name = open_source(source), source.columns.get(column, column)
+        if column not in source.columns and also:
+            first = next((record for record, _ in opened.read(range(min(opened.records, 100))) if record), {})
+            name = next((other for other in (column, *also) if other in first), column)
         for start in range(0, opened.records, _AT_ONCE):
             for record, _ in opened.read(range(start, min(start + _AT_ONCE, opened.records))):
                 value = None if record is None else record.get(name)

@@ -3,6 +3,7 @@
 - `jsonl`: one JSON object a line; blank lines do not count.
 - `text`: UTF-8 text; paragraphs, separated by blank lines, are the records, each under the column `text`.
 - `csv`, `tsv`: RFC 4180; fields in quotes may hold line ends. Every value is a string.
+- `conll`: a token a line, in columns, a blank line after each sentence; see `annotated`.
 - `webdataset`: a tar file; members with the same name up to the first dot are a record, their extensions its columns.
 """
 
@@ -25,6 +26,7 @@ import xxhash
 
 from trainer.config.schema import DataSource
 from trainer.data.cache import cached, file_identity
+from trainer.data.formats.annotated import DOCUMENT_LINE, parse_sentence
 from trainer.data.formats.base import Outcome, Record
 from trainer.data.retry import retried
 from trainer.failures import DataError, StorageError
@@ -115,6 +117,8 @@ def open_bytes(path: Path, name: str, format_name: str, config: DataSource) -> B
     scan: Callable[[Path], Starts]
     if format_name in ("csv", "tsv"):
         scan = lambda path: _rows(path, dialect)  # noqa: E731
+    elif format_name == "conll":
+        scan = lambda path: _paragraphs(path, DOCUMENT_LINE)  # noqa: E731
     else:
         scan = {"jsonl": _lines, "text": _paragraphs, "webdataset": _tar_groups}[format_name]
 
@@ -137,9 +141,13 @@ def open_bytes(path: Path, name: str, format_name: str, config: DataSource) -> B
     bounds, digest = index[:-2], index[-2:].tobytes().hex()
     if format_name in ("csv", "tsv"):
         bounds, parse = _csv_parser(path, name, bounds, dialect, config.column_names)
+    elif format_name == "conll":
+        parse = lambda data: parse_sentence(_parse_text(data)["text"], config.column_names)  # noqa: E731
     else:
         if config.column_names:
-            raise DataError(f"{name}: `column_names` is for csv and tsv files; a {format_name} file has its own names")
+            raise DataError(
+                f"{name}: `column_names` is for csv, tsv and conll files; a {format_name} file has its own names"
+            )
         parse = {"jsonl": parse_json, "text": _parse_text, "webdataset": _parse_tar}[format_name]
     return ByteFile(path, name, bounds, parse, path.stat().st_size, digest, format_name != "webdataset")
 
@@ -220,20 +228,22 @@ def parse_json(data: bytes) -> Record:
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def _paragraphs(path: Path) -> Starts:
-    """The first byte of each paragraph."""
+def _paragraphs(path: Path, without: re.Pattern[bytes] | None = None) -> Starts:
+    """The first byte of each paragraph, but for those that are ``without`` as a whole."""
     if path.stat().st_size == 0:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         starts, start = [], 0
         for match in _BLANK_LINES.finditer(data):
-            if data[start : min(match.start(), start + 4096)].strip(_BLANK):
+            begin = data[start : min(match.start(), start + 4096)].strip(_BLANK)
+            if begin and not (without and without.fullmatch(begin)):
                 starts.append(start)
             start = match.end()
             if len(starts) == 1 << 16:
                 yield np.array(starts)
                 starts = []
-        if data[start : start + 4096].strip(_BLANK):
+        begin = data[start : start + 4096].strip(_BLANK)
+        if begin and not (without and without.fullmatch(begin)):
             starts.append(start)
         yield np.array(starts, dtype=np.int64)
 
