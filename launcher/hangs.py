@@ -59,6 +59,11 @@ class Hang:
         limit = f"{self.seconds:.0f} s (limit {self.limit_seconds:.0f} s)"
         return f"hang{where}: no rank got on for {limit}; {self.why}{frame}"
 
+    def to_event(self) -> dict[str, object]:
+        """What the ledger says about it."""
+        names = ("seconds", "limit_seconds", "ranks", "node", "phase", "step")
+        return {name: getattr(self, name) for name in names}
+
 
 def limit_seconds(beats: Iterable[Heartbeat], resilience: ResilienceConfig) -> float:
     """How long an attempt may stand still: a multiple of its longest recent step, more outside of steps.
@@ -98,14 +103,15 @@ def find_hang(watched: Sequence[Watched], world_size: int, resilience: Resilienc
         return None
     ranks, why = _cause(watched, missing, stale)
     first = next((w.beat for w in watched if w.beat.rank in ranks), None)
-    beat = first or max((w.beat for w in watched), key=lambda beat: beat.progress)
+    furthest = max((w.beat for w in watched), key=lambda beat: (beat.step, beat.progress))
+    beat = first if first is not None and len(stale) == 0 else furthest  # a suspended rank's last word is an old one
     return Hang(
         seconds=quiet,
         limit_seconds=limit,
         ranks=ranks,
         node=first.node if first else None,
-        phase=beat.phase if first or not missing else "setup",
-        step=beat.step,
+        phase=beat.phase,
+        step=furthest.step,
         why=why,
         suspended=tuple(w.beat.rank for w in stale),
         others=tuple(w.beat.rank for w in watched if w.beat.rank not in ranks),

@@ -123,7 +123,7 @@ class Supervisor:
                 attempt = self.run.new_attempt()
                 events.write("attempt", attempt=attempt, **self.origin)
                 oom_kills = _oom_kills()
-                verdict, reason = self._attempt(attempt, signals, oom_kills)
+                verdict, reason = self._attempt(attempt, signals, oom_kills, events)
                 self.history.append(Attempt(verdict, progress(self.run)))
                 action = decide(self.history, self.resilience.max_restarts, reason)
                 if action.kind == "retry" and (why := self.exhausted()) is not None:
@@ -139,7 +139,9 @@ class Supervisor:
                         events.write("stopped", attempt=attempt, reason=reason)
                     return Result(verdict, action, len(self.history))
 
-    def _attempt(self, attempt: int, signals: StopSignals, oom_kills: int) -> tuple[Verdict, str | None]:
+    def _attempt(
+        self, attempt: int, signals: StopSignals, oom_kills: int, events: EventWriter
+    ) -> tuple[Verdict, str | None]:
         """Run one attempt to its end, whatever that is; nothing of it runs when this returns."""
         gate, self.gate = self.gate, None
         handle = self.backend.start(attempt)
@@ -157,7 +159,8 @@ class Supervisor:
                 self.released()
             hangs.start()
             codes, reason = self._watch(attempt, handle, signals, hangs)
-            if codes is None and hangs.hang is not None and reason is None:
+            if codes is None and reason is None and hangs.hang is not None and not self.lease.lost.is_set():
+                events.write("hang", attempt=attempt, **hangs.hang.to_event())
                 handle.ask_for_stacks()
                 self._wait_for_stacks(attempt, hangs)
             reason = self.explain(reason) if reason else None

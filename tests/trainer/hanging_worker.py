@@ -1,0 +1,42 @@
+"""A rank that hangs, once in each of the first attempts; else trainer.worker.
+
+HANG="RANK:STEP:KIND ..." for attempts 1, 2, ...; KIND is `sleep` (in Python, before the first collective of the step)
+or `suspend` (SIGSTOP). It notes when: attempts/NNNN/hung.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+from trainer import worker
+from trainer.data.stream import GlobalBatch
+from trainer.rundir import RunDirectory
+from trainer.train import Trainer
+
+
+class HangingTrainer(Trainer):
+    def train_step(self, batch: GlobalBatch) -> tuple[dict[str, Any], int]:
+        hangs = os.environ["HANG"].split()
+        rank, step, kind = hangs[self.attempt - 1].split(":") if self.attempt <= len(hangs) else ("-1", "-1", "")
+        if (self.rank, self.step) == (int(rank), int(step)):
+            (self.run.attempt_dir(self.attempt) / "hung").write_text(str(time.time()))
+            if kind == "suspend":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            else:
+                wait_for_a_lock_that_nobody_frees()
+        return super().train_step(batch)
+
+
+def wait_for_a_lock_that_nobody_frees() -> None:
+    time.sleep(600)
+
+
+def train(run: RunDirectory, attempt: int) -> None:
+    HangingTrainer(run, attempt).run_to_end()
+
+
+if __name__ == "__main__":
+    worker._exit(worker.main(train=train))

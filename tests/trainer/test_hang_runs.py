@@ -1,0 +1,67 @@
+"""Real runs of two ranks in which one hangs: found in time, named, its stack saved, and made good by a retry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_runs import STEPS, figures, launch, make_run, make_workspace
+
+from launcher import hangs
+from launcher.backends.local import LocalBackend
+from launcher.supervisor import Result, Supervisor
+from trainer.config.schema import ResilienceConfig
+from trainer.lease import acquire
+from trainer.processes import kill_run, processes_of_run
+from trainer.rundir import RunDirectory, read_json
+
+HERE = str(Path(__file__).parent)
+
+
+def supervise(run: RunDirectory, hang: str) -> Result:
+    variables = {"PYTHONPATH": HERE, "HANG": hang, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    backend = LocalBackend(run, 2, variables, worker_module="hanging_worker")
+    with acquire(run.lock_dir, lease_seconds=5.0, renew_seconds=1.0) as lease:
+        return Supervisor(run, backend, ResilienceConfig(), lease).supervise()
+
+
+def verdict_of(run: RunDirectory, attempt: int, rank: int, step: int) -> dict[str, Any]:
+    """The verdict on an attempt in which `rank` hung; it was found in time."""
+    verdict: dict[str, Any] = read_json(run.verdict_path(attempt))
+    assert (verdict["class"], verdict["rank"], verdict["step"]) == ("hang", rank, step), verdict
+    assert (verdict["action"], verdict["victims"]) == ("retry", [1 - rank])
+    (found,) = (e for e in run.merged_events() if e["event"] == "hang" and e["attempt"] == attempt)
+    seconds = found["time"] - float((run.attempt_dir(attempt) / "hung").read_text())
+    print(f"{verdict['message']}: found after {seconds:.1f} s, limit {found['limit_seconds']:.1f} s")
+    assert seconds < 1.5 * found["limit_seconds"]
+    return verdict
+
+
+def test_a_rank_asleep_and_a_suspended_one_are_named_and_made_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hangs, "FLOOR_SECONDS", 6.0)
+    workspace = make_workspace(tmp_path)
+    undisturbed = make_run(tmp_path / "undisturbed", workspace, 2)
+    assert launch(undisturbed, 2) == 0
+    run = make_run(tmp_path / "run", workspace, 2)
+    try:
+        result = supervise(run, "1:6:sleep 0:10:suspend")
+        assert processes_of_run(run.path) == []
+    finally:
+        kill_run(run.path)
+    assert (result.verdict.outcome, result.attempts) == ("finished", 3)
+    assert run.step_lines()[-1]["step"] == STEPS
+    assert figures(run) == figures(undisturbed)
+
+    asleep = verdict_of(run, 1, rank=1, step=6)
+    assert "did not enter collective" in asleep["message"]
+    assert "wait_for_a_lock_that_nobody_frees (hanging_worker.py" in asleep["message"]
+    assert "wait_for_a_lock_that_nobody_frees" in asleep["traceback"].splitlines()[0]
+    assert "wait_for_a_lock_that_nobody_frees" not in run.stack_path(1, 0).read_text()  # the victim waits elsewhere
+
+    suspended = verdict_of(run, 2, rank=0, step=10)
+    assert "no sign of life" in suspended["message"]
+    assert "rank 0 could not write its stack" in suspended["evidence"]
+    assert "train.py" in run.stack_path(2, 1).read_text()
