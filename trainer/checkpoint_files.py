@@ -136,14 +136,28 @@ def retention_of(config: LaunchConfig) -> Retention:
     return Retention(kept.keep_last, kept.keep_best, kept.keep_every_steps, judged.metric, judged.maximise)
 
 
+def exported_step(run: RunDirectory, config: LaunchConfig) -> int | None:
+    """The step of the checkpoint that the config wants exported; None: the newest one."""
+    if config.export.checkpoint == "last":
+        return None
+    ranked = by_score(list_checkpoints(run), retention_of(config))
+    return ranked[0].step if ranked else None
+
+
+def by_score(checkpoints: Sequence[Checkpoint], retention: Retention) -> list[Checkpoint]:
+    """Published checkpoints that were scored, the best first; of equal ones the later."""
+    sign = -1.0 if retention.maximise else 1.0
+    scored = [
+        c for c in checkpoints if c.status == "published" and not math.isnan(c.scores.get(retention.metric, math.nan))
+    ]
+    return sorted(scored, key=lambda c: (sign * c.scores[retention.metric], -c.step))
+
+
 def superfluous(checkpoints: Sequence[Checkpoint], retention: Retention) -> list[Checkpoint]:
     """The published checkpoints that ``retention`` does not keep; never the newest one. Pure."""
     candidates = sorted((c for c in checkpoints if c.status == "published"), key=lambda c: c.step)
     kept = {c.step for c in candidates[-max(retention.keep_last, 1) :]}
-    sign = -1.0 if retention.maximise else 1.0
-    scored = [c for c in candidates if not math.isnan(c.scores.get(retention.metric, math.nan))]
-    scored.sort(key=lambda c: (sign * c.scores[retention.metric], -c.step))
-    kept |= {c.step for c in scored[: retention.keep_best]}
+    kept |= {c.step for c in by_score(candidates, retention)[: retention.keep_best]}
     if retention.keep_every_steps is not None:
         # The first one at or after each multiple: saves need not fall on multiples. The first of a block stays the
         # first for ever, since it is kept from then on.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from trainer import checkpoint, collectives, heartbeat
-from trainer.checkpoint_files import abandon, damage, folder_name, remove_unpublished, retention_of
+from trainer.checkpoint_files import abandon, damage, exported_step, folder_name, remove_unpublished, retention_of
 from trainer.config.schema import LaunchConfig
 from trainer.data.stream import BatchStream, GlobalBatch, build_training_stream
 from trainer.engine import Engine, init_distributed
@@ -28,6 +28,8 @@ from trainer.model import (
     choose_attention,
     quiet_libraries,
 )
+from trainer.origin import find_origin
+from trainer.profiling import Profiler
 from trainer.rollback import roll_back
 from trainer.rundir import RunDirectory, cut_torn_tail
 from trainer.saving import SavePolicy, tell
@@ -88,9 +90,11 @@ class Trainer:
         self.loss = self.task.objective(model, attention, self.device)
         optimizer = build_optimizer(model, self.config.training.optimizer)
         self.engine = Engine(model, optimizer, self.plan["deepspeed"])
+        self.engine.origin = find_origin(self.config.model.path, self.engine, run, self.gather)
         self.rank, self.world_size = self.engine.rank, self.engine.world_size
         self.is_main = self.rank == 0
         per_token = self.plan["flops_per_token"]
+        self.profiler = Profiler(self.config.logging.profile, run, attempt, self.rank, self.device)
         self.utilisation = Utilisation(per_token, self.loss.head_parameters, self.world_size, self.device)
 
         self.events = run.event_writer(f"rank{self.rank}", attempt)
@@ -125,6 +129,7 @@ class Trainer:
             line, request = self.train_step(batch)
             stopped = bool(request & _STOP)
             seconds = heartbeat.step_done(mark, waited)  # with the wait for data: what a step really takes
+            self.profiler.after_step(seconds, waited)
             line |= {
                 "step_seconds": seconds,
                 "data_seconds": waited,
@@ -394,5 +399,5 @@ class Trainer:
         self.events.write("stopped" if stopped else "trained", step=self.step)
         if not stopped and self.config.export.enabled:
             start = heartbeat.enter("export")
-            folder = export_run(self.run, self.config, self.step)
+            folder = export_run(self.run, self.config, exported_step(self.run, self.config))
             self.events.write("exported", step=self.step, seconds=time.monotonic() - start, path=str(folder))

@@ -41,6 +41,9 @@ def add_ways(parser: argparse.ArgumentParser) -> None:
     """Declare how to launch."""
     parser.add_argument("--dry-run", action="store_true", help="show what would run; create nothing")
     parser.add_argument("--json", action="store_true", help="print JSON: the plan of a dry run, else the final report")
+    parser.add_argument(
+        "--profile", action="store_true", help="look into a few steps: traces and where the time goes, in RUN/profile"
+    )
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--watch", action="store_true", help="on SLURM: follow the job (Ctrl-C leaves it alone)")
     group.add_argument("--detach", action="store_true", help="elsewhere: return once the ranks start, and let it run")
@@ -55,6 +58,8 @@ def run(options: argparse.Namespace) -> int:
     from trainer.config.loading import load_config
     from trainer.rundir import RunDirectory
 
+    if options.profile:
+        options.set = ["logging.profile={}", *options.set]
     if options.dry_run:
         return plan_command.run(options)
     config = load_config(options.config, options.set)

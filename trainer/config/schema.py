@@ -158,13 +158,13 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeFloat = Field(0.0, description="Applied to matrices; never to biases and norms")
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
-
-
     groups: tuple[ParameterGroup, ...] = Field((), description="The first group that matches a parameter holds")
     layer_decay: Annotated[float, Field(gt=0, le=1, strict=True)] | None = Field(
         None,
         description="Layer-wise learning-rate decay (Clark et al. 2020): times this for each layer below the head",
     )
+
+
 class ScheduleConfig(Section):
     """Learning rate as a pure function of training progress."""
 
@@ -269,7 +269,18 @@ class ExportConfig(Section):
     adapter: Literal["merge", "adapter"] = Field(
         "merge", description="merge: a whole model with the adapter in its weights; adapter: a folder for peft"
     )
+    checkpoint: Literal["last", "best"] = Field(
+        "last", description="best: by `evaluation.metric`; needs checkpoint.keep_best"
+    )
     max_shard_size_gib: PositiveFloat = 4.0
+
+
+class ProfileConfig(Section):
+    """A few steps looked into: traces, memory snapshots on GPUs, and where the time goes, in RUN/profile."""
+
+    skip_steps: PositiveInt = Field(5, description="Steps of an attempt before the first one that is profiled")
+    steps: PositiveInt = 4
+    ranks: tuple[NonNegativeInt, ...] = (0,)
 
 
 class LoggingConfig(Section):
@@ -277,6 +288,7 @@ class LoggingConfig(Section):
 
     interval_steps: PositiveInt = 1
     tensorboard: Flag = True
+    profile: ProfileConfig | None = Field(None, description="`dsft launch --profile` sets the defaults")
 
 
 class ResilienceConfig(Section):
@@ -328,10 +340,16 @@ class LaunchConfig(Section):
 
     @model_validator(mode="after")
     def _task_allows(self) -> LaunchConfig:
-        if self.data.packing and self.task.type not in PACKED_TASKS:
-            raise ValueError(f"data.packing: samples of {self.task.type} cannot share a sequence; leave it out")
         if self.export.adapter == "adapter" and self.model.adapter is not None and self.model.path is None:
             raise ValueError("export.adapter: random weights (`model.config`) are in no folder; use merge")
+        if self.data.packing and self.task.type not in PACKED_TASKS:
+            raise ValueError(f"data.packing: samples of {self.task.type} cannot share a sequence; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_kept(self) -> LaunchConfig:
+        if self.export.checkpoint == "best" and not (self.checkpoint.keep_best and self.data.evaluation):
+            raise ValueError("export.checkpoint: the best one is kept with checkpoint.keep_best=1 and data.evaluation")
         return self
 
     @field_validator("cluster", mode="before")
