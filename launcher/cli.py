@@ -28,6 +28,8 @@ VERBS = {
     "resume": "go on with a stopped run from its last checkpoint",
     "checkpoint": "list, verify, compare, thin out or ask for checkpoints of a run",
     "export": "write a checkpoint as a Hugging Face model folder",
+    "eval": "score a run's checkpoint or export on its evaluation data, or on other data",
+    "predict": "a trained model's answers for the records of files",
     "schema": "print the JSON Schema of the config, for editors",
 }
 

@@ -15,7 +15,7 @@ from trainer.config.schema import LaunchConfig, ModelConfig
 from trainer.export_weights import Weights
 from trainer.failures import DsftError, StorageError, UserError
 from trainer.model import DTYPES, load_model_config, quiet_libraries
-from trainer.rundir import RunDirectory
+from trainer.rundir import EXPORT_ABOUT, RunDirectory, write_json
 from trainer.tasks import get_task
 from trainer.tasks.base import BaseTask
 from trainer.tokenizer import load_tokenizer
@@ -48,7 +48,8 @@ def export_run(
 
     chosen = dtype or (config.model.dtype if config.export.dtype == "auto" else config.export.dtype)
     tokenizer = load_tokenizer(config.model)
-    model = _meta_model(config.model, get_task(config, tokenizer))
+    task = get_task(config, tokenizer)
+    model = _meta_model(config.model, task)
     weights = Weights(source, model, DTYPES[chosen])
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
@@ -68,6 +69,8 @@ def export_run(
         model.generation_config.save_pretrained(partial)
     tokenizer.save(partial)
     (partial / "README.md").write_text(_model_card(run, config, int(weights.state["step"])), encoding="utf-8")
+    about = task.config.model_dump(mode="json", include={"name", "task", "model", "data", "training"})
+    write_json(partial / EXPORT_ABOUT, {"step": int(weights.state["step"]), "config": about})
     weights.check(partial, config.model.trust_remote_code)
     if target.exists():
         old = target.with_name(target.name + ".old")

@@ -13,6 +13,9 @@ from typing import Any
 
 Json = dict[str, Any]
 
+# In the folder of an export: {"step", "config": what decided its training}
+EXPORT_ABOUT = "dsft.json"
+
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     """Replace `path` by `value` as JSON in one step: a reader sees the old file or the new one, whole."""

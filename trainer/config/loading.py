@@ -36,19 +36,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LaunchConfig:
     loader = _Loader(path)
     loader.read(path, ())
     loader.override(overrides)
-    data = loader.data
-    data.setdefault("output_dir", str(path.parent / "runs"))
-    try:
-        config = LaunchConfig.model_validate(data)
-    except ValidationError as error:
-        for keys, message, missing in translate(error, LaunchConfig):
-            # Without one of its files a config misses much: only what is there can be judged.
-            if not (missing and loader.incomplete):
-                loader.add(keys, message)
-        raise ConfigErrors(path.name, loader.errors) from None
-    if loader.errors:
-        raise ConfigErrors(path.name, loader.errors)
-    return config
+    loader.data.setdefault("output_dir", str(path.parent / "runs"))
+    return loader.checked()
+
+
+def change_config(data: dict[str, Any], overrides: Sequence[str], name: str) -> LaunchConfig:
+    """A config given as JSON, with ``--set`` overrides; ``name`` stands for it in messages. Raises ConfigErrors."""
+    loader = _Loader(Path(os.path.abspath(name)))
+    loader.data = data
+    loader.override(overrides)
+    return loader.checked()
 
 
 def config_hash(config: LaunchConfig) -> str:
@@ -76,6 +73,20 @@ class _Loader:
         self.errors: list[ConfigError] = []
         self.incomplete = False
         self._origins: dict[Keys, tuple[str, Keys]] = {}  # path -> (where it was written, as which path)
+
+    def checked(self) -> LaunchConfig:
+        """What has been read, or every error in it."""
+        try:
+            config = LaunchConfig.model_validate(self.data)
+        except ValidationError as error:
+            for keys, message, missing in translate(error, LaunchConfig):
+                # Without one of its files a config misses much: only what is there can be judged.
+                if not (missing and self.incomplete):
+                    self.add(keys, message)
+            raise ConfigErrors(self.path.name, self.errors) from None
+        if self.errors:
+            raise ConfigErrors(self.path.name, self.errors)
+        return config
 
     def add(self, keys: Keys, message: str, origin: str | None = None) -> None:
         if origin is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -57,6 +57,7 @@ class SourceEncoder:
         self.source, self._task, self._index = source, task, index
         self._limit, self._on_long, self._on_bad = sequence_length, on_long, on_bad_record
         self._columns = self._find_columns()
+        self.on_bad: Callable[[str], None] | None = None  # told what is wrong with each bad record that is skipped
 
     def encode(self, numbers: np.ndarray, positions: Iterable[int]) -> Encoded:
         """(position -> samples, [(position, outcome)]) of the documents ``numbers[positions]``.
@@ -72,6 +73,8 @@ class SourceEncoder:
             if self._on_bad == "error":
                 raise DataError(f'{problem} (data.on_bad_record: "skip" counts such records instead)')
             outcomes.append((position, BAD))
+            if self.on_bad is not None:
+                self.on_bad(problem)
 
         for position, (record, problem) in zip(positions, self.source.read(numbers[positions].tolist()), strict=True):
             if record is not None:

@@ -1,0 +1,71 @@
+"""`dsft eval RUN`: scores of a checkpoint or an export, on the run's evaluation data or other, by `trainer.score`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    from launcher.commands.predict import add_ranks
+
+    parser.add_argument("run", metavar="RUN", help="run directory or name, or an exported folder")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the newest")
+    which.add_argument("--export", type=Path, metavar="DIR", help="an exported folder instead of a checkpoint")
+    parser.add_argument("--data", nargs="+", metavar="PATH", help="default: the run's evaluation data")
+    parser.add_argument("--task", metavar="TYPE", help="of a folder that dsft has not written")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="samples of a forward pass of a rank")
+    add_ranks(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Score; nothing is written into the run."""
+    from launcher import inference
+    from trainer.config.loading import change_config
+    from trainer.failures import EXIT_DONE, UserError
+    from trainer.rundir import read_json
+
+    work = Path(tempfile.mkdtemp(prefix="dsft-eval-"))
+    try:
+        trained = inference.find_trained(options.run, options.step, options.export, options.task, work)
+        data = trained.config["data"]
+        if options.data:
+            given = {"columns": inference.columns_of(options.columns), "column_names": options.column_names}
+            data = {**data, "evaluation": inference.sources(trained.config, options.data, **given)}
+        config = change_config({**trained.config, "data": data}, options.set, "--set")
+        if not config.data.evaluation:
+            raise UserError(f"{options.run} has no evaluation data: name some with --data")
+        request = {
+            "config": inference.as_json(config),
+            "batch_size": inference.at_least_one("--batch-size", options.batch_size, trained.batch_size),
+        }
+        processes = inference.at_least_one("--processes", options.processes, trained.processes)
+        inference.run_ranks("trainer.score", request, trained, processes, work)
+        result = {"step": trained.step, **read_json(work / "scores.json")}
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        _show(result["scores"], result["left_out"])
+    return EXIT_DONE
+
+
+def _show(scores: dict[str, float], left_out: dict[str, int]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    sets = {name.rpartition("/")[0]: "" for name in scores}
+    table = Table("score", *(name or "all" for name in sets))
+    for metric in dict.fromkeys(name.rpartition("/")[2] for name in scores):
+        found = (scores.get(f"{name}/{metric}" if name else metric) for name in sets)
+        table.add_row(metric, *("" if value is None else f"{value:.6g}" for value in found))
+    Console().print(table)
+    for name, count in left_out.items():
+        print(f"{name}: {count} records")

@@ -1,0 +1,92 @@
+"""A trained model on every rank by itself, as `dsft predict` and `dsft eval` use it: the folder of an export."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.config.schema import LaunchConfig, ModelConfig
+from trainer.failures import UserError
+from trainer.model import DTYPES, choose_attention, load_model_config, quiet_libraries
+from trainer.tasks import get_task
+from trainer.tasks.base import BaseTask, Objective
+from trainer.tokenizer import load_tokenizer
+
+
+class Replica:
+    """A whole model in the place of an `Engine`: it never waits for other ranks."""
+
+    rank, world_size, stage = 0, 1, 0
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+    def probe(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+    def eval(self) -> None:
+        self.model.eval()
+
+    def train(self) -> None:
+        """Nothing: it is never trained."""
+
+    def unsharded(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def load_replica(config: LaunchConfig) -> tuple[BaseTask, Replica, Objective]:
+    """The task of a config, its model (`model.path`) on this rank's device, and what runs the one on the other.
+
+    Raises:
+        UserError: the folder is no model for the task.
+    """
+    quiet_libraries()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    task = get_task(config, load_tokenizer(config.model))
+    model = _load(config.model, task, device)
+    objective = task.objective(model, str(getattr(model.config, "_attn_implementation", "unknown")), device)
+    replica = Replica(model)
+    replica.eval()
+    return task, replica, objective
+
+
+def _load(config: ModelConfig, task: BaseTask, device: torch.device) -> Any:
+    import transformers
+
+    try:
+        model_config = load_model_config(config)
+        task.configure(model_config)
+        model, found = getattr(transformers, task.auto_class).from_pretrained(
+            config.path,
+            config=model_config,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=choose_attention(config.attention, device),
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,  # never a pickle
+            output_loading_info=True,
+        )
+    except (ValueError, OSError, ImportError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{config.path}: the model cannot be read: {error}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"{config.path} has no weights {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} of "
+            f"{type(model).__name__}: it was not trained for {task.config.task.type}"
+        )
+    return model.to(device)
+
+
+def read_request(run_dir: Path) -> dict[str, Any]:
+    """What the launcher has asked for."""
+    request: dict[str, Any] = json.loads((run_dir / "request.json").read_text(encoding="utf-8"))
+    return request
