@@ -29,9 +29,9 @@ class RunState:
 
 
 def ledger(run: RunDirectory) -> list[dict[str, Any]]:
-    """The events of the launcher, oldest first: those of the supervisor and those of submissions."""
+    """The events of the launcher, oldest first: those of the supervisor, of submissions and of drills."""
     # submission.jsonl: written where a job is submitted, on another machine than the supervisor's
-    files = [run.events_dir / f"{writer}.jsonl" for writer in ("submission", "supervisor")]
+    files = [run.events_dir / f"{writer}.jsonl" for writer in ("submission", "supervisor", "drill")]
     return sorted((event for path in files for event in read_lines(path)), key=lambda event: float(event["time"]))
 
 

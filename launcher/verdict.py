@@ -241,8 +241,11 @@ class Action:
 
 
 def bad_nodes(events: Iterable[Mapping[str, Any]], now: float) -> list[str]:
-    """Nodes that have failed within BAD_NODE_SECONDS, from the failures of a run's ledger."""
+    """Nodes that have failed within BAD_NODE_SECONDS, from the failures of a run's ledger; not those of a drill."""
+    events = list(events)
+    drilled = {event.get("attempt") for event in events if event["event"] == "drill"}
     failed = (e for e in events if e["event"] == "failure" and e.get("class") == "node" and e.get("node"))
+    failed = (event for event in failed if event.get("attempt") not in drilled)
     return sorted({str(event["node"]) for event in failed if now - float(event["time"]) < BAD_NODE_SECONDS})
 
 

@@ -194,6 +194,8 @@ def describe(event: Json) -> str | None:
             return f"attempt {event['attempt']} starts"
         case "checkpoint":
             return f"checkpoint of step {event['step']} written ({size(event['bytes'])} in {event['seconds']:.1f} s)"
+        case "drill":
+            return f"drill: {event['fault']} at step {event['step']}"
         case "warning":
             return f"warning: {event['message']}"
         case "exported":

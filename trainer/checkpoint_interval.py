@@ -33,7 +33,7 @@ def estimate_mtbf_seconds(events: Iterable[dict[str, Any]], now: float) -> float
     """Mean time between failures of a run, from its ledger: (prior + time attempts ran) / (1 + failures).
 
     An attempt runs from its ``attempt`` event to the last event before the next attempt, or to ``now``; it failed if
-    another one followed without ``stopped`` or ``trained``.
+    another one followed without ``stopped`` or ``trained``, and the failure was no drill's.
     """
     ran, failures = 0.0, 0
     begin = last = None
@@ -45,7 +45,7 @@ def estimate_mtbf_seconds(events: Iterable[dict[str, Any]], now: float) -> float
                 ran += last - begin
                 failures += not ended_well
             begin, ended_well = time, False
-        elif event["event"] in ("stopped", "trained", "finished"):
+        elif event["event"] in ("stopped", "trained", "finished", "drill"):
             ended_well = True
         last = time
     if begin is not None:

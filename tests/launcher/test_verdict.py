@@ -98,6 +98,8 @@ def test_nodes_are_bad_for_a_day() -> None:
     events = [failure(0.0, "n1"), failure(5000.0, "n2"), failure(5000.0, "n3", "numeric"), {"event": "x", "time": 1.0}]
     assert bad_nodes(events, 6000.0) == ["n1", "n2"]
     assert bad_nodes(events, BAD_NODE_SECONDS + 1000.0) == ["n2"]
+    drilled = [{"event": "drill", "time": 4999.0, "attempt": 7}, failure(5000.0, "n4") | {"attempt": 7}]
+    assert bad_nodes([*events, *drilled], 6000.0) == ["n1", "n2"]
 
 
 @pytest.mark.parametrize(("reason", "requeue"), [("time_limit", True), ("preemption", True), ("cancel", False)])

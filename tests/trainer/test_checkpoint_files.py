@@ -107,6 +107,7 @@ def test_the_mtbf_comes_from_the_ledger() -> None:
     assert estimate((0, "attempt")) == day + 100
     assert estimate((0, "attempt"), (40, "first_step"), (90, "attempt")) == (day + 40 + 10) / 2
     assert estimate((0, "attempt"), (40, "stopped"), (90, "attempt")) == day + 40 + 10
+    assert estimate((0, "attempt"), (40, "drill"), (41, "failure"), (90, "attempt")) == day + 41 + 10
 
 
 @pytest.fixture
