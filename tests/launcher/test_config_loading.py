@@ -80,7 +80,7 @@ def test_every_error_at_once(tmp_path):
         '(did you mean "cosine"?)',
         "deepspeed.zero_stage": "found 4 (integer); expected 1 or 2 or 3",
         "cluster.gpus": "unknown key; did you mean `cluster.gpus_per_node`?",
-        "resilience.hang_timeout_seconds": 'found "never" (string); expected a positive number or "auto"',
+        "resilience.hang_timeout_seconds": 'found "never" (string); expected a number at least 5 or "auto"',
         "data.train.0.path": "missing; expected a string",
         "data.train.0.pth": "unknown key; did you mean `data.train.0.path`?",
     }
