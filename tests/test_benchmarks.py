@@ -53,3 +53,12 @@ def test_load_memory(tmp_path):
     for told in first["per_rank"]:
         assert 0.49 < told["partition"] / value["model_bytes"] < 0.55  # the file has a header
         assert told["peak_anonymous"] >= 0.9 * told["partition"]
+
+
+@pytest.mark.matrix
+def test_peers(tmp_path):
+    small = ["--hidden", 64, "--layers", 1, "--vocabulary", 2048, "--steps", 3, "--warm-up", 1, "--rounds", 1]
+    value = run("peers", tmp_path, "--sides", "dsft", "hf", *small)
+    (told,) = value["rounds"]["hf"]
+    assert len(told["step_seconds"]) == 3
+    assert value["ratios"]["hf"][0] > 0
