@@ -6,9 +6,10 @@
         manifest.json                     files, sizes, checksums; written last by atomic rename: the publication
 
 A rank's slices are `master/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME` (fp32) of trained parameters and `frozen/NAME`
-of the others. Each is 1-D; its place in the flattened parameter is in the file's metadata, in the form that
-`torch.distributed.checkpoint.HuggingFaceStorageReader` reads. A rank stages its slices by one copy into reused
-buffers; a thread then writes them while training goes on, without collectives: ranks report through files.
+of the others, unless those are in the model's own files (`trainer.origin`). Each is 1-D; its place in the flattened
+parameter is in the file's metadata, in the form that `torch.distributed.checkpoint.HuggingFaceStorageReader` reads. A
+rank stages its slices by one copy into reused buffers; a thread then writes them while training goes on, without
+collectives: ranks report through files.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from trainer.checkpoint_files import (
 )
 from trainer.engine import Engine, Shard
 from trainer.failures import StorageError
+from trainer.origin import origin_of
 from trainer.rundir import RunDirectory, write_json
 
 FORMAT = 1
@@ -106,6 +108,7 @@ class Saver:
             "optimizer_steps": self._engine.optimizer_steps(),
             "parameters": self._engine.parameters(),
             "buffers": [(name, tuple(buffer.shape)) for name, buffer in self._engine.buffers()],
+            **({"origin": self._engine.origin.to_json()} if self._engine.origin else {}),
             **state,
         }
         self.error = None
@@ -123,9 +126,13 @@ class Saver:
         return True
 
     def bytes_of_all_ranks(self) -> int:
-        """Bytes of one checkpoint, without headers: fp32 masters and two moments, or the frozen weight."""
-        frozen = self._engine.frozen_itemsize()
-        return sum(math.prod(shape) * (12 if trained else frozen) for _, shape, trained in self._engine.parameters())
+        """Bytes of one checkpoint, without headers: fp32 masters and two moments, and frozen weights if stored."""
+        frozen, pinned = self._engine.frozen_itemsize(), self._pinned()
+        return sum(
+            math.prod(shape) * (12 if trained else frozen)
+            for name, shape, trained in self._engine.parameters()
+            if name not in pinned
+        )
 
     def missing_space(self) -> str | None:
         """What to tell the user if the disk has no room for one more checkpoint."""
@@ -139,11 +146,16 @@ class Saver:
             "free some space (`dsft checkpoint gc`), or lower checkpoint.keep_last or keep_best"
         )
 
+    def _pinned(self) -> Collection[str]:
+        """Frozen weights that are in the model's files and not in checkpoints."""
+        return self._engine.origin.keys if self._engine.origin else ()
+
     def _stage(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         tensors: dict[str, torch.Tensor] = {}
         offsets: dict[str, int] = {}
+        pinned = self._pinned()
         for shard in self._engine.shards():
-            if shard.length == 0:
+            if shard.length == 0 or shard.name in pinned:
                 continue
             for kind, source in shard.tensors.items():
                 key = f"{kind}/{shard.name}"
@@ -285,6 +297,7 @@ class Slices:
         self._world_size = int(state["world_size"])
         self._even = int(state["zero_stage"]) == 3
         self._files: dict[int, tuple[Any, dict[str, int]]] = {}
+        self.origin = origin_of(state)
 
     def _open(self, rank: int) -> tuple[Any, dict[str, int]]:
         if rank not in self._files:
@@ -296,6 +309,8 @@ class Slices:
 
     def dtype(self, key: str) -> torch.dtype:
         """The dtype of a key's slices."""
+        if self.origin and key.removeprefix("frozen/") in self.origin.keys:
+            return self.origin.dtype
         for rank in range(self._world_size):
             file, offsets = self._open(rank)
             if key in offsets:
@@ -312,6 +327,9 @@ class Slices:
 
     def read_into(self, key: str, shard: Shard, target: torch.Tensor) -> None:
         begin, end = shard.offset, shard.offset + shard.length
+        if self.origin and key == f"frozen/{shard.name}" and shard.name in self.origin.keys:
+            target.copy_(self.origin.read(shard.name, begin, shard.length))
+            return
         missing = shard.length
         for rank in self._candidates(shard.numel, begin, end):
             file, offsets = self._open(rank)
@@ -343,10 +361,15 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
             f"{folder} holds another model: {differing[0]!r} (and {len(differing) - 1} more) has "
             f"(shape, trained) {saved.get(differing[0])} there and {current.get(differing[0])} here"
         )
+    pinned: Collection[str] = ()  # equal to their files already
+    if slices.origin and engine.origin and engine.origin.holds(slices.origin):
+        pinned = slices.origin.keys
+    elif slices.origin:
+        slices.origin.verify(folder.parent.parent)
     with torch.no_grad():
         for shard in engine.shards():
             for kind, target in shard.tensors.items():
-                if shard.length:
+                if shard.length and shard.name not in pinned:
                     slices.read_into(f"{kind}/{shard.name}", shard, target)
         buffers = dict(engine.buffers())
         for name, shape in state.get("buffers", ()):

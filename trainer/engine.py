@@ -15,12 +15,15 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+if TYPE_CHECKING:
+    from trainer.origin import Origin
+
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ class Engine:
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
+    origin: Origin | None = None  # of frozen weights that checkpoints leave out
+
         import deepspeed
 
         self._engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -158,7 +163,7 @@ class Engine:
             self._engine.step()
 
     def step(self, learning_rate: float) -> StepResult:
-        """Update the weights after the last `backward` of a global batch."""
+        """Update the weights after the last `backward` of a global batch; a group's own rate is a multiple of this."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_factor", 1.0)
         self._engine.step()

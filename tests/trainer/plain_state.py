@@ -13,6 +13,7 @@ import torch
 from trainer.checkpoint import AtPoint, Saver
 from trainer.checkpoint_files import Retention
 from trainer.engine import Shard
+from trainer.origin import Origin
 from trainer.rundir import RunDirectory
 
 
@@ -26,6 +27,7 @@ class PlainState:
     frozen: dict[str, torch.Tensor] = field(default_factory=dict)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     stage: int = 3
+    origin: Origin | None = None
 
     def parameters(self) -> list[tuple[str, tuple[int, ...], bool]]:
         trained = [(name, tuple(tensor.shape), True) for name, tensor in self.trained.items()]

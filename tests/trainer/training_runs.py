@@ -35,14 +35,17 @@ def make_workspace(folder: Path) -> Path:
     return folder
 
 
-def make_run(folder: Path, workspace: Path, ranks: int, **training: Any) -> RunDirectory:
-    """A run directory with config and plan, as the launcher leaves it."""
+def make_run(
+    folder: Path, workspace: Path, ranks: int, model: dict[str, Any] | None = None, **training: Any
+) -> RunDirectory:
+    """A run directory with config and plan, as the launcher leaves it; ``model`` instead of a small random one."""
     config = LaunchConfig.model_validate(
         {
             "name": folder.name,
             "output_dir": str(folder.parent),
             "task": {"type": "causal-lm"},
-            "model": {
+            "model": model
+            or {
                 "config": {
                     "model_type": "llama",
                     "vocab_size": 260,
