@@ -46,6 +46,8 @@ setup(
         "pyarrow>=18.0",
         "pydantic>=2.10",
         "rich>=14.0",
+        "rouge-score>=0.1.2",
+        "sacrebleu>=2.5",
         "safetensors>=0.6",
         "scikit-learn>=1.5",
         "scipy>=1.14",

@@ -208,8 +208,11 @@ class Weights:
         expected.tie_weights()
         vocabulary = int(loaded.get_input_embeddings().weight.shape[0])
         ids = torch.arange(_TOKENS)[None] * 7919 % vocabulary
+        inputs = {"input_ids": ids}
+        if loaded.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = ids
         with torch.no_grad():
-            found, wanted = (_outputs(model.eval()(input_ids=ids)) for model in (loaded, expected))
+            found, wanted = (_outputs(model.eval()(**inputs)) for model in (loaded, expected))
         if not torch.allclose(found, wanted, rtol=1e-5, atol=1e-5, equal_nan=True):
             difference = float((found - wanted).abs().max())
             raise StorageError(f"{folder}: logits of the reloaded export differ by {difference} from the checkpoint's")

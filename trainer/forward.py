@@ -19,7 +19,7 @@ from trainer.tasks.base import Predictions
 # Tokens. Matrix kernels like multiples of 8, and the CPU's keep a compiled one and its workspace for every shape they
 # meet: without coarser steps memory grows with every batch.
 _PAD_TO = 8  # 64 for rows longer than that
-_TARGETS_TO = 128
+TARGETS_TO = 128
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def collate(
             start = end
     flat_labels = np.concatenate(labels).astype(np.int64) if labels else np.zeros(0, dtype=np.int64)
     positions = np.flatnonzero(predicts)
-    fill = -len(positions) % _TARGETS_TO
+    fill = -len(positions) % TARGETS_TO
     positions = np.concatenate([positions, np.zeros(fill, dtype=np.int64)])
     flat_labels = np.concatenate([flat_labels, np.full(fill, IGNORED, dtype=np.int64)])
     return LanguageModelBatch(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ class Replica:
 
     def train(self) -> None:
         """Nothing: it is never trained."""
+
+    @contextmanager
+    def generating(self) -> Iterator[tuple[Any, bool]]:
+        """(the model, False: no call waits for other ranks), as `Engine.generating`."""
+        yield self.model, False
 
     def unsharded(self) -> AbstractContextManager[None]:
         return nullcontext()

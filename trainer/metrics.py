@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,14 @@ class MetricsLog:
         append_line(self._path, {"step": step, "evaluation": scores, "time": time.time()})
         self._scalars("evaluation", scores, step, only=tuple(scores))
 
+    def samples(self, step: int, shown: Sequence[Mapping[str, Any]], signatures: Mapping[str, str]) -> None:
+        """What an evaluation generated, a line each, to samples.jsonl beside the metrics, and to TensorBoard."""
+        for number, sample in enumerate(shown):
+            append_line(self._path.with_name("samples.jsonl"), {"step": step, **sample, "signatures": dict(signatures)})
+            if self._tensorboard is not None:
+                text = json.dumps(dict(sample), ensure_ascii=False, indent=2)
+                self._open(step).add_text(f"sample/{number}", f"```\n{text}\n```", step)
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
@@ -45,12 +55,15 @@ class MetricsLog:
     def _scalars(self, prefix: str, values: dict[str, Any], step: int, only: tuple[str, ...]) -> None:
         if self._tensorboard is None:
             return
+        for name in only:
+            value = values.get(name)
+            if isinstance(value, int | float):
+                self._open(step).add_scalar(f"{prefix}/{name}", value, step)
+
+    def _open(self, step: int) -> Any:
         if self._writer is None:  # its import takes a while: not before the first step
             from torch.utils.tensorboard.writer import SummaryWriter
 
             # after a restart, steps from here on replace those of the attempt that was lost
             self._writer = SummaryWriter(str(self._tensorboard), purge_step=step)
-        for name in only:
-            value = values.get(name)
-            if isinstance(value, int | float):
-                self._writer.add_scalar(f"{prefix}/{name}", value, step)
+        return self._writer

@@ -6,16 +6,27 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from trainer.config.generation import CodeExecutionConfig, SummarizationTask, TranslationTask, WritingTask
 from trainer.config.section import Flag, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 # Tasks whose samples may share a sequence
 PACKED_TASKS = frozenset({"causal-lm"})
 
 
-class CausalLMTask(Section):
+class CausalLMTask(WritingTask):
     """Next-token prediction: instruction tuning (`prompt` + `completion`) or plain text (`text`)."""
 
     type: Literal["causal-lm"]
+    code_execution: CodeExecutionConfig = CodeExecutionConfig()
+
+    @model_validator(mode="after")
+    def _text_to_score(self) -> CausalLMTask:
+        if self.generation is None and (self.metrics or self.code_execution.enabled):
+            raise ValueError("`metrics` and `code_execution` are of generated texts: give `generation` as well")
+        drawn = self.generation.samples_per_prompt if self.generation else 0
+        if self.code_execution.enabled and max(self.code_execution.pass_at) > drawn:
+            raise ValueError(f"pass@{max(self.code_execution.pass_at)} needs as many generation.samples_per_prompt")
+        return self
 
 
 class TextClassificationTask(Section):
@@ -103,6 +114,12 @@ def _check_labels(labels: tuple[str, ...] | None) -> None:
 
 
 Task = Annotated[
-    CausalLMTask | TextClassificationTask | TokenClassificationTask | QuestionAnsweringTask | MultipleChoiceTask,
+    CausalLMTask
+    | TranslationTask
+    | SummarizationTask
+    | TextClassificationTask
+    | TokenClassificationTask
+    | QuestionAnsweringTask
+    | MultipleChoiceTask,
     Field(discriminator="type"),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from trainer.config.schema import LaunchConfig
 from trainer.tasks.base import BaseTask
 from trainer.tasks.causal_lm import CausalLM
+from trainer.tasks.seq2seq import SequenceToSequence
 from trainer.tasks.text_classification import TextClassification
 from trainer.tasks.token_classification import TokenClassification
 from trainer.tokenizer import Tokenizer
@@ -14,6 +15,8 @@ Task = BaseTask
 _TASKS: dict[str, type[BaseTask]] = {
     "causal-lm": CausalLM,
     "text-classification": TextClassification,
+    "translation": SequenceToSequence,
+    "summarization": SequenceToSequence,
     "token-classification": TokenClassification,
 }
 

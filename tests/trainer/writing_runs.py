@@ -1,0 +1,94 @@
+"""Small runs of tasks that write text: their data, tokenizers and models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from launcher.facts import gather_facts
+from launcher.plan import make_plan
+from trainer.config.schema import LaunchConfig
+from trainer.rundir import RunDirectory, write_json
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+WORDS = ("nulla", "unum", "duo", "tria", "quattuor", "quinque", "sex", "septem", "octo", "novem")
+
+
+def pair(n: int) -> tuple[str, str]:
+    """A sentence of two to four words, and its translation word by word."""
+    digits = [int(d) for d in str(37 * n + 11)][: 2 + n % 3]
+    return " ".join(NUMBERS[d] for d in digits), " ".join(WORDS[d] for d in digits)
+
+
+def make_texts(folder: Path) -> Path:
+    """Pairs as records, and a SentencePiece tokenizer trained on them."""
+    import sentencepiece
+
+    pairs = [pair(n) for n in range(240)]
+    (folder / "corpus.txt").write_text("".join(f"{text}\n" for both in pairs for text in both))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "pieces"),
+        vocab_size=44,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    for name, chosen in (("train", pairs), ("test", pairs[::24])):
+        lines = [json.dumps({"source": source, "target": target}) for source, target in chosen]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def make_run(folder: Path, texts: Path, ranks: int, generation: Any, **more: Any) -> RunDirectory:
+    """A run of a small T5 that translates, as the launcher leaves it."""
+    values: dict[str, Any] = {
+        "name": folder.name,
+        "output_dir": str(folder.parent),
+        "task": {"type": "translation", "generation": generation, "metrics": ["bleu", "chrf", "exact_match"]},
+        "model": {
+            "config": {
+                "model_type": "t5",
+                "vocab_size": 48,
+                "d_model": 48,
+                "d_kv": 12,
+                "d_ff": 96,
+                "num_layers": 2,
+                "num_heads": 4,
+                "dropout_rate": 0.0,
+                "eos_token_id": 1,
+                "pad_token_id": 0,
+            },
+            "tokenizer": str(texts / "pieces.model"),
+            "dtype": "float32",
+        },
+        "data": {
+            "train": [{"path": str(texts / "train.jsonl")}],
+            "evaluation": [{"path": str(texts / "test.jsonl")}],
+            "sequence_length": 32,
+            "window_documents": 40,
+        },
+        "training": {
+            "global_batch_size": 10,
+            "micro_batch_size": 3,
+            "max_steps": 40,
+            "optimizer": {"learning_rate": 1e-2},
+            "schedule": {"type": "linear", "warmup_steps": 3},
+        },
+        "checkpoint": {"interval_steps": None},
+        "evaluation": {"interval_steps": 20},
+        "logging": {"tensorboard": False},
+        "cluster": {"processes_per_node": ranks, "environment": {"DS_ACCELERATOR": "cpu"}},
+    }
+    for path, value in more.items():
+        section, _, key = path.partition("__")
+        values[section] = {**values[section], key: value} if key else value
+    config = LaunchConfig.model_validate(values)
+    run = RunDirectory(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(run.config_path, config.model_dump(mode="json"))
+    write_json(run.plan_path, make_plan(config, gather_facts(config)).to_json())
+    return run

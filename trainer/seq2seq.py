@@ -1,0 +1,86 @@
+"""From sources and targets to a summed loss, and to generated texts, for encoder-decoder models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from trainer.data.sample import PackedSequence
+from trainer.engine import Engine, whole_shape
+from trainer.forward import TARGETS_TO
+from trainer.generation import Generator, Prompt
+from trainer.loss import IGNORED, LabelledPositions, cross_entropy_sum
+from trainer.objective import padded
+from trainer.tasks.base import Predictions
+
+if TYPE_CHECKING:
+    from trainer.tasks.seq2seq import SequenceToSequence
+
+_NONE = np.zeros(1, dtype=np.int32)
+
+
+class SequenceToSequenceObjective:
+    """The loss over target tokens and the texts that a model generates.
+
+    Args:
+        model: an encoder-decoder model with a language-model head.
+        task: says what is generated, and decodes it.
+        device: of the model.
+    """
+
+    def __init__(self, model: Any, task: SequenceToSequence, device: torch.device) -> None:
+        self._model, self._task, self._device = model, task, device
+        self.head_parameters = math.prod(whole_shape(model.get_output_embeddings().weight))
+        self._head = LabelledPositions(model)
+        self._pad = model.config.pad_token_id or 0
+        settings = task.settings.generation
+        self._generator = Generator(model, settings, task.tokenizer, device) if settings else None
+
+    def __call__(self, forward: Callable[..., Any], sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, int]:
+        """(sum of the loss over target tokens, fp32 scalar; padded tokens, of sources and targets)."""
+        samples = [sample for sequence in sequences for sample in sequence.samples]
+        sources = [sample.tokens[~sample.targets] for sample in samples] or [_NONE]
+        targets = [sample.tokens[sample.targets] for sample in samples] or [_NONE]
+        ids, mask = padded(sources, self._pad), padded([np.ones(len(row)) for row in sources], 0)
+        labels = padded(targets, IGNORED if samples else self._pad)
+        positions = np.flatnonzero(labels != IGNORED) if samples else np.zeros(0, dtype=np.int64)
+        fill = -len(positions) % TARGETS_TO
+        flat = np.concatenate([labels.reshape(-1)[positions], np.full(fill, IGNORED, dtype=np.int64)])
+        positions = np.concatenate([positions, np.zeros(fill, dtype=np.int64)])
+        # shifted to the right as the model's family does it: behind its start token, or its language's
+        given = self._model.prepare_decoder_input_ids_from_labels(labels=self._tensor(labels))
+        with self._head.only(self._tensor(positions)):
+            output = forward(
+                input_ids=self._tensor(ids),
+                attention_mask=self._tensor(mask),
+                decoder_input_ids=given,
+                use_cache=False,
+            )
+        filled = ids.size + labels.size - sum(len(sample.tokens) for sample in samples)
+        return cross_entropy_sum(output.logits, self._tensor(flat)), filled
+
+    def predict(self, engine: Engine, sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, Predictions]:
+        """(sum of the loss over target tokens, what was generated from each source)."""
+        loss, _ = self(engine.forward, sequences)
+        return loss, self.answer(engine, sequences)
+
+    def answer(self, engine: Engine, sequences: Sequence[PackedSequence]) -> Predictions:
+        """What was generated from each source, as the task writes it down."""
+        if self._generator is None:
+            return []
+        samples = [sample for sequence in sequences for sample in sequence.samples]
+        origins = [sample.origin or (0, 0, 0) for sample in samples]
+        prompts = [Prompt(s.tokens[~s.targets], origin) for s, origin in zip(samples, origins, strict=True)]
+        texts = self._generator(engine, prompts)
+        written = [self._task.written(sample, of) for sample, of in zip(samples, texts, strict=True)]
+        return list(zip(origins, written, strict=True))
+
+    def check(self, engine: Engine) -> None:
+        """Nothing: samples do not share sequences."""
+
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
