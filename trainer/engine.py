@@ -8,6 +8,7 @@ stages 1 and 2 cut the concatenation of a group's parameters, so a piece may beg
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import math
@@ -154,6 +155,16 @@ class Engine:
             if not coordinator.is_invalid_trace():
                 coordinator._invalidate_trace()
         return output
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[tuple[Any, bool]]:
+        """(the model, to call its `generate`; whether every rank has to make the same number of passes)."""
+        was_training = self.model.training
+        self.eval()  # also without gradient checkpointing, which allows no cache
+        try:
+            yield self.model, self.stage == 3 and self.world_size > 1
+        finally:
+            self._engine.train(was_training)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients. DeepSpeed averages over ranks: the caller multiplies by the world size."""
