@@ -61,8 +61,11 @@ def add_adapter(model: Any, config: AdapterConfig, seed: int) -> None:
         raise UserError(
             f"model.adapter: {twice} is trained as a whole (`modules_to_save`, or the task's head) and has an adapter"
         )
+    transposed = is_transposed(model.get_submodule(targets[0]))
+    if config.use_dora and transposed:
+        raise UserError(f"model.adapter.use_dora: not for layers kept as [in, out], such as {targets[0]}; turn it off")
     torch.manual_seed(seed)
-    peft.inject_adapter_in_model(lora_config(config, targets, is_transposed(model.get_submodule(targets[0]))), model)
+    peft.inject_adapter_in_model(lora_config(config, targets, transposed), model)
     for name, parameter in model.named_parameters():
         if piece_of(name) is not None:
             parameter.data = parameter.data.to(model.dtype)  # peft's are fp32; ZeRO keeps the fp32 masters

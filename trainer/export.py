@@ -12,6 +12,7 @@ import torch
 
 from trainer.checkpoint_files import damage, published
 from trainer.config.schema import LaunchConfig, ModelConfig
+from trainer.export_adapter import write_config
 from trainer.export_weights import Weights
 from trainer.failures import DsftError, StorageError, UserError
 from trainer.model import DTYPES, load_model_config, quiet_libraries
@@ -29,6 +30,7 @@ def export_run(
     step: int | None = None,
     dtype: str | None = None,
     output: Path | None = None,
+    adapter: str | None = None,
 ) -> Path:
     """Write a checkpoint (the newest one by default) as a Hugging Face folder and check it; returns the folder.
 
@@ -46,11 +48,16 @@ def export_run(
     if output is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--output {target} is there already: choose a folder that is not, or is empty")
 
-    chosen = dtype or (config.model.dtype if config.export.dtype == "auto" else config.export.dtype)
+    alone = (adapter or config.export.adapter) == "adapter"
+    if alone and config.model.adapter is None:
+        raise UserError("--adapter adapter: this run has no `model.adapter`; leave it out to export the whole model")
+    chosen = dtype or config.export.dtype
+    if chosen == "auto":
+        chosen = "float32" if alone else config.model.dtype
     tokenizer = load_tokenizer(config.model)
     task = get_task(config, tokenizer)
     model = _meta_model(config.model, task)
-    weights = Weights(source, model, DTYPES[chosen])
+    weights = Weights(source, model, DTYPES[chosen], config.model.adapter, alone)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if weights.total_bytes + _ROOM_BYTES > free:
@@ -62,16 +69,18 @@ def export_run(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     weights.write(partial, int(config.export.max_shard_size_gib * 2**30))
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = chosen
-    model.config.save_pretrained(partial)
-    if model.can_generate():
-        model.generation_config.save_pretrained(partial)
+    if alone:
+        assert config.model.adapter is not None
+        trained = weights.trained_whole
+        write_config(partial, model, config.model.adapter, trained, config.model.path, task.auto_class)
+    else:
+        _save_configs(model, partial, chosen)
     tokenizer.save(partial)
     (partial / "README.md").write_text(_model_card(run, config, int(weights.state["step"])), encoding="utf-8")
     about = task.config.model_dump(mode="json", include={"name", "task", "model", "data", "training"})
     write_json(partial / EXPORT_ABOUT, {"step": int(weights.state["step"]), "config": about})
-    weights.check(partial, config.model.trust_remote_code)
+    base = (config.model.path, DTYPES[config.model.dtype]) if alone and config.model.path else None
+    weights.check(partial, config.model.trust_remote_code, base)
     if target.exists():
         old = target.with_name(target.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
@@ -81,6 +90,14 @@ def export_run(
     else:
         partial.rename(target)
     return target
+
+
+def _save_configs(model: Any, folder: Path, dtype: str) -> None:
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = dtype
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
 
 def _meta_model(config: ModelConfig, task: BaseTask) -> Any:
@@ -124,18 +141,19 @@ def _model_card(run: RunDirectory, config: LaunchConfig, step: int) -> str:
 
 
 def main() -> None:
-    """`python -P -m trainer.export --run-dir DIR [--step N] [--dtype D]`, as `dsft export` runs it."""
+    """`python -P -m trainer.export --run-dir DIR [--step N] [--dtype D] [--adapter A]`, as `dsft export` runs it."""
     parser = argparse.ArgumentParser(description="Export a checkpoint as a Hugging Face folder")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--step", type=int)
     parser.add_argument("--dtype", choices=sorted(DTYPES))
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--adapter", choices=("merge", "adapter"))
     arguments = parser.parse_args()
     run = RunDirectory(arguments.run_dir)
     config = LaunchConfig.model_validate_json(run.config_path.read_text())
     quiet_libraries()
     try:
-        print(export_run(run, config, arguments.step, arguments.dtype, arguments.output))
+        print(export_run(run, config, arguments.step, arguments.dtype, arguments.output, arguments.adapter))
     except DsftError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

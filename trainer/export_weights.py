@@ -18,8 +18,11 @@ from typing import IO, Any
 import torch
 from safetensors import safe_open
 
+from trainer.adapters import is_transposed, piece_of, plain_name
 from trainer.checkpoint import Slices
+from trainer.config.trained import AdapterConfig
 from trainer.engine import Shard
+from trainer.export_adapter import Update, name_in_folder, pieces_by_module
 from trainer.failures import StorageError
 from trainer.rundir import write_json
 
@@ -43,12 +46,13 @@ _TOKENS = 16
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the export: ``name`` there, from the checkpoint's ``source`` (split, if the names differ)."""
+    """A tensor of the export: ``name`` there, from the checkpoint's ``source``, or from a part of it (``split``)."""
 
     name: str
     source: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    split: bool = False
 
     @property
     def bytes(self) -> int:
@@ -62,26 +66,46 @@ class Weights:
         folder: of the checkpoint.
         model: on the meta device; says how transformers names parameters in files.
         dtype: of the exported parameters.
+        adapter: the config's `model.adapter`; it is merged, or
+        alone: exported by itself, as peft does.
+
+    Raises:
+        StorageError: the model's own files, where frozen weights are, have changed.
     """
 
-    def __init__(self, folder: Path, model: Any, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: Any,
+        dtype: torch.dtype,
+        adapter: AdapterConfig | None = None,
+        alone: bool = False,
+    ) -> None:
         self.state: dict[str, Any] = json.loads((folder / "state.json").read_text())
         self._slices = Slices(folder, self.state)
-        self._model, self._dtype = model, dtype
+        if self._slices.origin:
+            self._slices.origin.verify(folder.parent.parent)
+        self._model, self._dtype, self._alone = model, dtype, alone
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._keys: dict[str, str] = {}
         self._dtypes: dict[str, torch.dtype] = {}  # in the checkpoint
         frozen: torch.dtype | None = None
-        for name, shape, trained in self.state["parameters"]:
-            self._shapes[name], self._keys[name] = tuple(shape), f"{'master' if trained else 'frozen'}/{name}"
+        for held, shape, trained in self.state["parameters"]:
+            name = plain_name(held) if adapter else held
+            self._shapes[name], self._keys[name] = tuple(shape), f"{'master' if trained else 'frozen'}/{held}"
             if not trained and frozen is None:
                 frozen = self._slices.dtype(self._keys[name])
             self._dtypes[name] = torch.float32 if trained or frozen is None else frozen
-        self._parameters = list(self._shapes)
+        self._pieces = pieces_by_module(self._shapes) if adapter else {}
+        self._scale = adapter.alpha / adapter.rank if adapter else 0.0
+        self._block: tuple[str, int, torch.Tensor] | None = None  # the last merged rows: name, number, values
+        self._parameters = [name for name in self._shapes if not self._pieces or piece_of(name) is None]
+        self.trained_whole = [n for n in self._parameters if self._pieces and self._keys[n].startswith("master/")]
         for name, shape in self.state["buffers"]:
             self._shapes[name], self._keys[name] = tuple(shape), f"buffer/{name}"
             self._dtypes[name] = self._slices.dtype(self._keys[name]) if math.prod(shape) else torch.float32
-        self.entries = self._plan()
+        self._buffers = [name for name, _ in self.state["buffers"]]
+        self.entries = self._plan_alone() if alone else self._plan()
         self.total_bytes = sum(entry.bytes for entry in self.entries)
 
     def _plan(self) -> list[Entry]:
@@ -89,11 +113,17 @@ class Weights:
         entries = []
         for name in self._parameters:
             meta = torch.empty(self._shapes[name], dtype=self._dtype, device="meta")
-            entries += [Entry(n, name, tuple(t.shape), self._dtype) for n, t in self._for_files(name, meta).items()]
+            for n, tensor in self._for_files(name, meta).items():
+                shape = tuple(tensor.shape)
+                entries.append(Entry(n, name, shape, self._dtype, n != name or shape != self._shapes[name]))
         if len({entry.name for entry in entries}) != len(entries):  # a family that joins several parameters in files
             entries = [Entry(name, name, self._shapes[name], self._dtype) for name in self._parameters]
-        buffers = [name for name in self._shapes if name not in set(self._parameters)]
-        return entries + [Entry(name, name, self._shapes[name], self._dtypes[name]) for name in buffers]
+        return entries + [Entry(name, name, self._shapes[name], self._dtypes[name]) for name in self._buffers]
+
+    def _plan_alone(self) -> list[Entry]:
+        """The adapter's pieces and what was trained as a whole, as peft names them."""
+        names = [*(name for pieces in self._pieces.values() for name in pieces.values()), *self.trained_whole]
+        return [Entry(name_in_folder(name), name, self._shapes[name], self._dtype) for name in names]
 
     def _for_files(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """A parameter under the names that files of this model family use."""
@@ -105,9 +135,36 @@ class Weights:
     # -- reading the checkpoint
 
     def _chunk(self, name: str, begin: int, length: int) -> torch.Tensor:
+        if name.removesuffix(".weight") not in self._pieces:
+            return self._held(name, begin, length)
+        # always the same blocks of rows: a product's last bits may depend on its shape
+        width = self._shapes[name][1]
+        size = max(_CHUNK // width, 1) * width
+        blocks = range(begin // size, -(-(begin + length) // size))
+        parts = [self._merged(name, block, size)[max(begin - block * size, 0) :] for block in blocks]
+        return torch.cat(parts)[:length]
+
+    def _merged(self, name: str, number: int, size: int) -> torch.Tensor:
+        """A block of ``size`` elements, whole rows, of a weight with its adapter; fp32, flat."""
+        if self._block is None or self._block[:2] != (name, number):
+            shape, begin = self._shapes[name], number * size
+            rows = self._held(name, begin, min(size, math.prod(shape) - begin)).float().view(-1, shape[1])
+            pieces = self._pieces[name.removesuffix(".weight")]
+            update = Update(
+                self.whole(pieces["lora_A"], torch.float32),
+                self.whole(pieces["lora_B"], torch.float32),
+                self.whole(found, torch.float32) if (found := pieces.get("lora_magnitude_vector")) else None,
+                self._scale,
+                is_transposed(self._model.get_submodule(name.removesuffix(".weight"))),
+            )
+            self._block = name, number, update.apply(rows, begin // shape[1]).view(-1)
+        return self._block[2]
+
+    def _held(self, name: str, begin: int, length: int) -> torch.Tensor:
+        """Elements of a flattened tensor as the checkpoint has it."""
         chunk = torch.empty(length, dtype=self._dtypes[name])
-        numel = math.prod(self._shapes[name])
-        self._slices.read_into(self._keys[name], Shard(name, numel, begin, length, {}), chunk)
+        numel, key = math.prod(self._shapes[name]), self._keys[name]
+        self._slices.read_into(key, Shard(key.partition("/")[2], numel, begin, length, {}), chunk)
         return chunk
 
     def whole(self, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -117,7 +174,7 @@ class Weights:
 
     def chunks(self, entry: Entry) -> Iterator[torch.Tensor]:
         """The flattened tensor of an entry, in order, in its dtype."""
-        if entry.name != entry.source or entry.shape != self._shapes[entry.source]:
+        if entry.split:
             tensor = self._for_files(entry.source, self.whole(entry.source, entry.dtype))[entry.name]
             yield tensor.contiguous().view(-1)
             return
@@ -128,7 +185,12 @@ class Weights:
     # -- writing
 
     def write(self, folder: Path, max_bytes: int) -> None:
-        """model.safetensors, or shards of ``max_bytes`` at most (but one tensor at least) and their index."""
+        """model.safetensors, or shards of ``max_bytes`` at most (but one tensor at least) and their index; an adapter's
+        adapter_model.safetensors."""
+        if self._alone:
+            with (folder / "adapter_model.safetensors").open("wb") as file:
+                self._write_shard(file, self.entries)
+            return
         shards: list[list[Entry]] = [[]]
         for entry in self.entries:
             if shards[-1] and sum(e.bytes for e in shards[-1]) + entry.bytes > max_bytes:
@@ -166,16 +228,19 @@ class Weights:
 
     # -- checking
 
-    def check(self, folder: Path, trust_remote_code: bool) -> None:
+    def check(self, folder: Path, trust_remote_code: bool, base: tuple[str, torch.dtype] | None = None) -> None:
         """Read the export back: every element equals the checkpoint's; for smaller models plain transformers also
-        loads the folder and gives the logits of the checkpoint's weights. Raises StorageError."""
+        loads the folder and gives the logits of the checkpoint's weights. Raises StorageError.
+
+        ``base``: path and dtype of the model that an adapter by itself belongs to.
+        """
         files: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
             file: Any = safe_open(path, framework="pt")
             files.update(dict.fromkeys(file.keys(), file))
         for entry in self.entries:
             tensor = files[entry.name].get_slice(entry.name)
-            if math.prod(entry.shape) <= _CHUNK or entry.name != entry.source:
+            if math.prod(entry.shape) <= _CHUNK or entry.split:
                 written = files[entry.name].get_tensor(entry.name).reshape(-1)
                 equal = torch.equal(written, torch.cat([*self.chunks(entry), torch.empty(0, dtype=entry.dtype)]))
             else:  # rows at a time
@@ -190,22 +255,32 @@ class Weights:
                 )
             if not equal:
                 raise StorageError(f"{folder}: {entry.name} was not written as the checkpoint has it; try again")
-        if self.total_bytes <= _LOGITS_BYTES:
-            self._check_logits(folder, trust_remote_code)
+        size = sum(4 * math.prod(self._shapes[name]) for name in self._parameters) if self._alone else self.total_bytes
+        if size <= _LOGITS_BYTES:
+            self._check_logits(folder, trust_remote_code, base)
 
-    def _check_logits(self, folder: Path, trust_remote_code: bool) -> None:
-        kind = type(self._model)
+    def _check_logits(self, folder: Path, trust_remote_code: bool, base: tuple[str, torch.dtype] | None) -> None:
+        kind, dtype = type(self._model), torch.float32 if base else self._dtype
+        source, held = base or (folder, dtype)
         loaded, report = kind.from_pretrained(
-            folder, dtype=self._dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+            source,
+            config=self._model.config if base else None,
+            dtype=held,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
         )
         wrong = {key: sorted(map(str, value)) for key, value in report.items() if value}
-        if wrong:
+        if wrong and not base:
             raise StorageError(f"{folder}: transformers does not take the export as it is: {wrong}")
-        expected = kind._from_config(loaded.config, dtype=self._dtype)
-        weights = {name: self.whole(name, self._dtype) for name in self._parameters}
-        weights |= {name: self.whole(name, self._dtypes[name]) for name in self._shapes if name not in weights}
+        expected = kind._from_config(loaded.config, dtype=dtype)
+        weights = {name: self.whole(name, dtype) for name in self._parameters}
+        weights |= {name: self.whole(name, self._dtypes[name]) for name in self._buffers}
         expected.load_state_dict(weights, strict=False)
         expected.tie_weights()
+        if base:
+            import peft
+
+            loaded = peft.PeftModel.from_pretrained(loaded.float(), str(folder)).base_model.model
         vocabulary = int(loaded.get_input_embeddings().weight.shape[0])
         ids = torch.arange(_TOKENS)[None] * 7919 % vocabulary
         inputs = {"input_ids": ids}
@@ -213,7 +288,8 @@ class Weights:
             inputs["decoder_input_ids"] = ids
         with torch.no_grad():
             found, wanted = (_outputs(model.eval()(**inputs)) for model in (loaded, expected))
-        if not torch.allclose(found, wanted, rtol=1e-5, atol=1e-5, equal_nan=True):
+        tolerance = 1e-5 if dtype == self._dtype else 2e-2  # an adapter rounded to bf16
+        if not torch.allclose(found, wanted, rtol=tolerance, atol=tolerance, equal_nan=True):
             difference = float((found - wanted).abs().max())
             raise StorageError(f"{folder}: logits of the reloaded export differ by {difference} from the checkpoint's")
 

@@ -11,6 +11,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory or name")
     parser.add_argument("--step", type=int, metavar="N", help="default: the newest checkpoint")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: export.dtype of the config")
+    parser.add_argument(
+        "--adapter",
+        choices=("merge", "adapter"),
+        help="a trained adapter: merged into the weights, or a folder for peft; default: export.adapter of the config",
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: export/ in the run directory")
 
 
@@ -26,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     found = find_run(options.run)
     published(found, options.step)  # says what there is without waiting for torch
     command = [sys.executable, "-P", "-m", "trainer.export", "--run-dir", str(found.path)]
-    for name in ("step", "dtype", "output"):
+    for name in ("step", "dtype", "output", "adapter"):
         value = getattr(options, name)
         if value is not None:
             command += [f"--{name}", str(value)]
