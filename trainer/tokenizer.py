@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import numpy as np
 
 from trainer.config.schema import ModelConfig
 from trainer.failures import DataError
+
+_TOGETHER = 64  # texts of one call: what it returns is large, and dear to allocate, for thousands
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,17 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int32, without special tokens."""
-        return [np.asarray(ids, dtype=np.int32) for ids in self._encode(list(texts))]
+        flat, ends = self.encode_flat(texts)
+        return np.split(flat, ends[:-1]) if len(ends) else []
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(token ids of all texts, int32 [tokens]; where those of each end, int64 [texts]), without special tokens."""
+        found: list[list[int]] = []
+        for start in range(0, len(texts), _TOGETHER):
+            found += self._encode(list(texts[start : start + _TOGETHER]))
+        ends = np.cumsum(np.fromiter(map(len, found), dtype=np.int64, count=len(found)))
+        total = int(ends[-1]) if len(ends) else 0
+        return np.fromiter(chain.from_iterable(found), dtype=np.int32, count=total), ends
 
     def encode_with_starts(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """As encode_batch, with the character at which each token begins, int64.
@@ -137,7 +150,10 @@ def _fast(path: Path, settings: dict[str, Any], folder: Path | None) -> Tokenize
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, target / name)
         else:
-            _save_fast(fast, target, eos, bos if begins else None, pad)
+            # of the family of BERT, whose models tell the texts of a pair apart by these
+            inputs = ["input_ids", "token_type_ids", "attention_mask"]
+            more = {"model_input_names": inputs} if fast.token_to_id("[CLS]") is not None else {}
+            _save_fast(fast, target, eos, bos if begins else None, pad, **more)
 
     named = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": token_id("unk_token")}
     special = {name: str(fast.id_to_token(token)) for name, token in named.items() if token is not None}

@@ -33,7 +33,7 @@ class Words:
     """A task without a tokenizer: a record's `text` is a list of numbers, the first of which is its prompt."""
 
     structured = optional = frozenset[str]()
-    splits, predicts = True, False
+    splits, pieces, predicts = True, False, False
 
     def columns(self, source_columns: dict[str, str], record: dict[str, Any]) -> dict[str, str]:
         return {"text": "text"}

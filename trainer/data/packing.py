@@ -19,8 +19,8 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (space left, bin), sorted; full bins are dropped
-    for item in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[item])
+    order = np.argsort(-lengths, kind="stable")
+    for item, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         place = bisect_left(room, (length, -1))
         if place == len(room):
             bins.append([item])

@@ -51,6 +51,8 @@ class Source:
 
     def read(self, numbers: Sequence[int]) -> list[Outcome]:
         """Records by number, each with None, or None with what is wrong with it."""
+        if len(self.files) == 1:
+            return self.files[0].read(numbers)
         wanted = np.asarray(numbers, dtype=np.int64)
         results: list[Outcome] = [(None, None)] * len(wanted)
         owner = np.searchsorted(self._first, wanted, side="right") - 1

@@ -27,6 +27,7 @@ from trainer.data.workers import Workers, worker_count
 from trainer.failures import DataError
 
 _PREFETCH = 4  # global batches
+_INT32 = np.dtype("<i4")
 
 
 @dataclass(frozen=True)
@@ -228,15 +229,16 @@ def _refuse_changed(before: dict[str, Any] | None, now: dict[str, Any]) -> None:
 
 def digest(place: int, sequence: PackedSequence) -> int:
     """63-bit BLAKE2b of a sequence at its place in the global batch: samples, where they begin, and what is learned."""
-    state = hashlib.blake2b(place.to_bytes(8, "little"), digest_size=8)
+    parts = [place.to_bytes(8, "little")]
     for sample in sequence.samples:
-        state.update(len(sample.tokens).to_bytes(8, "little"))
-        state.update(np.ascontiguousarray(sample.tokens, dtype="<i4").tobytes())
-        state.update(np.packbits(sample.targets).tobytes())
-        for values in (sample.labels, *(sample.inputs or {}).values()):
-            if values is not None:
-                state.update(np.ascontiguousarray(values).tobytes())
-    return int.from_bytes(state.digest(), "little") >> 1
+        parts.append(len(sample.tokens).to_bytes(8, "little"))
+        parts.append(sample.tokens.astype(_INT32, copy=False).tobytes())
+        parts.append(np.packbits(sample.targets).tobytes())
+        if sample.labels is not None:
+            parts.append(sample.labels.tobytes())
+        if sample.inputs:
+            parts += [values.tobytes() for values in sample.inputs.values()]
+    return int.from_bytes(hashlib.blake2b(b"".join(parts), digest_size=8).digest(), "little") >> 1
 
 
 def _in_background(produce: Callable[[], Generator[GlobalBatch, None, None]]) -> Iterator[GlobalBatch]:

@@ -144,7 +144,11 @@ class SourceStream:
         except DataError as error:
             rows = [(0, _ERROR, byte, 0) for byte in str(error).encode()]
         else:
-            rows = [(p, i, len(s.tokens), int(s.targets.sum())) for p, of in pieces.items() for i, s in enumerate(of)]
+            rows = [
+                (p, i, len(s.tokens), int(np.count_nonzero(s.targets)))
+                for p, of in pieces.items()
+                for i, s in enumerate(of)
+            ]
             rows += [(position, _OUTCOME, outcome, 0) for position, outcome in outcomes]
         gathered = self._gather(np.array(rows, dtype=np.int64).reshape(-1, 4))
         for part in gathered:
@@ -160,9 +164,10 @@ class SourceStream:
         bins = pack(table[:, 2], options.sequence_length) if options.packing else alone
         if options.shuffle:
             bins = [bins[i] for i in sequence_order(len(bins), options.seed, self._index, epoch, number)]
+        places = list(map(tuple, table[:, :2].tolist()))
         return Window(
             documents,
-            [[(int(table[item, 0]), int(table[item, 1])) for item in members] for members in bins],
+            [[places[item] for item in members] for members in bins],
             np.array([table[members, 2].sum() for members in bins], dtype=np.int64),
             np.array([table[members, 3].sum() for members in bins], dtype=np.int64),
             pieces,

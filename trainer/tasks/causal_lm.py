@@ -98,26 +98,37 @@ class CausalLM(BaseTask):
         return [*self._encode_texts(records)]
 
     def _encode_texts(self, records: Sequence[dict[str, Any]]) -> list[Sample]:
+        """Samples that are views of two arrays: one for each would cost more than all else here but the tokenizer."""
+        parts = 1 if "text" in records[0] else 2
         texts: list[str] = []
         for record in records:
-            texts += [record["text"]] if "text" in record else [record["prompt"], record["completion"]]
-        encoded = iter(self.tokenizer.encode_batch(texts))
-        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        eos = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
-        samples = []
-        for record in records:
-            prompt = np.zeros(0, dtype=np.int32) if "text" in record else next(encoded)
-            learned = next(encoded)
-            # a text may bring these tokens itself, written out: never twice
-            head = [] if (prompt if len(prompt) else learned)[:1].tolist() == bos else bos
-            tail = [] if learned[-1:].tolist() == eos else eos
-            tokens = np.concatenate([np.array(head, dtype=np.int32), prompt, learned, np.array(tail, dtype=np.int32)])
-            targets = np.zeros(len(tokens), dtype=bool)
-            targets[max(len(head) + len(prompt), 1) :] = True  # the first token of all is predicted from nothing
-            if not len(learned):
-                targets[:] = False
-            samples.append(Sample(tokens, targets))
-        return samples
+            texts += [record["text"]] if parts == 1 else [record["prompt"], record["completion"]]
+        ids, ends = self.tokenizer.encode_flat(texts)
+        starts = np.concatenate([[0], ends[:-1]]).reshape(-1, parts)
+        ends = ends.reshape(-1, parts)
+        first, learned, last = starts[:, 0], starts[:, -1], ends[:, -1]  # int64 [records] each, in ids
+        # a text may bring BOS and EOS itself, written out: never twice
+        bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
+        head, tail = np.full(len(first), bos is not None), np.full(len(first), eos is not None)
+        some, answered = last > first, last > learned
+        head[some] &= ids[first[some]] != bos
+        tail[answered] &= ids[last[answered] - 1] != eos
+
+        lengths = last - first + head + tail
+        sample_ends = np.cumsum(lengths)
+        begins = sample_ends - lengths
+        tokens = np.empty(int(sample_ends[-1]), dtype=np.int32)
+        tokens[begins[head]] = -1 if bos is None else bos
+        tokens[sample_ends[tail] - 1] = -1 if eos is None else eos
+        # ids move by the BOS and EOS before them, record by record
+        tokens[np.arange(len(ids)) + np.repeat(begins + head - first, last - first)] = ids
+        # learned: what follows the prompt, if anything; never the first token of all, predicted from nothing
+        given = np.where(answered, np.maximum(head + learned - first, 1), lengths)
+        targets = np.arange(len(tokens)) - np.repeat(begins, lengths) >= np.repeat(given, lengths)
+        return [
+            Sample(tokens[begin:end], targets[begin:end])
+            for begin, end in zip(begins.tolist(), sample_ends.tolist(), strict=True)
+        ]
 
     def _encode_chats(self, records: Sequence[dict[str, Any]]) -> list[Sample | str]:
         results: list[Sample | str] = []
