@@ -6,23 +6,19 @@ the rank that the others wait for: the one that is suspended, or has entered few
 
 from __future__ import annotations
 
-import contextlib
 import re
-import threading
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.config.schema import ResilienceConfig
-from trainer.heartbeat import INTERVAL_SECONDS, Heartbeat, Phase, read
+from trainer.heartbeat import INTERVAL_SECONDS, Heartbeat, Phase
 
 FLOOR_SECONDS = 60.0
 STEP_FACTOR = 5.0
 _OF_STEPS: frozenset[Phase] = frozenset({"data", "step"})
 # A rank whose file has not changed for this share of the limit is suspended: a living one writes every 2 s
 _STALE_SHARE = 0.7
-_FEWEST_LOOKS_SECONDS, _MOST_LOOKS_SECONDS = 0.5, 5.0
 _SHOWN_RANKS = 8
 _SHOWN_FRAMES = 12
 
@@ -195,76 +191,3 @@ def with_stack(hang: Hang, folder: Path) -> Hang:
     if stack is None:
         return replace(hang, evidence=(*hang.evidence, f"rank {hang.ranks[0]} could not write its stack"))
     return replace(hang, stack=stack, evidence=(*hang.evidence, f"all stacks: {folder}"))
-
-
-# -- watching ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Seen:
-    beat: Heartbeat
-    quiet_since: float
-    stale_since: float
-
-
-@dataclass
-class HangWatch:
-    """Reads the heartbeats in `folder` in a thread of its own, which may wait for the storage, until there is a `hang`.
-
-    Time counts only as far as the heartbeats could be looked at, so that neither a suspended supervisor nor storage
-    that stood still makes a hang.
-    """
-
-    folder: Path
-    world_size: int
-    resilience: ResilienceConfig
-    hang: Hang | None = None
-    _seen: dict[int, _Seen] = field(default_factory=dict)
-    _clock: float = 0.0
-    _last: float | None = None
-    _over: threading.Event = field(default_factory=threading.Event)
-
-    def start(self) -> None:
-        if self.resilience.hang_timeout_seconds is not None:
-            threading.Thread(target=self._run, name="hangs", daemon=True).start()
-
-    def stop(self) -> None:
-        self._over.set()
-
-    def has_stacks(self, folder: Path) -> bool:
-        """True once every rank but those that are suspended has written its stacks."""
-        suspended = self.hang.suspended if self.hang else ()
-        asked = [rank for rank, seen in self._seen.items() if rank not in suspended and seen.beat.phase != "ended"]
-        with contextlib.suppress(OSError):
-            return all((folder / f"rank{rank}.txt").stat().st_size > 0 for rank in asked)
-        return False
-
-    def look(self, now: float) -> list[Watched]:
-        """Read every heartbeat; `now` is time.monotonic()."""
-        if self._last is not None:
-            self._clock += min(now - self._last, 2 * _MOST_LOOKS_SECONDS)
-        self._last = now
-        for path in self.folder.glob("rank*"):
-            beat = read(path)
-            if beat is None:
-                continue
-            seen = self._seen.setdefault(beat.rank, _Seen(beat, self._clock, self._clock))
-            if beat.signs() != seen.beat.signs():
-                seen.quiet_since = self._clock
-            if beat.beats != seen.beat.beats:
-                seen.stale_since = self._clock
-            seen.beat = beat
-        clock = self._clock
-        return [Watched(s.beat, clock - s.quiet_since, clock - s.stale_since) for _, s in sorted(self._seen.items())]
-
-    def _run(self) -> None:
-        pause = _FEWEST_LOOKS_SECONDS
-        while not self._over.wait(pause):
-            watched = self.look(time.monotonic())
-            if not watched:
-                continue
-            limit = limit_seconds((w.beat for w in watched), self.resilience)
-            pause = min(max(limit / 20, _FEWEST_LOOKS_SECONDS), _MOST_LOOKS_SECONDS)
-            self.hang = find_hang(watched, self.world_size, self.resilience)
-            if self.hang is not None:
-                return

@@ -6,12 +6,13 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from launcher.hangs import HangWatch, with_stack
+from launcher.hangs import with_stack
+from launcher.heartbeats import HeartbeatWatch
 from launcher.verdict import Action, Attempt, Snapshot, Verdict, classify, decide
 from trainer.config.schema import ResilienceConfig
 from trainer.failures import EXIT_TEMPORARY, DsftError
@@ -145,7 +146,7 @@ class Supervisor:
         """Run one attempt to its end, whatever that is; nothing of it runs when this returns."""
         gate, self.gate = self.gate, None
         handle = self.backend.start(attempt)
-        hangs = self._hang_watch(attempt)
+        watch = self._heartbeats(attempt)
         codes: dict[str, int] | None = None
         reason: str | None = None
         try:
@@ -157,30 +158,30 @@ class Supervisor:
             handle.release()
             if gate is not None:
                 self.released()
-            hangs.start()
-            codes, reason = self._watch(attempt, handle, signals, hangs)
-            if codes is None and reason is None and hangs.hang is not None and not self.lease.lost.is_set():
-                events.write("hang", attempt=attempt, **hangs.hang.to_event())
+            watch.start()
+            codes, reason = self._watch(attempt, handle, signals, watch, events)
+            if codes is None and reason is None and watch.hang is not None and not self.lease.lost.is_set():
+                events.write("hang", attempt=attempt, **watch.hang.to_event())
                 handle.ask_for_stacks()
-                self._wait_for_stacks(attempt, hangs)
+                self._wait_for_stacks(attempt, watch)
             reason = self.explain(reason) if reason else None
         except DsftError as error:  # the gate's
             return Verdict("failed", error.failure_class, message=str(error)), None
         finally:
-            hangs.stop()
+            watch.stop()
             if gate is not None:
                 gate.cancel()
             left = handle.kill()
         snapshot = self._snapshot(attempt, codes, reason, _oom_kills() - oom_kills)
-        if codes is None and hangs.hang is not None:
-            snapshot = replace(snapshot, hang=with_stack(hangs.hang, self.run.attempt_dir(attempt) / "stacks"))
+        if codes is None and watch.hang is not None:
+            snapshot = replace(snapshot, hang=with_stack(watch.hang, self.run.attempt_dir(attempt) / "stacks"))
         verdict = classify(snapshot)
         if left:
             print(f"warning: processes {left} would not die (stuck in the kernel?)", flush=True)
         return verdict, reason
 
     def _watch(
-        self, attempt: int, handle: AttemptHandle, signals: StopSignals, hangs: HangWatch
+        self, attempt: int, handle: AttemptHandle, signals: StopSignals, watch: HeartbeatWatch, events: EventWriter
     ) -> tuple[dict[str, int] | None, str | None]:
         """Wait for the agents; (their exit codes, or None if they have to be killed; the reason of a stop)."""
         reason: str | None = None
@@ -190,7 +191,9 @@ class Supervisor:
             self.tick()
             if signals.count >= 2 or self.lease.lost.is_set() or time.monotonic() > deadline:
                 return None, reason or signals.reason
-            if hangs.hang is not None and reason is None:
+            while watch.stragglers:
+                events.write("straggler", attempt=attempt, **asdict(watch.stragglers.popleft()))
+            if watch.hang is not None and reason is None:
                 return None, None
             if signals.reason and reason is None:
                 with contextlib.suppress(OSError):  # no storage, no last checkpoint: the grace just passes
@@ -209,15 +212,15 @@ class Supervisor:
             reason = str(request.get("reason", "cancel"))  # the ranks were quicker than the next look
         return codes, reason
 
-    def _hang_watch(self, attempt: int) -> HangWatch:
+    def _heartbeats(self, attempt: int) -> HeartbeatWatch:
         plan = read_json(self.run.plan_path) or {}
         folder = self.run.heartbeat_path(attempt, 0).parent
-        return HangWatch(folder, int(plan.get("world_size", 0)), self.resilience)
+        return HeartbeatWatch(folder, int(plan.get("world_size", 0)), self.resilience)
 
-    def _wait_for_stacks(self, attempt: int, hangs: HangWatch) -> None:
+    def _wait_for_stacks(self, attempt: int, watch: HeartbeatWatch) -> None:
         """Until every rank that still can has written its stacks."""
         deadline = time.monotonic() + _STACKS_SECONDS
-        while time.monotonic() < deadline and not hangs.has_stacks(self.run.stack_path(attempt, 0).parent):
+        while time.monotonic() < deadline and not watch.has_stacks(self.run.stack_path(attempt, 0).parent):
             self.tick()
             time.sleep(_FILE_POLL_SECONDS)
 

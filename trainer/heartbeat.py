@@ -17,12 +17,15 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from trainer.failures import node_name
 
+T = TypeVar("T")
+R = TypeVar("R")
 Phase = Literal["setup", "data", "step", "checkpoint", "evaluation", "export", "ending", "ended"]
 
 INTERVAL_SECONDS = 2.0
@@ -49,7 +52,8 @@ class Heartbeat:
     step_seconds: float = 0.0  # of the last step, with its wait for data
     data_seconds: float = 0.0  # of which waiting for data
     longest_step_seconds: float = 0.0  # among the last 100; 0: no step is done yet
-    probe_seconds: float = 0.0  # see trainer.stragglers; 0: not measured yet
+    probe_seconds: float = 0.0  # see trainer.stragglers
+    probes: int = 0  # how often that was measured
     own_data_seconds: float = 0.0  # making batches, without waiting for other ranks; since the start of the attempt
 
     def signs(self) -> tuple[object, ...]:
@@ -68,6 +72,7 @@ class _State:
     step_seconds: float = 0.0
     data_seconds: float = 0.0
     probe_seconds: float = 0.0
+    probes: int = 0
     own_data_seconds: float = 0.0
 
 
@@ -100,11 +105,22 @@ def step_done(began: float, data_seconds: float) -> float:
 def note_probe(seconds: float) -> None:
     """The straggler probe took so long."""
     _state.probe_seconds = seconds
+    _state.probes += 1
 
 
-def add_own_data_seconds(seconds: float) -> None:
-    """So much more time went into making batches, without waiting for other ranks. Call it from one thread."""
-    _state.own_data_seconds += seconds
+def noting_own_time(gather: Callable[[T], R]) -> Callable[[T], R]:
+    """`gather`, a collective of the thread that makes batches; the time between its calls is published as own."""
+    ended: float | None = None
+
+    def noting(array: T) -> R:
+        nonlocal ended
+        if ended is not None:
+            _state.own_data_seconds += time.monotonic() - ended
+        result = gather(array)
+        ended = time.monotonic()
+        return result
+
+    return noting
 
 
 def start(path: Path, rank: int) -> None:

@@ -62,5 +62,6 @@ def roll_back(trainer: Trainer, cause: Cause) -> bool:
             skipped_batches=suspects,
         )
     # The old stream's thread may still be in a collective of its group
-    trainer.gather = collectives.make_gather(collectives.new_group(collectives.TIMEOUT_SECONDS))
+    gather = collectives.make_gather(collectives.new_group(collectives.TIMEOUT_SECONDS))
+    trainer.gather = heartbeat.noting_own_time(gather)
     return True

@@ -35,13 +35,14 @@ from trainer.rundir import RunDirectory, cut_torn_tail
 from trainer.saving import SavePolicy, tell
 from trainer.schedule import learning_rate_factor
 from trainer.spikes import cause_to_go_back, rollbacks_of
+from trainer.stragglers import Probe
 from trainer.tasks import get_task
 from trainer.tokenizer import load_tokenizer
 from trainer.usage import Utilisation, peak_memory
 
 _MAX_SKIPPED_IN_A_ROW = 3
 _STOP_POLL_SECONDS = 0.5
-_STOP, _SAVE = 1, 2  # what rank 0 asks of all ranks after a step
+_STOP, _SAVE, _PROBE = 1, 2, 4  # what rank 0 asks of all ranks after a step
 
 
 def train(run: RunDirectory, attempt: int) -> None:
@@ -69,7 +70,8 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         self.control = collectives.new_group(collectives.TIMEOUT_SECONDS)
         # a group each: both streams may be under way, and ranks need not reach their calls in the same order
-        self.gather = collectives.make_gather(collectives.new_group(collectives.TIMEOUT_SECONDS))
+        gather = collectives.make_gather(collectives.new_group(collectives.TIMEOUT_SECONDS))
+        self.gather = heartbeat.noting_own_time(gather)
         self.evaluation_gather = collectives.make_gather(collectives.new_group(collectives.TIMEOUT_SECONDS))
 
         tokenizer = load_tokenizer(self.config.model)
@@ -93,6 +95,7 @@ class Trainer:
         self.engine.origin = find_origin(self.config.model.path, self.engine, run, self.gather)
         self.rank, self.world_size = self.engine.rank, self.engine.world_size
         self.is_main = self.rank == 0
+        self.probe = Probe(self.device)
         per_token = self.plan["flops_per_token"]
         self.profiler = Profiler(self.config.logging.profile, run, attempt, self.rank, self.device)
         self.utilisation = Utilisation(per_token, self.loss.head_parameters, self.world_size, self.device)
@@ -150,6 +153,8 @@ class Trainer:
                 self.save()
             if judgement & OVER:
                 break
+            if request & _PROBE:
+                self.probe.run()
             mark = heartbeat.enter("data", self.step + 1)
         self.finish(metrics, stopped)
 
@@ -299,7 +304,7 @@ class Trainer:
     def request(self) -> int:
         """What rank 0 asks of all ranks after this step; 0 on the others."""
         save = self.save_policy is not None and self.save_policy.due(self.step)
-        return _STOP * self.stop_requested() + _SAVE * save
+        return _STOP * self.stop_requested() + _SAVE * save + _PROBE * (self.is_main and self.probe.due())
 
     def stop_requested(self) -> bool:
         if not self.is_main or time.monotonic() < self._next_stop_poll:
@@ -332,7 +337,7 @@ class Trainer:
         if not self.config.data.evaluation or self.last_evaluated == self.step:
             return 0
         self.last_evaluated = self.step
-        start = heartbeat.enter("evaluation")
+        start = heartbeat.enter("evaluation", self.step)
         self.scores = scores = evaluate(self.engine, self.task, self.loss, self.evaluation_sets(), self.control)
         judgement = 0
         if metrics:
@@ -357,7 +362,7 @@ class Trainer:
     def save(self) -> None:
         if self.last_saved == self.step:
             return
-        heartbeat.enter("checkpoint")
+        heartbeat.enter("checkpoint", self.step)
         self.last_saved = self.step
         state = {
             "data": self.data_state,
@@ -373,7 +378,7 @@ class Trainer:
 
     def save_last(self) -> None:
         """The checkpoint that the end of a run depends on; tried twice. Raises StorageError."""
-        heartbeat.enter("checkpoint")
+        heartbeat.enter("checkpoint", self.step)
         for _ in range(2):
             self.saver.wait()
             problem = self.saver.missing_space() if self.is_main and self.last_saved != self.step else None
@@ -391,7 +396,7 @@ class Trainer:
         if not stopped:
             self.evaluate(metrics)
         self.save_last()
-        heartbeat.enter("ending")
+        heartbeat.enter("ending", self.step)
         if metrics:
             metrics.close()
         if not self.is_main:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from launcher.hangs import HangWatch, Watched, find_hang, limit_seconds, main_stack, top_frame, with_stack
+from launcher.hangs import Watched, find_hang, limit_seconds, main_stack, top_frame, with_stack
+from launcher.heartbeats import HeartbeatWatch
 from launcher.verdict import Snapshot, classify
 from trainer.config.schema import ResilienceConfig
 from trainer.heartbeat import Heartbeat, Phase
@@ -156,7 +157,7 @@ def test_an_error_that_a_rank_has_reported_explains_the_hang() -> None:
 
 
 def test_only_time_in_which_heartbeats_could_be_read_counts(tmp_path: Path) -> None:
-    watch = HangWatch(tmp_path, 2, AUTO)
+    watch = HeartbeatWatch(tmp_path, 2, AUTO)
 
     def publish(rank: int, beats: int, **more: Any) -> None:
         text = json.dumps(asdict(beat(rank, beats=beats, **more))).ljust(2048)

@@ -1,7 +1,7 @@
 """A rank that hangs, once in each of the first attempts; else trainer.worker.
 
 HANG="RANK:STEP:KIND ..." for attempts 1, 2, ...; KIND is `sleep` (in Python, before the first collective of the step)
-or `suspend` (SIGSTOP). It notes when: attempts/NNNN/hung.
+or `suspend` (SIGSTOP). It notes when: attempts/NNNN/hung. The straggler probe is made after nearly every step.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import signal
 import time
 from typing import Any
 
-from trainer import worker
+from trainer import stragglers, worker
 from trainer.data.stream import GlobalBatch
 from trainer.rundir import RunDirectory
 from trainer.train import Trainer
+
+stragglers._INTERVAL_SECONDS = 0.05
 
 
 class HangingTrainer(Trainer):

@@ -12,6 +12,7 @@ from launcher import hangs
 from launcher.backends.local import LocalBackend
 from launcher.supervisor import Result, Supervisor
 from trainer.config.schema import ResilienceConfig
+from trainer.heartbeat import read
 from trainer.lease import acquire
 from trainer.processes import kill_run, processes_of_run
 from trainer.rundir import RunDirectory, read_json
@@ -54,6 +55,13 @@ def test_a_rank_asleep_and_a_suspended_one_are_named_and_made_good(
     assert (result.verdict.outcome, result.attempts) == ("finished", 3)
     assert run.step_lines()[-1]["step"] == STEPS
     assert figures(run) == figures(undisturbed)
+
+    last = [read(run.heartbeat_path(3, rank)) for rank in (0, 1)]
+    assert [(beat.phase, beat.step) for beat in last if beat] == [("ended", STEPS)] * 2
+    assert last[0] is not None
+    assert last[1] is not None
+    assert last[0].probes == last[1].probes > 2
+    assert last[0].own_data_seconds > 0
 
     asleep = verdict_of(run, 1, rank=1, step=6)
     assert "did not enter collective" in asleep["message"]
