@@ -79,7 +79,7 @@ def test_three_hosts_end_where_one_machine_does(cluster: Cluster, config: Path, 
     local = 'cluster={"backend": "local", "processes_per_node": 3}'
     sets = ["--set", "training.max_steps=10", "--set", f"output_dir={alone.path.parent}", "--set", local]
     # the whole section is replaced: a profile would do the same
-    cluster.run(*DSFT, "launch", str(config), *sets, seconds=200)
+    cluster.run(*DSFT, "launch", str(config), *sets, seconds=200, PYTHONPATH=str(ROOT))
     assert [line["loss"] for line in run.step_lines()] == [line["loss"] for line in alone.step_lines()]
     assert len(run.step_lines()) == 10
     assert exported(run) == exported(alone) != {}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from launcher.backends.slurm import check_syntax, step_command
 from slurm.job import Job, option_value, quote, render, sbatch_options
-from trainer.config.schema import SlurmCluster, SlurmContainer
+from trainer.config.clusters import SlurmCluster, SlurmContainer
 from trainer.failures import UserError
 
 GOLDEN = Path(__file__).parent / "job.golden"
