@@ -99,3 +99,65 @@ def make_run(folder: Path, texts: Path, ranks: int, generation: Any, **more: Any
     write_json(run.config_path, config.model_dump(mode="json"))
     write_json(run.plan_path, make_plan(config, gather_facts(config)).to_json())
     return run
+
+
+def make_programs(folder: Path) -> Path:
+    """A tokenizer of bytes, and problems in HumanEval's layout that a small model can learn."""
+    from training_runs import make_workspace
+
+    make_workspace(folder)
+    lines = []
+    for n in range(40):
+        body, value = (("    return x + 1\n", n + 1), ("    return x * 2\n", 2 * n))[n % 2]
+        lines.append(
+            json.dumps(
+                {
+                    "task_id": f"Own/{n}",
+                    "prompt": f"def {('add', 'two')[n % 2]}(x):\n",
+                    "canonical_solution": body,
+                    "test": f"def check(candidate):\n    assert candidate({n}) == {value}\n",
+                    "entry_point": ("add", "two")[n % 2],
+                }
+            )
+        )
+    (folder / "programs.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "problems.jsonl").write_text("\n".join(lines[:5]) + "\n")
+    return folder
+
+
+def make_code_run(folder: Path, programs: Path, ranks: int, generation: Any, **more: Any) -> RunDirectory:
+    """A run of a small Llama that learns these programs, which are run at evaluation."""
+    model = {
+        "model_type": "llama",
+        "vocab_size": 260,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "eos_token_id": 1,
+    }
+    values: dict[str, Any] = {
+        "task": {
+            "type": "causal-lm",
+            "generation": generation,
+            "metrics": ["exact_match"],
+            "code_execution": {"enabled": True, "pass_at": [1]},
+        },
+        "model": {"config": model, "tokenizer": str(programs / "tokenizer.json"), "dtype": "float32"},
+        "data": {
+            "train": [{"path": str(programs / "programs.jsonl")}],
+            "evaluation": [{"path": str(programs / "problems.jsonl")}],
+            "sequence_length": 64,
+            "window_documents": 20,
+        },
+        "training": {
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "max_steps": 60,
+            "optimizer": {"learning_rate": 1e-2},
+            "schedule": {"type": "linear", "warmup_steps": 3},
+        },
+        "export": {"enabled": False},
+        "evaluation": {"interval_steps": 1000},
+    }
+    return make_run(folder, programs, ranks, generation, **{**values, **more})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from trainer.config.schema import LaunchConfig
+from trainer.config.tasks import CausalLMTask
 from trainer.tasks.base import BaseTask
 from trainer.tasks.causal_lm import CausalLM
 from trainer.tasks.seq2seq import SequenceToSequence
 from trainer.tasks.text_classification import TextClassification
 from trainer.tasks.token_classification import TokenClassification
+from trainer.tasks.writing import WritingCausalLM
 from trainer.tokenizer import Tokenizer
 
 Task = BaseTask
@@ -23,4 +25,6 @@ _TASKS: dict[str, type[BaseTask]] = {
 
 def get_task(config: LaunchConfig, tokenizer: Tokenizer) -> BaseTask:
     """The task of a config. Raises DataError where its data or tokenizer are not what it needs."""
+    if isinstance(config.task, CausalLMTask) and config.task.generation is not None:
+        return WritingCausalLM(config, tokenizer)
     return _TASKS[config.task.type](config, tokenizer)
