@@ -283,6 +283,8 @@ class Weights:
             loaded = peft.PeftModel.from_pretrained(loaded.float(), str(folder)).base_model.model
         vocabulary = int(loaded.get_input_embeddings().weight.shape[0])
         ids = torch.arange(_TOKENS)[None] * 7919 % vocabulary
+        if kind.__name__.endswith("ForMultipleChoice"):
+            ids = ids[None]  # these read [samples, choices, length]
         inputs = {"input_ids": ids}
         if loaded.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = ids

@@ -55,14 +55,26 @@ class EncoderObjective:
         """Nothing: samples do not share sequences."""
 
     def collate(self, samples: Sequence[Sample]) -> tuple[dict[str, torch.Tensor], int]:
-        """(inputs of the model, int64 [samples, longest rounded up]; tokens of padding); a row of padding for none."""
-        rows = [sample.tokens for sample in samples] or [np.full(_PAD_TO, self._pad_id, dtype=np.int32)]
+        """(inputs of the model; tokens of padding); rows of padding for no samples.
+
+        Inputs are int64 [samples, longest rounded up], or [samples, choices, longest rounded up] of a task that
+        chooses; samples with fewer choices than others then repeat their first one.
+        """
+        blank = np.full(_PAD_TO, self._pad_id, dtype=np.int32)
+        parts = [sample.split(sample.tokens) for sample in samples] or [[blank] * (2 if self._task.chooses else 1)]
+        choices = max(map(len, parts))
+        rows = _even(parts, choices)
         inputs = {"input_ids": padded(rows, self._pad_id), "attention_mask": padded([np.ones(len(r)) for r in rows], 0)}
         more: Mapping[str, np.ndarray] = (samples[0].inputs or {}) if samples else {}
         for name in self._accepted & more.keys():
-            inputs[name] = padded([sample.inputs[name] for sample in samples if sample.inputs], 0)
-        filled = inputs["input_ids"].size - sum(map(len, rows))
-        return {n: torch.from_numpy(v).to(self._device, non_blocking=True) for n, v in inputs.items()}, filled
+            parts = [sample.split(sample.inputs[name]) for sample in samples if sample.inputs]
+            inputs[name] = padded(_even(parts, choices), 0)
+        filled = inputs["input_ids"].size - sum(len(sample.tokens) for sample in samples)
+        shape = (-1, choices) if self._task.chooses else (-1,)
+        return {
+            name: torch.from_numpy(values.reshape(*shape, values.shape[-1])).to(self._device, non_blocking=True)
+            for name, values in inputs.items()
+        }, filled
 
     def _loss(self, output: Any, samples: Sequence[Sample]) -> torch.Tensor:
         if samples:
@@ -70,6 +82,11 @@ class EncoderObjective:
         # reaches every parameter, so that ranks without work take part in the same collectives
         values = [value for value in output.values() if isinstance(value, torch.Tensor)]
         return torch.stack([value.float().sum() for value in values]).sum() * 0.0
+
+
+def _even(parts: Sequence[Sequence[np.ndarray]], choices: int) -> list[np.ndarray]:
+    """All rows of samples; those with fewer than ``choices`` repeat their first one."""
+    return [part[i] if i < len(part) else part[0] for part in parts for i in range(choices)]
 
 
 def padded(rows: Sequence[np.ndarray], value: int) -> np.ndarray:

@@ -102,7 +102,6 @@ class MultipleChoiceTask(Section):
     """Which of several texts goes on from a context, or answers a question on it."""
 
     type: Literal["multiple-choice"]
-    label_smoothing: Fraction = 0.0
     dropout: Fraction | None = Field(None, description="Of the head; default: the model's")
 
 

@@ -104,7 +104,10 @@ class SourceEncoder:
 
     def _fitted(self, samples: list[Sample], number: int) -> tuple[list[Sample], list[int]]:
         """Samples that fit, with at least one target each, and what is to be counted."""
-        limit, on_long, longest = self._limit, self._on_long, max((len(sample.tokens) for sample in samples), default=0)
+        limit, on_long = self._limit, self._on_long
+        if len(samples) == 1 and not samples[0].truncated and samples[0].longest <= limit:  # nearly all
+            return (samples, []) if np.count_nonzero(samples[0].targets) else ([], [NOTHING_TO_LEARN])
+        longest = max((sample.longest for sample in samples), default=0)
         outcomes = [SPLIT] if self._task.pieces and len(samples) > 1 else []
         if longest > limit or any(sample.truncated for sample in samples):
             if on_long == "error":

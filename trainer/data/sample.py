@@ -25,6 +25,8 @@ class Sample:
         reference: what the task needs to score a prediction.
         truncated: whether the task has cut the record to fit.
         origin: which record it comes from, where predictions are asked for.
+        rows: lengths of the rows that ``tokens`` and ``inputs`` are joined from, where the model reads several for one
+            sample, as choices; None: there is one.
     """
 
     tokens: np.ndarray
@@ -34,6 +36,16 @@ class Sample:
     reference: Any = None
     truncated: bool = False
     origin: Origin | None = None
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return len(self.tokens) if self.rows is None else max(self.rows)
+
+    def split(self, values: np.ndarray) -> list[np.ndarray]:
+        """The rows of ``tokens`` or of one of ``inputs``."""
+        return [values] if self.rows is None else np.split(values, np.cumsum(self.rows[:-1]))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from trainer.config.schema import LaunchConfig
 from trainer.config.tasks import CausalLMTask
 from trainer.tasks.base import BaseTask
 from trainer.tasks.causal_lm import CausalLM
+from trainer.tasks.multiple_choice import MultipleChoice
+from trainer.tasks.question_answering import QuestionAnswering
 from trainer.tasks.seq2seq import SequenceToSequence
 from trainer.tasks.text_classification import TextClassification
 from trainer.tasks.token_classification import TokenClassification
@@ -16,6 +18,8 @@ Task = BaseTask
 
 _TASKS: dict[str, type[BaseTask]] = {
     "causal-lm": CausalLM,
+    "multiple-choice": MultipleChoice,
+    "question-answering": QuestionAnswering,
     "text-classification": TextClassification,
     "translation": SequenceToSequence,
     "summarization": SequenceToSequence,

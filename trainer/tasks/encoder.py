@@ -25,7 +25,13 @@ _HEAD_DROPOUTS = ("classifier_dropout", "seq_classif_dropout", "cls_dropout", "s
 
 
 class EncoderTask(BaseTask):
-    """A task whose model reads a whole text at once and whose head predicts labels."""
+    """A task whose model reads a whole text at once and whose head predicts labels.
+
+    Attributes:
+        chooses: whether the model reads several rows a sample, [samples, choices, length].
+    """
+
+    chooses = False
 
     def __init__(self, config: LaunchConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
