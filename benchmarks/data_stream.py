@@ -22,6 +22,7 @@ from typing import Any
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread on each side
 
 from common import RESULTS, math_records, write_data, write_result
+from data_peers import peers
 
 from trainer.config.schema import LaunchConfig
 from trainer.data.sources import open_source
@@ -71,7 +72,7 @@ def cpu_seconds(action: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def speed(folder: Path, tokenizer: Path, records: list[dict[str, str]], length: int) -> dict[str, float]:
-    """The stream against the tokenizers library's own encode_batch on the same texts, turn by turn."""
+    """The stream against the tokenizers library's own encode_batch on the same texts, and against peers, in turns."""
     import tokenizers
 
     fast = tokenizers.Tokenizer.from_file(str(tokenizer))
@@ -83,6 +84,9 @@ def speed(folder: Path, tokenizer: Path, records: list[dict[str, str]], length: 
     config = make_config(path, tokenizer, length, {"prompt": "prompt", "completion": "completion"})
     open_source(config.data.train[0])  # its index is made once for all runs
     alone, streamed, ratios = [], [], []
+    others = peers()
+    theirs: dict[str, list[float]] = {name: [] for name in others}
+    kept = {}
     for _ in range(ROUNDS):
         base, _ = cpu_seconds(lambda: fast.encode_batch(texts * repeats, add_special_tokens=False))
         stream = make_stream(config)
@@ -91,11 +95,16 @@ def speed(folder: Path, tokenizer: Path, records: list[dict[str, str]], length: 
         alone.append(once * repeats / base)
         streamed.append(once * repeats / took)  # the tokenizer's tokens: EOS is not counted
         ratios.append(base / took)
+        for name, peer in others.items():
+            took, kept[name] = cpu_seconds(lambda peer=peer: peer(path, fast, length))
+            theirs[name].append(base * kept[name] / (once * repeats) / took)
     return {
         "encode_batch_tokens_per_second": round(statistics.median(alone)),
         "stream_tokens_per_second": round(statistics.median(streamed)),
         "ratio": round(statistics.median(ratios), 3),
         "sequence_length": length,
+        **{f"{name}_ratio": round(statistics.median(values), 3) for name, values in theirs.items()},
+        **{f"{name}_kept": round(tokens / (once * repeats), 4) for name, tokens in kept.items()},
     }
 
 
@@ -184,6 +193,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="dsft-data-") as name:
         folder = Path(name)
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        os.environ["HF_HOME"] = str(folder / "hub")
         made = [{"prompt": r["question"], "completion": r["answer"]} for r in math_records(5000)]
         data = dict(map(read, options.data)) or {"math": made}
         tokenizer = options.tokenizer or write_data(folder, 2000)["tokenizer"] / "tokenizer.json"
@@ -193,7 +203,8 @@ def main() -> int:
             given += ["--data", f"{key}={Path(rest).name}"]
         result: dict[str, Any] = {
             "command": " ".join(["python benchmarks/data_stream.py", *given]),
-            "formula": f"medians of {ROUNDS} rounds in turns; tokens per CPU second, one thread each; EOS not counted",
+            "formula": f"medians of {ROUNDS} rounds in turns; tokens per CPU second, one thread each; EOS not counted; "
+            "of peers, tokens that they keep",
             "speed": {},
             "packing_efficiency": {},
         }
@@ -206,7 +217,11 @@ def main() -> int:
         result["resume"] = resume(folder, tokenizer, next(iter(data.values())))
     rows = [["measured", "figure"]]
     rows += [[f"packing efficiency, {key}, 2048", str(value)] for key, value in result["packing_efficiency"].items()]
-    rows += [[f"stream / encode_batch, {key}", str(value["ratio"])] for key, value in result["speed"].items()]
+    for key, value in result["speed"].items():
+        rows += [[f"stream / encode_batch, {key}; every token kept", str(value["ratio"])]]
+        for name in (name.removesuffix("_ratio") for name in value if name.endswith("_ratio")):
+            kept = f"{value[f'{name}_kept']:.1%} of the tokens kept"
+            rows += [[f"{name} / encode_batch, {key}; {kept}", str(value[f"{name}_ratio"])]]
     rows += [[f"{key}, {count} workers", str(v)] for count, of in result["workers"].items() for key, v in of.items()]
     rows += [["first batch at 90 % / at 1 %", str(result["resume"]["ratio"])]]
     write_result(options.output, "data_stream", result, rows)
