@@ -14,7 +14,7 @@ from launcher.stragglers import Straggler, StragglerWatch
 from trainer.config.schema import ResilienceConfig
 from trainer.heartbeat import Heartbeat, read
 
-_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 5.0
+_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.25, 5.0
 _PAUSES_A_LIMIT = 20
 
 
