@@ -69,12 +69,12 @@ def limit_seconds(beats: Iterable[Heartbeat], resilience: ResilienceConfig) -> f
     beats = [beat for beat in beats if beat.phase != "ended"]
     longest = max((beat.longest_step_seconds for beat in beats), default=0.0)
     slow = resilience.slow_phase_timeout_seconds
-    if any(beat.phase not in _OF_STEPS for beat in beats):
+    # the first step compiles, allocates and fills buffers: nothing is learned yet
+    if not longest or any(beat.phase not in _OF_STEPS for beat in beats):
         return slow
     if resilience.hang_timeout_seconds != "auto":
         return float(resilience.hang_timeout_seconds or 0.0)
-    # the first step compiles, allocates and fills buffers: nothing to learn from yet
-    return max(FLOOR_SECONDS, STEP_FACTOR * longest) if longest else max(FLOOR_SECONDS, slow)
+    return max(FLOOR_SECONDS, STEP_FACTOR * longest)
 
 
 def find_hang(watched: Sequence[Watched], world_size: int, resilience: ResilienceConfig) -> Hang | None:

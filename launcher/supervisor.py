@@ -161,7 +161,8 @@ class Supervisor:
             watch.start()
             codes, reason = self._watch(attempt, handle, signals, watch, events)
             if codes is None and reason is None and watch.hang is not None and not self.lease.lost.is_set():
-                events.write("hang", attempt=attempt, **watch.hang.to_event())
+                with contextlib.suppress(OSError):
+                    events.write("hang", attempt=attempt, **watch.hang.to_event())
                 handle.ask_for_stacks()
                 self._wait_for_stacks(attempt, watch)
             reason = self.explain(reason) if reason else None
@@ -192,7 +193,8 @@ class Supervisor:
             if signals.count >= 2 or self.lease.lost.is_set() or time.monotonic() > deadline:
                 return None, reason or signals.reason
             while watch.stragglers:
-                events.write("straggler", attempt=attempt, **asdict(watch.stragglers.popleft()))
+                with contextlib.suppress(OSError):  # no word of it is worth the run
+                    events.write("straggler", attempt=attempt, **asdict(watch.stragglers.popleft()))
             if watch.hang is not None and reason is None:
                 return None, None
             if signals.reason and reason is None:

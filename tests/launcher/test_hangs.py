@@ -41,7 +41,7 @@ def seen(one: Heartbeat, quiet: float = 200.0, stale: float = 1.0) -> Watched:
         ([0.0, 0.0], ["step", "step"], {}, 1800.0),  # the first step
         ([20.0, 20.0], ["step", "checkpoint"], {}, 1800.0),  # one of them waits for a disk
         ([20.0, 20.0], ["step", "step"], {"hang_timeout_seconds": 30.0}, 30.0),
-        ([0.0, 0.0], ["step", "step"], {"hang_timeout_seconds": 30.0}, 30.0),
+        ([0.0, 0.0], ["step", "step"], {"hang_timeout_seconds": 30.0}, 1800.0),
         ([20.0, 20.0], ["evaluation"] * 2, {"hang_timeout_seconds": 30.0, "slow_phase_timeout_seconds": 90.0}, 90.0),
         ([0.0, 2.0], ["ended", "step"], {}, 60.0),
     ],
