@@ -17,17 +17,17 @@ from trainer.data.encoding import SourceEncoder
 from trainer.data.sources import open_source
 from trainer.rundir import RunDirectory
 
-COLOURS = ["red", "green", "blue", "white"]
+COLOURS = ["black", "blue", "green", "white"]
 
 
 def riddles(count: int, seed: int) -> list[dict[str, Any]]:
-    """Which of two to four choices names the colour of the context."""
+    """Which of two to four colours is the brightest."""
     draw = random.Random(seed)
     records = []
     for _ in range(count):
         choices = draw.sample(COLOURS, draw.randint(2, 4))
-        label = draw.randrange(len(choices))
-        context = f"the {choices[label]} {draw.choice(['house', 'car', 'old bridge'])} is here"
+        label = choices.index(max(choices, key=COLOURS.index))
+        context = f"which is the brightest, said the {draw.choice(['house', 'car', 'old bridge'])}"
         records.append({"context": context, "choices": [f"it is {choice}" for choice in choices], "label": label})
     return records
 
