@@ -68,10 +68,13 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int | None:
-        """fp32 master weights and two moments: 12 bytes for each trained parameter; frozen ones in their own dtype."""
+        """fp32 master weights and two moments: 12 bytes for each trained parameter; frozen ones in their own dtype,
+        unless the model's files hold them."""
         trained, everything = self.model.trainable_parameters, self.model.parameters
         if trained is None or everything is None:
             return None
+        if self.model.pinned:
+            return 12 * trained
         return 12 * trained + (2 if self.deepspeed["bf16"]["enabled"] else 4) * (everything - trained)
 
     def commands(self, attempt: int = 1, address: str | None = None, port: int = DEFAULT_PORT) -> list[str]:

@@ -148,3 +148,18 @@ def test_activations_are_close_to_what_autograd_keeps(config, dtype):
     width = 2 if dtype == "bfloat16" else 4
     estimated = memory.activation_bytes(facts_of_config(config), 512, 256, width, False, "sdpa")
     assert 0.85 <= estimated / sum(kept.values()) <= 1.35, output.last_hidden_state.shape
+
+
+def test_an_adapter_is_counted_and_its_base_left_out_of_checkpoints(tmp_path):
+    config = {"model_type": "llama", **SMALL, "intermediate_size": 96}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plain = model_facts(ModelConfig(path=str(tmp_path)))
+    lora = model_facts(
+        ModelConfig.model_validate({"path": str(tmp_path), "adapter": {"rank": 2, "targets": ["q_proj"]}})
+    )
+    hidden, queries = SMALL["hidden_size"], dict(parameter_shapes(config))["model.layers.0.self_attn.q_proj.weight"][0]
+    assert lora.trainable_parameters == 2 * (hidden + queries) * SMALL["num_hidden_layers"]
+    assert lora.parameters == plain.parameters + lora.trainable_parameters
+    assert not lora.pinned
+    save_file({"model.norm.weight": torch.ones(hidden)}, tmp_path / "model.safetensors")
+    assert model_facts(ModelConfig(path=str(tmp_path), freeze=("layers:0",))).pinned

@@ -340,8 +340,11 @@ class LaunchConfig(Section):
 
     @model_validator(mode="after")
     def _task_allows(self) -> LaunchConfig:
-        if self.export.adapter == "adapter" and self.model.adapter is not None and self.model.path is None:
-            raise ValueError("export.adapter: random weights (`model.config`) are in no folder; use merge")
+        if self.export.adapter == "adapter":
+            if self.model.adapter is None:
+                raise ValueError("export.adapter: there is no `model.adapter`; leave it out to export the whole model")
+            if self.model.path is None:
+                raise ValueError("export.adapter: random weights (`model.config`) are in no folder; use merge")
         if self.data.packing and self.task.type not in PACKED_TASKS:
             raise ValueError(f"data.packing: samples of {self.task.type} cannot share a sequence; leave it out")
         return self

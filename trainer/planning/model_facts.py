@@ -32,6 +32,7 @@ class ModelFacts:
         trainable_parameters: those that are not frozen.
         lookup_parameters: embeddings that are only looked up, not multiplied with.
         largest_block: parameters of the largest layer (embeddings and the head count as one each).
+        pinned: frozen weights are in the model's own files, and checkpoints leave them out.
         small_parameters: parameters in tensors of at most 100,000 elements, which ZeRO-3 keeps whole on every rank.
         gated: whether the MLP multiplies two projections (SwiGLU, GeGLU).
         source: where the counts come from.
@@ -44,6 +45,7 @@ class ModelFacts:
     lookup_parameters: int = 0
     largest_block: int | None = None
     small_parameters: int = 0
+    pinned: bool = False
     vocabulary: int | None = None
     hidden_size: int | None = None
     layers: int | None = None
@@ -98,6 +100,7 @@ def model_facts(model: ModelConfig) -> ModelFacts:
         raise UserError(f"model.path: {path} is not a JSON object; expected a Hugging Face model config")
     facts = facts_of_config(config, model.freeze, model.train_only, model.adapter)
     shapes = {} if facts.parameters is not None else safetensors_shapes(folder)
+    facts = replace(facts, pinned=next(folder.glob("*.safetensors"), None) is not None)
     if not shapes:
         return facts
     return _counted(facts, shapes, model.freeze, model.train_only, model.adapter, "safetensors")
