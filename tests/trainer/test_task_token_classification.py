@@ -175,7 +175,7 @@ def test_a_record_longer_than_a_sequence_is_counted(config: LaunchConfig, tmp_pa
     assert outcomes == [(0, 3)]  # split
     assert [sample.origin for sample in made[0]] == [(0, 0, piece) for piece in range(len(made[0]))]
     strict = config.model_copy(update={"data": config.data.model_copy(update={"on_long": "error"})})
-    with pytest.raises(DataError, match="data.on_long to split, truncate or skip"):
+    with pytest.raises(DataError, match="to split, truncate or skip"):
         SourceEncoder(source, task_of(strict), 24, "error", "error").encode(np.array([0]), [0])
 
 
