@@ -49,7 +49,9 @@ def show_nodes(choices: Sequence[Choice]) -> None:
 
     table = Table(box=None, header_style="cyan", padding=(0, 2, 0, 0))
     for name in ("nodes", "ranks", "batch of a rank", "idle", "memory of a rank", "a step", "tokens/s", "node-hours"):
-        table.add_column(name, justify="left" if name == "batch of a rank" else "right", no_wrap=True, overflow="ignore")
+        table.add_column(
+            name, justify="left" if name == "batch of a rank" else "right", no_wrap=True, overflow="ignore"
+        )
     for choice in choices:
         if choice.plan is not None:
             table.add_row(*_row(choice.plan))

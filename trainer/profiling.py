@@ -72,8 +72,9 @@ class Profiler:
         trace = self._folder / f"rank{self._rank}.trace.json.gz"
         profile.export_chrome_trace(str(trace))
         if self._device.type == "cuda":
-            torch.cuda.memory._dump_snapshot(str(self._folder / f"rank{self._rank}.memory.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
+            memory: Any = torch.cuda.memory
+            memory._dump_snapshot(str(self._folder / f"rank{self._rank}.memory.pickle"))
+            memory._record_memory_history(enabled=None)
         text = summary(
             [(event.key, _own_microseconds(event, self._device)) for event in profile.key_averages()],
             self._settings.steps,
@@ -116,5 +117,5 @@ def _own_microseconds(event: Any, device: torch.device) -> float:
     """Time of its own: of kernels where there is a GPU (an operator's own GPU time is that of its kernels)."""
     if device.type != "cuda":
         return float(event.self_cpu_time_total)
-    is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
+    is_kernel = event.device_type == torch._C._autograd.DeviceType.CUDA
     return float(event.self_device_time_total) if is_kernel else 0.0
