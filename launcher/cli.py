@@ -18,6 +18,7 @@ VERBS = {
     "plan": "show what a config will run: ranks, batches, memory, commands",
     "doctor": "whether the nodes of a config are fit to run it: versions, storage, GPUs, network",
     "stage": "copy what a config takes from the network, for compute nodes that have none",
+    "tokenizer": "learn a tokenizer from text",
     "data": "show what the model will see: samples, learned tokens, lengths, packing",
     "launch": "run a config to its end, or go on with a run that stopped",
     "status": "how a run is doing",

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trainer.failures import UserError
+from trainer.tokenizer_training import train_sentencepiece
 
 # Not of the library's own style, or not installed everywhere
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
 HELD_OUT_EVERY = 20  # every so many modules, in order of their names
 MAX_CHARACTERS = 700  # of prompt and completion together: most fit a sequence of 256 tokens
 MIN_PAIRS = 500
-PAD_ID = 3
 
 
 @dataclass(frozen=True)
@@ -85,35 +85,6 @@ def write_jsonl(pairs: list[Pair], path: Path) -> None:
     path.write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in pairs), encoding="utf-8")
 
 
-def train_tokenizer(pairs: list[Pair], vocab_size: int, path: Path) -> None:
-    """Train a SentencePiece BPE model with byte fallback on the pairs; every text survives encode and decode.
-
-    `path` ends in `.model`. Ids: 0 unknown, 1 BOS, 2 EOS, 3 padding.
-    """
-    import sentencepiece
-
-    lines = (line for pair in pairs for line in (pair.prompt + pair.completion).splitlines() if line.strip())
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
-            model_writer=file,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            user_defined_symbols=["\n"],  # SentencePiece learns from lines, so it never sees one
-            # code: indentation is meaning
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            pad_id=PAD_ID,
-            num_threads=1,
-            minloglevel=2,
-        )
-    temporary.replace(path)
-
-
 def build_corpus(folder: Path, vocab_size: int) -> tuple[int, int]:
     """Write train.jsonl, held_out.jsonl and tokenizer.model into `folder`; the numbers of pairs of both.
 
@@ -125,7 +96,7 @@ def build_corpus(folder: Path, vocab_size: int) -> tuple[int, int]:
         folder.mkdir(parents=True, exist_ok=True)
         write_jsonl(train, train_path)
         write_jsonl(held_out, held_out_path)
-        train_tokenizer(train, vocab_size, tokenizer)
+        train_sentencepiece((pair.prompt + pair.completion for pair in train), vocab_size, tokenizer)
     return count_lines(train_path), count_lines(held_out_path)
 
 

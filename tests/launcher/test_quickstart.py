@@ -9,14 +9,13 @@ import sentencepiece
 
 from launcher.quickstart import (
     HELD_OUT_EVERY,
-    PAD_ID,
     build_corpus,
     functions,
     standard_library_pairs,
-    train_tokenizer,
 )
 from launcher.resources import starter_config
 from trainer.failures import UserError
+from trainer.tokenizer_training import PAD_ID, train_sentencepiece
 
 SOURCE = '''\
 class Shape:
@@ -119,7 +118,7 @@ def test_corpus_and_tokenizer_fit_the_starter_config(tmp_path: Path) -> None:
 def test_tokenizer_training_is_deterministic_and_keeps_any_text(tmp_path: Path) -> None:
     train, _ = standard_library_pairs()
     for name in ("a.model", "b.model"):
-        train_tokenizer(train[:400], 600, tmp_path / name)
+        train_sentencepiece((pair.prompt + pair.completion for pair in train[:400]), 600, tmp_path / name)
     assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "a.model"))
     text = "\n  x = 'Grüße 東京'\t# \n\n"

@@ -57,6 +57,7 @@ class SourceEncoder:
         self.source, self._task, self._index = source, task, index
         self._limit, self._on_long, self._on_bad = sequence_length, on_long, on_bad_record
         self._columns = self._find_columns()
+        self._named = tuple(self._columns.items())
         self.on_bad: Callable[[str], None] | None = None  # told what is wrong with each bad record that is skipped
 
     def encode(self, numbers: np.ndarray, positions: Iterable[int]) -> Encoded:
@@ -76,9 +77,10 @@ class SourceEncoder:
             if self.on_bad is not None:
                 self.on_bad(problem)
 
-        for position, (record, problem) in zip(positions, self.source.read(numbers[positions].tolist()), strict=True):
+        wanted = numbers[positions].tolist()
+        for position, number, (record, problem) in zip(positions, wanted, self.source.read(wanted), strict=True):
             if record is not None:
-                problem = self._column_problem(record, int(numbers[position]))
+                problem = self._column_problem(record, number)
             if record is None or problem is not None:
                 bad(position, problem or "")
                 continue
@@ -94,13 +96,14 @@ class SourceEncoder:
             if self._task.predicts:
                 made = [replace(one, origin=(self._index, number, piece)) for piece, one in enumerate(made)]
             pieces[position] = made
-            outcomes += [(position, outcome) for outcome in found]
+            if found:
+                outcomes += [(position, outcome) for outcome in found]
         return pieces, outcomes
 
     def _task_record(self, record: dict[str, Any]) -> dict[str, Any]:
         if template := self.source.config.template:
             return {name: text.format_map(_Shown(record)) for name, text in template.items()}
-        return {name: record.get(column) for name, column in self._columns.items()}
+        return {name: record.get(column) for name, column in self._named}
 
     def _fitted(self, samples: list[Sample], number: int) -> tuple[list[Sample], list[int]]:
         """Samples that fit, with at least one target each, and what is to be counted."""
@@ -122,7 +125,7 @@ class SourceEncoder:
             outcomes.append(SPLIT if split else TRUNCATED)
             if longest > limit:
                 samples = [piece for sample in samples for piece in _cut(sample, limit, split)]
-        samples = [sample for sample in samples if sample.targets.any()]
+        samples = [sample for sample in samples if np.count_nonzero(sample.targets)]
         return samples, outcomes if samples else [*outcomes, NOTHING_TO_LEARN]
 
     def _find_columns(self) -> dict[str, str]:
@@ -145,13 +148,15 @@ class SourceEncoder:
         raise DataError(problem or f"{config.path}: no records")
 
     def _column_problem(self, record: dict[str, Any], number: int) -> str | None:
-        for name, column in self._columns.items():
+        for name, column in self._named:
             if column not in record:
                 if name in self._task.optional:
                     continue
                 found = ", ".join(map(repr, record)) or "none"
                 return f"{self.source.where(number)}: no column {column!r}; the record has {found}"
             value = record[column]
+            if isinstance(value, str) and value.isascii():
+                continue
             plain = self.source.config.template and isinstance(value, int | float) and not isinstance(value, bool)
             if not isinstance(value, str) and name not in self._task.structured and not plain:
                 kind = "null" if value is None else type(value).__name__
