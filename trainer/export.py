@@ -57,6 +57,8 @@ def export_run(
     tokenizer = load_tokenizer(config.model)
     task = get_task(config, tokenizer)
     model = _meta_model(config.model, task)
+    if model.can_generate():
+        task.configure_generation(model.generation_config)
     weights = Weights(source, model, DTYPES[chosen], config.model.adapter, alone)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free

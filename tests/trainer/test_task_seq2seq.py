@@ -111,3 +111,29 @@ def test_a_decoder_is_refused_with_what_to_do(texts: Path, tmp_path: Path) -> No
     config = config_of(texts, tmp_path)
     with pytest.raises(UserError, match="causal-lm"):
         get_task(config, load_tokenizer(config.model)).configure(LlamaConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [("MBartTokenizer", "decoder_start_token_id"), ("MBart50Tokenizer", "forced_bos_token_id")]
+)
+def test_language_codes_stand_where_the_family_has_them(texts: Path, tmp_path: Path, name: str, setting: str) -> None:
+    import sentencepiece
+    import transformers
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(texts / "pieces.model"))
+    pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(3, model.get_piece_size())]
+    vocabulary = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")] + pieces
+    family = getattr(transformers, name)(vocab=vocabulary, src_lang="en_XX", tgt_lang="de_DE")
+    family.save_pretrained(tmp_path / "tokenizer")
+    codes = {"type": "translation", "source_language": "en_XX", "target_language": "de_DE"}
+    config = config_of(texts, tmp_path, model__tokenizer=str(tmp_path / "tokenizer"), task=codes)
+    task = get_task(config, load_tokenizer(config.model))
+    sample = task.encode([{"source": "one", "target": "unum"}])[0]
+    assert not isinstance(sample, str | list)
+    code = family.convert_tokens_to_ids("de_DE")
+    learned = sample.tokens[sample.targets].tolist()
+    assert learned[0 if setting.startswith("forced") else -1] == code
+    assert family.convert_tokens_to_ids("en_XX") in sample.tokens[~sample.targets]
+    generation = transformers.GenerationConfig()
+    task.configure_generation(generation)
+    assert getattr(generation, setting) == code

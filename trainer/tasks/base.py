@@ -83,6 +83,9 @@ class BaseTask:
     def configure(self, model_config: Any) -> None:
         """Set what the task needs in a transformers config, before the model is built."""
 
+    def configure_generation(self, generation: Any) -> None:
+        """Set what the task needs in a model's generation config, of training and export."""
+
     def objective(self, model: Any, attention: str, device: torch.device) -> Objective:
         """The loss of this task on a model."""
         raise NotImplementedError

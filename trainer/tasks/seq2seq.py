@@ -62,7 +62,7 @@ class SequenceToSequence(BaseTask):
     def objective(self, model: Any, attention: str, device: torch.device) -> SequenceToSequenceObjective:
         from trainer.seq2seq import SequenceToSequenceObjective
 
-        self._set_language(model.generation_config)
+        self.configure_generation(model.generation_config)
         return SequenceToSequenceObjective(model, self, device)
 
     def columns(self, source_columns: dict[str, str], record: dict[str, Any]) -> dict[str, str]:
@@ -151,7 +151,7 @@ class SequenceToSequence(BaseTask):
             lambda texts: list(tokenizer(text_target=texts)["input_ids"]) if texts else [],
         )
 
-    def _set_language(self, generation: Any) -> None:
+    def configure_generation(self, generation: Any) -> None:
         """Texts begin with the target's language code where the tokenizer puts it first; else decoders start by it."""
         if self._language_id is None:
             return
