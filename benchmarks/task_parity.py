@@ -21,7 +21,7 @@ _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_
 
 
 def make_config(options: argparse.Namespace, folder: Path, ranks: int) -> dict[str, Any]:
-    source = {"path": str(options.data.absolute())}
+    source: dict[str, Any] = {"path": str(options.data.absolute())}
     if options.column_names:
         source |= {"column_names": options.column_names, "quoting": False}
     return {
@@ -78,22 +78,24 @@ def train_hf(config: Any, task: Any, start: Path, folder: Path) -> list[float]:
         gather=lambda array: [array],
         limit=training.max_steps,
     )
-    examples = [
-        {
-            "input_ids": sample.tokens.tolist(),
-            "token_type_ids": sample.inputs["token_type_ids"].tolist(),
-            "labels": int(sample.labels[0]),
-        }
+    samples = [
+        sample
         for batch in stream
         for micro_batch in batch.micro_batches
         for sequence in micro_batch.sequences
         for sample in sequence.samples
     ]
+    examples = []
+    for sample in samples:
+        assert sample.inputs is not None
+        assert sample.labels is not None
+        inputs = {name: values.tolist() for name, values in sample.inputs.items()}
+        examples.append({"input_ids": sample.tokens.tolist(), **inputs, "labels": int(sample.labels[0])})
     model = getattr(transformers, task.auto_class).from_pretrained(start, dtype=torch.float32)
     losses: list[float] = []
 
-    class InOrder(transformers.Trainer):
-        def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler:
+    class InOrder(transformers.Trainer):  # type: ignore[misc]
+        def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(examples)
 
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -105,7 +107,7 @@ def train_hf(config: Any, task: Any, start: Path, folder: Path) -> list[float]:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
             return self.lr_scheduler
 
-        def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
+        def training_step(self, *arguments: Any, **named: Any) -> Any:
             loss = super().training_step(*arguments, **named)
             losses.append(float(loss))
             return loss
@@ -125,7 +127,7 @@ def train_hf(config: Any, task: Any, start: Path, folder: Path) -> list[float]:
             disable_tqdm=True,
             remove_unused_columns=False,
         ),
-        train_dataset=examples,  # type: ignore[arg-type]
+        train_dataset=examples,
         data_collator=transformers.DataCollatorWithPadding(transformers.AutoTokenizer.from_pretrained(start)),
     ).train()
     return losses

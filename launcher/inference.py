@@ -89,10 +89,12 @@ def _own_processes() -> int:
 def _exported(run: RunDirectory, step: int | None, work: Path) -> tuple[Path, int]:
     """(folder, step) of a checkpoint as a Hugging Face folder: the run's export if it is of that step, or a new one."""
     wanted = int(published(run, step).name.removeprefix("step-"))
-    if (read_json(run.export_dir / EXPORT_ABOUT) or {}).get("step") == wanted:
+    whole = (run.export_dir / "config.json").is_file()  # which an adapter by itself has not
+    if whole and (read_json(run.export_dir / EXPORT_ABOUT) or {}).get("step") == wanted:
         return run.export_dir, wanted
     folder = work / "model"
     command = [sys.executable, "-P", "-m", "trainer.export", "--run-dir", str(run.path), "--step", str(wanted)]
+    command += ["--adapter", "merge"]
     done = subprocess.run(
         [*command, "--output", str(folder)], env=child_environment(), capture_output=True, text=True, check=False
     )

@@ -76,7 +76,7 @@ def export_run(
         trained = weights.trained_whole
         write_config(partial, model, config.model.adapter, trained, config.model.path, task.auto_class)
     else:
-        _save_configs(model, partial, chosen)
+        _save_configs(model, task, partial, chosen)
     tokenizer.save(partial)
     (partial / "README.md").write_text(_model_card(run, config, int(weights.state["step"])), encoding="utf-8")
     about = task.config.model_dump(mode="json", include={"name", "task", "model", "data", "training"})
@@ -94,7 +94,7 @@ def export_run(
     return target
 
 
-def _save_configs(model: Any, folder: Path, dtype: str) -> None:
+def _save_configs(model: Any, task: BaseTask, folder: Path, dtype: str) -> None:
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype
     model.config.save_pretrained(folder)
