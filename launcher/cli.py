@@ -20,6 +20,7 @@ VERBS = {
     "stage": "copy what a config takes from the network, for compute nodes that have none",
     "tokenizer": "learn a tokenizer from text",
     "data": "show what the model will see: samples, learned tokens, lengths, packing",
+    "prepare": "tokenise the training data of a config once, ahead of its runs",
     "launch": "run a config to its end, or go on with a run that stopped",
     "status": "how a run is doing",
     "logs": "what the ranks of a run wrote",

@@ -20,6 +20,7 @@ import numpy as np
 from trainer.config.schema import DataSource, LaunchConfig
 from trainer.data.encoding import OUTCOMES, SourceEncoder
 from trainer.data.packing import pack
+from trainer.data.prepared import prepared_documents
 from trainer.data.sample import Sample
 from trainer.data.sources import open_source
 from trainer.failures import EXIT_DONE, EXIT_USER, DsftError
@@ -64,6 +65,11 @@ def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
                     f"data.{part}[{index}]: {statistics['nothing_to_learn']} of {statistics['looked_at']} records "
                     "leave nothing to learn and will be skipped"
                 )
+    if config.data.prepared is not None and not report["errors"]:
+        try:
+            prepared_documents(config, [open_source(source) for source in config.data.train])
+        except DsftError as error:
+            report["errors"].append(str(error))
     if report["errors"]:
         report["ok"] = False
         report.setdefault("class", "data")

@@ -277,7 +277,10 @@ def _make_absolute(layer: dict[str, Any], folder: Path) -> None:
     cluster = layer.get("cluster")
     if isinstance(cluster, dict) and isinstance(cluster.get("hostfile"), str):
         cluster["hostfile"] = _absolute(cluster["hostfile"], folder)
-    for source in _sources(layer.get("data")):
+    data = layer.get("data")
+    if isinstance(data, dict) and isinstance(data.get("prepared"), str):
+        data["prepared"] = _absolute(data["prepared"], folder)
+    for source in _sources(data):
         for key in ("path", "source_path", "target_path"):
             if isinstance(source.get(key), str):
                 source[key] = _absolute(source[key], folder)

@@ -144,6 +144,7 @@ class DataConfig(Section):
     workers: NonNegativeInt | Auto = Field(
         "auto", description="Processes of a rank that tokenise its training data; 0: a thread of the rank does"
     )
+    prepared: str | None = Field(None, description="Folder of `dsft prepare`: `train`, tokenised already")
     allow_changed: Flag = Field(False, description="Go on with a run although its data has changed")
     window_documents: PositiveInt = Field(
         4096, description="Documents shuffled and packed together; part of the global order"
@@ -347,6 +348,8 @@ class LaunchConfig(Section):
                 raise ValueError("export.adapter: random weights (`model.config`) are in no folder; use merge")
         if self.data.packing and self.task.type not in PACKED_TASKS:
             raise ValueError(f"data.packing: samples of {self.task.type} cannot share a sequence; leave it out")
+        if self.data.prepared is not None and self.task.type not in PACKED_TASKS:
+            raise ValueError(f"data.prepared: {self.task.type} cannot be prepared; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -120,6 +120,14 @@ class BatchStream:
         total = sum((stream.counts for stream in self._streams), np.zeros(len(OUTCOMES), dtype=np.int64))
         return dict(zip(OUTCOMES, map(int, total), strict=True))
 
+    def use_prepared(self, config: LaunchConfig) -> None:
+        """Take samples from `data.prepared` of ``config``. Raises DataError where these would be others."""
+        from trainer.data.prepared import prepared_documents
+
+        found = prepared_documents(config, [stream.source for stream in self._streams])
+        for stream, documents in zip(self._streams, found, strict=True):
+            stream.encode = documents.encode
+
     def __iter__(self) -> Iterator[GlobalBatch]:
         yield from _in_background(self._batches)
 
@@ -305,8 +313,9 @@ def build_training_stream(
     limit: int | None = None,
 ) -> BatchStream:
     """The training data of a config, from a state on; for ever unless `epochs` or a limit ends it."""
-    workers = worker_count(config.data.workers)
-    return BatchStream(
+    prepared = config.data.prepared is not None
+    workers = 0 if prepared else worker_count(config.data.workers)
+    stream = BatchStream(
         config.data.train,
         task,
         _options(config, rank, world_size),
@@ -318,6 +327,9 @@ def build_training_stream(
         limit=limit,
         workers=Workers(config, workers) if workers else None,
     )
+    if prepared:
+        stream.use_prepared(config)
+    return stream
 
 
 def build_evaluation_stream(

@@ -1,0 +1,71 @@
+"""`dsft prepare`: tokenises a config's training data once, in processes, into a folder for `data.prepared`.
+
+    python -P -m trainer.prepare CONFIG_JSON FOLDER PROCESSES
+
+Prints one JSON line: path, documents, bytes, kept, seconds. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.config.schema import LaunchConfig
+from trainer.data.prepared import Writer, batches, identity, matching, write_manifest
+from trainer.data.sources import open_source
+from trainer.data.workers import Workers
+from trainer.failures import EXIT_DONE, DsftError, exit_code_of
+
+
+def prepare(config: LaunchConfig, folder: Path, processes: int) -> dict[str, Any]:
+    """Encode every document of `data.train` and write it; what is there already, of the same data, is kept.
+
+    Raises:
+        DataError: a bad record with on_bad_record "error"; the folder holds what was prepared from something else.
+    """
+    from trainer.tokenizer import load_tokenizer
+
+    begin = time.monotonic()
+    config = config.model_copy(update={"data": config.data.model_copy(update={"prepared": None})})
+    tokenizer = load_tokenizer(config.model)
+    sources = [open_source(source) for source in config.data.train]
+    of = identity(config, tokenizer, sources)
+    folder.mkdir(parents=True, exist_ok=True)
+    documents = sum(source.records for source in sources)
+    kept = matching(folder, of)
+    if kept is not None:
+        size = sum(size for source in kept for _, size in source["files"])
+        return {"path": str(folder), "documents": documents, "bytes": size, "kept": True}
+    writers = []
+    with Workers(config, processes) as workers:
+        for index, source in enumerate(sources):
+            writer = Writer(folder, index)
+            for first, last in batches(source):
+                writer.write(last - first, workers.encode(index, np.arange(first, last), range(last - first)))
+            writer.close()
+            writers.append(writer)
+    write_manifest(folder, of, writers)
+    size = sum(size for writer in writers for _, size in writer.files)
+    took = round(time.monotonic() - begin, 3)
+    return {"path": str(folder), "documents": documents, "bytes": size, "kept": False, "seconds": took}
+
+
+def main() -> int:
+    config = LaunchConfig.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    try:
+        report = prepare(config, Path(sys.argv[2]), int(sys.argv[3]) or len(os.sched_getaffinity(0)))
+    except (DsftError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_code_of(error)
+    print(json.dumps(report))
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
