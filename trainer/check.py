@@ -39,10 +39,11 @@ def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
     except DsftError as error:
         return {**report, "ok": False, "class": error.failure_class, "errors": [str(error)]}
     vocabulary = model_vocabulary(config)
-    if vocabulary is not None and tokenizer.vocab_size > vocabulary:
+    if vocabulary is not None and tokenizer.vocab_size > vocabulary and not config.model.resize_embeddings:
+        raised = "raise model.config.vocab_size" if config.model.path is None else "set model.resize_embeddings to true"
         report["errors"].append(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model's vocab_size is {vocabulary}: use the model's "
-            "own tokenizer, or raise model.config.vocab_size"
+            f"own tokenizer, or {raised}"
         )
     if tokenizer.eos_id is None and task.splits:
         report["warnings"].append("the tokenizer has no end-of-text token: the model will not learn where to stop")

@@ -20,6 +20,7 @@ from trainer.rundir import EXPORT_ABOUT, RunDirectory, write_json
 from trainer.tasks import get_task
 from trainer.tasks.base import BaseTask
 from trainer.tokenizer import load_tokenizer
+from trainer.vocabulary import wanted_vocabulary
 
 _ROOM_BYTES = 100 << 20  # tokenizer, configs
 
@@ -108,6 +109,8 @@ def _meta_model(config: ModelConfig, task: BaseTask) -> Any:
 
     model_config = load_model_config(config)
     task.configure(model_config)
+    if (size := wanted_vocabulary(config, model_config)) is not None:
+        model_config.get_text_config().vocab_size = size
     auto_class = getattr(transformers, task.auto_class)
     with torch.device("meta"):
         return auto_class.from_config(model_config, trust_remote_code=config.trust_remote_code)

@@ -19,6 +19,7 @@ from trainer.config.trained import ParameterGroup
 from trainer.engine import whole_shape
 from trainer.failures import UserError
 from trainer.selection import depths, select, trained_names
+from trainer.vocabulary import resize_embeddings
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -104,6 +105,7 @@ def build_model(
     except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
         origin = f"model.path {config.path!r}" if config.path else "model.config"
         raise UserError(f"{origin}: the model cannot be built: {error}") from error
+    resize_embeddings(model, config)
     choose_trained(model, config, seed)
     del partitioning
     model.config.use_cache = False

@@ -51,6 +51,9 @@ class ModelConfig(Section):
     )
     train_only: tuple[str, ...] = Field((), description="Nothing else is trained; written as `freeze`")
     adapter: AdapterConfig | None = Field(None, description="Train an adapter instead of the weights")
+    resize_embeddings: Flag = Field(
+        False, description="Add rows for tokens of `tokenizer` that the model in `path` lacks: the mean of its rows"
+    )
     trust_remote_code: Flag = Field(False, description="Run Python code that comes with the model")
 
     @model_validator(mode="after")
@@ -64,6 +67,10 @@ class ModelConfig(Section):
                 "`adapter` freezes all of the model's weights: leave out `freeze` and `train_only`; "
                 "`adapter.targets` and `adapter.modules_to_save` say what is trained"
             )
+        if self.config is not None and self.resize_embeddings:
+            raise ValueError("`resize_embeddings` is for pretrained weights (`path`); set `vocab_size` in `config`")
+        if self.resize_embeddings and self.adapter is not None:
+            raise ValueError("`resize_embeddings` adds rows that an `adapter` would not train: leave one of them out")
         if self.config is not None and self.tokenizer is None:
             raise ValueError("`tokenizer` is needed with `config`, since there is no model folder to take it from")
         return self
