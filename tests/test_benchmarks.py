@@ -58,6 +58,16 @@ def test_load_memory(tmp_path):
 
 
 @pytest.mark.matrix
+def test_export_memory(tmp_path):
+    value = run(
+        "export_memory", tmp_path, "--hidden", 256, "--layers", 2, "--vocabulary", 4000, "--shard-gib", 4, 0.001
+    )
+    one, several = value["runs"]
+    assert len(one["files"]) == 1 < len(several["files"])
+    assert one["peak"] > one["before"]
+
+
+@pytest.mark.matrix
 def test_peers(tmp_path):
     small = ["--hidden", 64, "--layers", 1, "--vocabulary", 2048, "--steps", 3, "--warm-up", 1, "--rounds", 1]
     value = run("peers", tmp_path, "--sides", "dsft", "hf", *small)

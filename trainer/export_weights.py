@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +27,7 @@ from trainer.export_adapter import Update, name_in_folder, pieces_by_module
 from trainer.failures import StorageError
 from trainer.rundir import write_json
 
-_CHUNK = 1 << 23  # elements
+_CHUNK = 1 << 21  # elements
 _DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -172,6 +173,13 @@ class Weights:
         numel = math.prod(self._shapes[name])
         return self._chunk(name, 0, numel).to(dtype).view(self._shapes[name]) if numel else torch.empty(0, dtype=dtype)
 
+    def _copy_to(self, target: torch.Tensor, name: str) -> None:
+        """Fill a contiguous tensor with the checkpoint's values."""
+        numel, flat = math.prod(self._shapes[name]), target.view(-1)
+        for begin in range(0, numel, _CHUNK):
+            length = min(_CHUNK, numel - begin)
+            flat[begin : begin + length] = self._chunk(name, begin, length)
+
     def chunks(self, entry: Entry) -> Iterator[torch.Tensor]:
         """The flattened tensor of an entry, in order, in its dtype."""
         if entry.split:
@@ -228,11 +236,18 @@ class Weights:
 
     # -- checking
 
-    def check(self, folder: Path, trust_remote_code: bool, base: tuple[str, torch.dtype] | None = None) -> None:
+    def check(
+        self,
+        folder: Path,
+        trust_remote_code: bool,
+        base: tuple[str, torch.dtype] | None = None,
+        example: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """Read the export back: every element equals the checkpoint's; for smaller models plain transformers also
         loads the folder and gives the logits of the checkpoint's weights. Raises StorageError.
 
-        ``base``: path and dtype of the model that an adapter by itself belongs to.
+        ``base``: path and dtype of the model that an adapter by itself belongs to; ``example``: inputs to compare
+        logits on, by default token ids.
         """
         files: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
@@ -256,12 +271,19 @@ class Weights:
             if not equal:
                 raise StorageError(f"{folder}: {entry.name} was not written as the checkpoint has it; try again")
         size = sum(4 * math.prod(self._shapes[name]) for name in self._parameters) if self._alone else self.total_bytes
-        if size <= _LOGITS_BYTES:
-            self._check_logits(folder, trust_remote_code, base)
+        if size <= _LOGITS_BYTES and len(set(files.values())) == 1:  # else it would hold more than the largest file
+            self._check_logits(folder, trust_remote_code, base, example)
 
-    def _check_logits(self, folder: Path, trust_remote_code: bool, base: tuple[str, torch.dtype] | None) -> None:
+    def _check_logits(
+        self,
+        folder: Path,
+        trust_remote_code: bool,
+        base: tuple[str, torch.dtype] | None,
+        example: Mapping[str, torch.Tensor] | None,
+    ) -> None:
         kind, dtype = type(self._model), torch.float32 if base else self._dtype
         source, held = base or (folder, dtype)
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # several tensors at once would be held twice for a while
         loaded, report = kind.from_pretrained(
             source,
             config=self._model.config if base else None,
@@ -272,13 +294,15 @@ class Weights:
         wrong = {key: sorted(map(str, value)) for key, value in report.items() if value}
         if wrong and not base:
             raise StorageError(f"{folder}: transformers does not take the export as it is: {wrong}")
-        vocabulary = int(loaded.get_input_embeddings().weight.shape[0])
-        ids = torch.arange(_TOKENS)[None] * 7919 % vocabulary
-        if kind.__name__.endswith("ForMultipleChoice"):
-            ids = ids[None]  # these read [samples, choices, length]
-        inputs = {"input_ids": ids}
-        if loaded.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = ids
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in (example or {}).items()}
+        if not inputs:
+            vocabulary = int(loaded.get_input_embeddings().weight.shape[0])
+            ids = torch.arange(_TOKENS)[None] * 7919 % vocabulary
+            if kind.__name__.endswith("ForMultipleChoice"):
+                ids = ids[None]  # these read [samples, choices, length]
+            inputs = {"input_ids": ids}
+            if getattr(loaded.config, "is_encoder_decoder", False):
+                inputs["decoder_input_ids"] = ids
         if base:
             import peft
 
@@ -291,7 +315,7 @@ class Weights:
             tensors = {**dict(expected.named_parameters()), **dict(expected.named_buffers())}
             for name in (*self._parameters, *self._buffers):
                 if name in tensors:
-                    tensors[name].copy_(self.whole(name, dtype if name in self._parameters else self._dtypes[name]))
+                    self._copy_to(tensors[name], name)
             wanted = _outputs(expected.eval()(**inputs))
         tolerance = 1e-5 if dtype == self._dtype else 2e-2  # an adapter rounded to bf16
         if not torch.allclose(found, wanted, rtol=tolerance, atol=tolerance, equal_nan=True):

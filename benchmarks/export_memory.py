@@ -1,0 +1,150 @@
+"""Memory of an export: `python benchmarks/export_memory.py` (limit: 1.2 times the largest shard).
+
+A run of two ranks leaves a checkpoint; a process of its own exports it, once into one file, which plain transformers
+then loads back, and once into small shards. Peak anonymous memory above what the process held with its libraries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, ROOT, end_rank, environment, llama, run_ranks, write_data, write_result
+
+LIMIT = 1.2
+
+
+def rank_program(run_dir: Path) -> None:
+    """One rank of the run."""
+    from trainer.rundir import RunDirectory
+    from trainer.train import Trainer
+
+    Trainer(RunDirectory(run_dir), 1).run_to_end()
+    end_rank()
+
+
+def export_program(run_dir: Path, shard_gib: float) -> None:
+    """Export; prints {"peak", "before"} in bytes of anonymous memory, and the sizes of the files."""
+    import torch
+    import transformers
+
+    from trainer.config.schema import LaunchConfig
+    from trainer.export import export_run
+    from trainer.rundir import RunDirectory
+
+    torch.set_num_threads(1)
+    _ = transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM  # imported lazily
+    run = RunDirectory(run_dir)
+    config = LaunchConfig.model_validate_json(run.config_path.read_text())
+    config = config.model_copy(update={"export": config.export.model_copy(update={"max_shard_size_gib": shard_gib})})
+    before = peak = anonymous()
+    ended = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not ended.is_set():
+            peak = max(peak, anonymous())
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    folder = export_run(run, config)
+    ended.set()
+    watcher.join()
+    files = [path.stat().st_size for path in folder.glob("*.safetensors")]
+    print(json.dumps({"before": before, "peak": peak, "files": files}))
+
+
+def anonymous() -> int:
+    """Bytes of this process's memory that the system cannot take back."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+def make_run(folder: Path, options: argparse.Namespace) -> Path:
+    """A run directory as the launcher leaves it."""
+    from launcher.facts import gather_facts
+    from launcher.plan import make_plan
+    from trainer.config.schema import LaunchConfig
+    from trainer.rundir import RunDirectory, write_json
+
+    made = write_data(folder, 100, min(2000, options.vocabulary))
+    config = LaunchConfig.model_validate(
+        {
+            "name": "export_memory",
+            "output_dir": str(folder),
+            "task": {"type": "causal-lm"},
+            "model": {
+                "config": llama(options.hidden, options.layers, options.vocabulary),
+                "tokenizer": str(made["tokenizer"]),
+            },
+            "data": {
+                "train": [{"path": str(made["data"]), "columns": {"prompt": "question", "completion": "answer"}}],
+                "sequence_length": 64,
+            },
+            "training": {"global_batch_size": 2, "micro_batch_size": 1, "max_steps": 1},
+            "checkpoint": {"interval_steps": None},
+            "export": {"enabled": False},
+            "cluster": {"processes_per_node": 2, "environment": {"DS_ACCELERATOR": "cpu"}},
+        }
+    )
+    run = RunDirectory(folder / "export_memory")
+    run.attempt_dir(1).mkdir(parents=True)
+    write_json(run.config_path, config.model_dump(mode="json"))
+    write_json(run.plan_path, make_plan(config, gather_facts(config)).to_json())
+    return run.path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank-program", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--export-program", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--shard-gib", type=float, nargs="+", default=[4.0, 0.1])
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.rank_program:
+        rank_program(options.rank_program)
+        return
+    if options.export_program:
+        export_program(options.export_program, options.shard_gib[0])
+        return
+    script = str(ROOT / "benchmarks" / "export_memory.py")
+    runs: list[dict[str, Any]] = []
+    rows = [["files", "largest", "peak above the libraries", "ratio", "limit"]]
+    with tempfile.TemporaryDirectory(prefix="dsft-export-") as name:
+        folder = Path(name)
+        run_dir = make_run(folder, options)
+        run_ranks(2, [script, "--rank-program", str(run_dir)], environment(folder), folder)
+        for size in options.shard_gib:
+            command = [sys.executable, script, "--export-program", str(run_dir), "--shard-gib", str(size)]
+            done = subprocess.run(command, env=environment(folder), capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(done.stdout + done.stderr)
+            told = json.loads(done.stdout.splitlines()[-1])
+            told["ratio"] = (told["peak"] - told["before"]) / max(told["files"])
+            runs.append({"shard_gib": size, **told})
+            cells = [f"{value / 2**20:.0f} MiB" for value in (max(told["files"]), told["peak"] - told["before"])]
+            rows.append([str(len(told["files"])), *cells, f"{told['ratio']:.2f}", str(LIMIT)])
+    value = {
+        "command": " ".join(["python", "benchmarks/export_memory.py", *sys.argv[1:]]),
+        "formula": "(peak anonymous memory - that with the libraries loaded) / largest file of the export",
+        "settings": {key: str(value) for key, value in vars(options).items() if key in ("hidden", "layers")},
+        "limit": LIMIT,
+        "runs": runs,
+    }
+    write_result(options.output, "export_memory", value, rows)
+
+
+if __name__ == "__main__":
+    main()
