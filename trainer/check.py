@@ -24,8 +24,8 @@ from trainer.data.prepared import prepared_documents
 from trainer.data.sample import Sample
 from trainer.data.sources import open_source
 from trainer.failures import EXIT_DONE, EXIT_USER, DsftError
-from trainer.tasks import Task, get_task
-from trainer.tokenizer import Tokenizer, load_tokenizer
+from trainer.tasks import Task, get_task, task_tokenizer
+from trainer.tokenizer import Tokenizer
 
 _FIRST, _SPREAD = 200, 100  # records looked at: the first ones, and others over the whole source
 
@@ -34,7 +34,7 @@ def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
     """Everything that is wrong with a config's data and tokenizer, and figures of its data."""
     report: dict[str, Any] = {"ok": True, "errors": [], "warnings": [], "statistics": []}
     try:
-        tokenizer = load_tokenizer(config.model)
+        tokenizer = task_tokenizer(config)
         task = get_task(config, tokenizer)
     except DsftError as error:
         return {**report, "ok": False, "class": error.failure_class, "errors": [str(error)]}

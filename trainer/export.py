@@ -17,9 +17,8 @@ from trainer.export_weights import Weights
 from trainer.failures import DsftError, StorageError, UserError
 from trainer.model import DTYPES, load_model_config, quiet_libraries
 from trainer.rundir import EXPORT_ABOUT, RunDirectory, write_json
-from trainer.tasks import get_task
+from trainer.tasks import get_task, task_tokenizer
 from trainer.tasks.base import BaseTask
-from trainer.tokenizer import load_tokenizer
 from trainer.vocabulary import wanted_vocabulary
 
 _ROOM_BYTES = 100 << 20  # tokenizer, configs
@@ -55,7 +54,7 @@ def export_run(
     chosen = dtype or config.export.dtype
     if chosen == "auto":
         chosen = "float32" if alone else config.model.dtype
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = task_tokenizer(config)
     task = get_task(config, tokenizer)
     model = _meta_model(config.model, task)
     if model.can_generate():
@@ -79,11 +78,12 @@ def export_run(
     else:
         _save_configs(model, task, partial, chosen)
     tokenizer.save(partial)
+    task.save(partial)
     (partial / "README.md").write_text(_model_card(run, config, int(weights.state["step"])), encoding="utf-8")
     about = task.config.model_dump(mode="json", include={"name", "task", "model", "data", "training"})
     write_json(partial / EXPORT_ABOUT, {"step": int(weights.state["step"]), "config": about})
     base = (config.model.path, DTYPES[config.model.dtype]) if alone and config.model.path else None
-    weights.check(partial, config.model.trust_remote_code, base)
+    weights.check(partial, config.model.trust_remote_code, base, task.example())
     if target.exists():
         old = target.with_name(target.name + ".old")
         shutil.rmtree(old, ignore_errors=True)

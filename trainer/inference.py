@@ -14,9 +14,8 @@ import torch
 from trainer.config.schema import LaunchConfig, ModelConfig
 from trainer.failures import UserError
 from trainer.model import DTYPES, choose_attention, load_model_config, quiet_libraries
-from trainer.tasks import get_task
+from trainer.tasks import get_task, task_tokenizer
 from trainer.tasks.base import BaseTask, Objective
-from trainer.tokenizer import load_tokenizer
 
 
 class Replica:
@@ -59,7 +58,7 @@ def load_replica(config: LaunchConfig) -> tuple[BaseTask, Replica, Objective]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    task = get_task(config, load_tokenizer(config.model))
+    task = get_task(config, task_tokenizer(config))
     model = _load(config.model, task, device)
     objective = task.objective(model, str(getattr(model.config, "_attn_implementation", "unknown")), device)
     replica = Replica(model)

@@ -12,13 +12,13 @@ import torch
 from trainer.data.sample import PackedSequence, Sample
 from trainer.engine import Engine
 from trainer.tasks.base import Predictions
-from trainer.tasks.encoder import EncoderTask
+from trainer.tasks.encoder import HeadTask
 
 _PAD_TO = 8  # tokens; matrix kernels like it, and CPU kernels are kept for every shape that they meet
 
 
 class EncoderObjective:
-    """The loss and the predictions of an `EncoderTask` on a model.
+    """The loss and the predictions of a `HeadTask` on a model.
 
     Args:
         model: its forward pass tells which inputs it takes.
@@ -29,7 +29,7 @@ class EncoderObjective:
 
     head_parameters = 0
 
-    def __init__(self, model: Any, task: EncoderTask, pad_id: int | None, device: torch.device) -> None:
+    def __init__(self, model: Any, task: HeadTask, pad_id: int | None, device: torch.device) -> None:
         self._task, self._pad_id, self._device = task, pad_id or 0, device
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
 

@@ -118,7 +118,12 @@ def _batches(samples: list[Sample], size: int) -> Iterator[list[PackedSequence]]
 
 
 def _shown(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if not isinstance(value, bytes)}
+    """A record without the images and the like in it."""
+    return {
+        name: _shown(value) if isinstance(value, dict) else value
+        for name, value in record.items()
+        if not isinstance(value, bytes)
+    }
 
 
 if __name__ == "__main__":

@@ -87,13 +87,30 @@ class Tokenizer:
         self._save(folder)
 
 
+# of tasks without texts
+NO_TOKENIZER = Tokenizer(
+    origin="no tokenizer",
+    vocab_size=0,
+    bos_id=None,
+    eos_id=None,
+    pad_id=None,
+    chat_template=None,
+    special_tokens={},
+    _encode=lambda texts: [[] for _ in texts],
+    _encode_with_starts=lambda texts: [([], []) for _ in texts],
+    _decode=lambda ids: "",
+    _show=lambda ids: "",
+    _save=lambda folder: None,
+)
+
+
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """The tokenizer of a config.
 
     Raises:
         DataError: it is not there, or cannot be read.
     """
-    origin = config.tokenizer or config.path or ""
+    origin = config.tokenizer or config.processor or config.path or ""
     path = Path(origin)
     try:
         if path.is_file():

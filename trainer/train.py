@@ -36,8 +36,7 @@ from trainer.saving import SavePolicy, tell
 from trainer.schedule import learning_rate_factor
 from trainer.spikes import cause_to_go_back, rollbacks_of
 from trainer.stragglers import Probe
-from trainer.tasks import get_task
-from trainer.tokenizer import load_tokenizer
+from trainer.tasks import get_task, task_tokenizer
 from trainer.usage import Utilisation, peak_memory
 
 _MAX_SKIPPED_IN_A_ROW = 3
@@ -74,8 +73,7 @@ class Trainer:
         self.gather = heartbeat.noting_own_time(gather)
         self.evaluation_gather = collectives.make_gather(collectives.new_group(collectives.TIMEOUT_SECONDS))
 
-        tokenizer = load_tokenizer(self.config.model)
-        self.task = get_task(self.config, tokenizer)
+        self.task = get_task(self.config, task_tokenizer(self.config))
         self.config = self.task.config  # with what the task has found in the data
         import transformers
 

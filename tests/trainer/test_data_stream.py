@@ -32,8 +32,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 class Words:
     """A task without a tokenizer: a record's `text` is a list of numbers, the first of which is its prompt."""
 
-    structured = optional = frozenset[str]()
-    splits, pieces, predicts = True, False, False
+    structured = optional = paths = frozenset[str]()
+    splits, pieces, predicts, loads = True, False, False, False
 
     def columns(self, source_columns: dict[str, str], record: dict[str, Any]) -> dict[str, str]:
         return {"text": "text"}
@@ -44,6 +44,9 @@ class Words:
             tokens = np.array([int(word) for word in record["text"].split()], dtype=np.int32)
             made.append(Sample(tokens, np.arange(len(tokens)) > 0))
         return made
+
+    def load(self, sample: Sample) -> Sample:
+        return sample
 
 
 def options(rank: int = 0, world_size: int = 1, **changes: Any) -> Options:

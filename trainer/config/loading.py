@@ -271,7 +271,7 @@ def _make_absolute(layer: dict[str, Any], folder: Path) -> None:
         layer["output_dir"] = _absolute(layer["output_dir"], folder)
     model = layer.get("model")
     if isinstance(model, dict):
-        for key in ("path", "tokenizer"):
+        for key in ("path", "tokenizer", "processor"):
             if isinstance(model.get(key), str):
                 model[key] = _absolute_or_hub_id(model[key], folder)
     cluster = layer.get("cluster")

@@ -31,6 +31,7 @@ from trainer.config.section import (
 )
 from trainer.config.tasks import PACKED_TASKS, Task
 from trainer.config.trained import AdapterConfig, ParameterGroup
+from trainer.config.tuning import TuneConfig
 
 
 class ModelConfig(Section):
@@ -42,6 +43,9 @@ class ModelConfig(Section):
     )
     tokenizer: str | None = Field(
         None, description="Folder, tokenizer.json or SentencePiece .model; default: the one in `path`"
+    )
+    processor: str | None = Field(
+        None, description="Folder or hub id with the image processor, for tasks with images; default: `path`"
     )
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -71,7 +75,7 @@ class ModelConfig(Section):
             raise ValueError("`resize_embeddings` is for pretrained weights (`path`); set `vocab_size` in `config`")
         if self.resize_embeddings and self.adapter is not None:
             raise ValueError("`resize_embeddings` adds rows that an `adapter` would not train: leave one of them out")
-        if self.config is not None and self.tokenizer is None:
+        if self.config is not None and self.tokenizer is None and self.processor is None:
             raise ValueError("`tokenizer` is needed with `config`, since there is no model folder to take it from")
         return self
 
@@ -334,6 +338,7 @@ class LaunchConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
+    tune: TuneConfig | None = Field(None, description="What `dsft tune` searches; a launch passes it over")
     logging: LoggingConfig = LoggingConfig()
     cluster: Cluster = LocalCluster()
     resilience: ResilienceConfig = ResilienceConfig()

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from trainer.config.generation import CodeExecutionConfig, SummarizationTask, TranslationTask, WritingTask
 from trainer.config.section import Flag, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
+# Tasks without texts
+UNTOKENIZED_TASKS = frozenset({"image-classification"})
 # Tasks whose samples may share a sequence
 PACKED_TASKS = frozenset({"causal-lm"})
 
@@ -105,6 +107,21 @@ class MultipleChoiceTask(Section):
     dropout: Fraction | None = Field(None, description="Of the head; default: the model's")
 
 
+class ImageClassificationTask(Section):
+    """A class for an image (`image`, `label`)."""
+
+    type: Literal["image-classification"]
+    labels: tuple[str, ...] | None = Field(
+        None, description="Names of the classes in the order of their ids; default: what the training data holds"
+    )
+    label_smoothing: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _sensible(self) -> ImageClassificationTask:
+        _check_labels(self.labels)
+        return self
+
+
 def _check_labels(labels: tuple[str, ...] | None) -> None:
     if labels is not None and len(labels) < 2:
         raise ValueError("`labels` needs at least two names")
@@ -119,6 +136,7 @@ Task = Annotated[
     | TextClassificationTask
     | TokenClassificationTask
     | QuestionAnsweringTask
-    | MultipleChoiceTask,
+    | MultipleChoiceTask
+    | ImageClassificationTask,
     Field(discriminator="type"),
 ]

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from trainer.config.schema import DataSource
+from trainer.data.images import resolved
 from trainer.data.sample import Sample
 from trainer.data.sources import Source
 from trainer.failures import DataError
@@ -33,6 +34,8 @@ class Encoder(Protocol):
         splits: whether a sample that is too long can be cut anywhere; else the task cuts it itself.
         pieces: whether `encode` itself makes several samples of what is too long for one.
         predicts: whether predictions are scored: samples then know their origin.
+        paths: task columns with images, whose paths are relative to the data file.
+        loads: whether `load` does anything.
     """
 
     structured: frozenset[str]
@@ -40,12 +43,17 @@ class Encoder(Protocol):
     splits: bool
     pieces: bool
     predicts: bool
+    paths: frozenset[str]
+    loads: bool
 
     def columns(self, source_columns: dict[str, str], record: dict[str, Any]) -> dict[str, str]:
         """Task column -> column of the file. Raises DataError where the record has not what the task needs."""
 
     def encode(self, records: Sequence[dict[str, Any]]) -> Sequence[Sample | list[Sample] | str]:
         """The sample of each record of the task's columns (or its samples), or what is wrong with it."""
+
+    def load(self, sample: Sample) -> Sample:
+        """The sample with what is too large to be held for a whole window."""
 
 
 class SourceEncoder:
@@ -84,7 +92,11 @@ class SourceEncoder:
             if record is None or problem is not None:
                 bad(position, problem or "")
                 continue
-            records.append(self._task_record(record))
+            made = self._task_record(record)
+            if self._task.paths:
+                folder = self.source.folder(number)
+                made |= {name: resolved(made[name], folder) for name in self._task.paths & made.keys()}
+            records.append(made)
             kept.append(position)
         pieces = {}
         for position, sample in zip(kept, self._task.encode(records) if records else [], strict=True):
@@ -92,10 +104,10 @@ class SourceEncoder:
                 bad(position, f"{self.source.where(int(numbers[position]))}: {sample}")
                 continue
             number = int(numbers[position])
-            made, found = self._fitted(sample if isinstance(sample, list) else [sample], number)
+            fitted, found = self._fitted(sample if isinstance(sample, list) else [sample], number)
             if self._task.predicts:
-                made = [replace(one, origin=(self._index, number, piece)) for piece, one in enumerate(made)]
-            pieces[position] = made
+                fitted = [replace(one, origin=(self._index, number, piece)) for piece, one in enumerate(fitted)]
+            pieces[position] = fitted
             if found:
                 outcomes += [(position, outcome) for outcome in found]
         return pieces, outcomes

@@ -68,6 +68,10 @@ class Source:
         index = int(np.searchsorted(self._first, number, side="right")) - 1
         return self.files[index].where(number - int(self._first[index]))
 
+    def folder(self, number: int) -> Path:
+        """Where the file of a record lies: paths in records are relative to it."""
+        return Path(self.files[int(np.searchsorted(self._first, number, side="right")) - 1].name).parent
+
     def windows(self, documents: int, size: int) -> np.ndarray:
         """Window boundaries, int64 [windows + 1]: at most so many documents and (but for one huge one) bytes each."""
         bounds = [0]

@@ -11,6 +11,7 @@ import hashlib
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from trainer.data.workers import Workers, worker_count
 from trainer.failures import DataError
 
 _PREFETCH = 4  # global batches
+_LOADERS = 4  # threads: decoding images holds no lock
 _INT32 = np.dtype("<i4")
 
 
@@ -107,6 +109,7 @@ class BatchStream:
         self._weights = [weight or 1.0 for weight in weights] if any(weights) else sizes
         drawn = state["drawn"] if state else []
         self._drawn: list[int] = [*drawn[: len(sources)], *[0] * (len(sources) - len(drawn))]
+        self._load = task.load if task.loads else None
         self._options, self._limit, self._workers = options, limit, workers
         self._global, self._micro = global_batch_size, micro_batch_size
 
@@ -171,6 +174,8 @@ class BatchStream:
         indices = [rank + turn * world_size for turn in range(turns)]
         mine = [i for index in indices for i in range(index * micro, min((index + 1) * micro, len(references)))]
         sequences = self._materialise(references, mine)
+        content = sum(digest(i, sequence) for i, sequence in sequences.items()) % (1 << 63)
+        sequences = self._loaded(sequences)
         micro_batches = tuple(
             MicroBatch(index, tuple(sequences[i] for i in range(index * micro, (index + 1) * micro) if i in sequences))
             for index in indices
@@ -181,7 +186,7 @@ class BatchStream:
             len(references),
             int(sum(window.targets[number] for _, window, number in references)),
             int(sum(window.lengths[number] for _, window, number in references)),
-            sum(digest(i, sequence) for i, sequence in sequences.items()) % (1 << 63),
+            content,
             done / self.records,
             {
                 "sources": [stream.state() for stream in self._streams],
@@ -189,6 +194,15 @@ class BatchStream:
                 "data": self._identity,
             },
         )
+
+    def _loaded(self, sequences: dict[int, PackedSequence]) -> dict[int, PackedSequence]:
+        """The same with what samples only refer to."""
+        load = self._load
+        if load is None:
+            return sequences
+        with ThreadPoolExecutor(_LOADERS) as pool:
+            made = pool.map(lambda sequence: PackedSequence(tuple(map(load, sequence.samples))), sequences.values())
+            return dict(zip(sequences, made, strict=True))
 
     def _materialise(
         self, references: list[tuple[SourceStream, Window, int]], mine: list[int]

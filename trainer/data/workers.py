@@ -159,10 +159,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _encoders(config: LaunchConfig) -> dict[int, SourceEncoder]:
     from trainer.data.sources import open_source
-    from trainer.tasks import get_task
-    from trainer.tokenizer import load_tokenizer
+    from trainer.tasks import get_task, task_tokenizer
 
-    task, data = get_task(config, load_tokenizer(config.model)), config.data
+    task, data = get_task(config, task_tokenizer(config)), config.data
     return {
         index: SourceEncoder(open_source(source), task, data.sequence_length, data.on_long, data.on_bad_record, index)
         for index, source in enumerate(data.train)

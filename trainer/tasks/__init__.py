@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 from trainer.config.schema import LaunchConfig
-from trainer.config.tasks import CausalLMTask
+from trainer.config.tasks import UNTOKENIZED_TASKS, CausalLMTask
 from trainer.tasks.base import BaseTask
 from trainer.tasks.causal_lm import CausalLM
+from trainer.tasks.image_classification import ImageClassification
 from trainer.tasks.multiple_choice import MultipleChoice
 from trainer.tasks.question_answering import QuestionAnswering
 from trainer.tasks.seq2seq import SequenceToSequence
 from trainer.tasks.text_classification import TextClassification
 from trainer.tasks.token_classification import TokenClassification
 from trainer.tasks.writing import WritingCausalLM
-from trainer.tokenizer import Tokenizer
+from trainer.tokenizer import NO_TOKENIZER, Tokenizer, load_tokenizer
 
 Task = BaseTask
 
 _TASKS: dict[str, type[BaseTask]] = {
     "causal-lm": CausalLM,
-    "multiple-choice": MultipleChoice,
-    "question-answering": QuestionAnswering,
     "text-classification": TextClassification,
     "translation": SequenceToSequence,
     "summarization": SequenceToSequence,
     "token-classification": TokenClassification,
+    "multiple-choice": MultipleChoice,
+    "question-answering": QuestionAnswering,
+    "image-classification": ImageClassification,
 }
+
+
+def task_tokenizer(config: LaunchConfig) -> Tokenizer:
+    """The tokenizer of a config; one that does nothing for tasks without texts. Raises DataError."""
+    return NO_TOKENIZER if config.task.type in UNTOKENIZED_TASKS else load_tokenizer(config.model)
 
 
 def get_task(config: LaunchConfig, tokenizer: Tokenizer) -> BaseTask:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from trainer.config.schema import LaunchConfig
@@ -67,6 +68,8 @@ class BaseTask:
     shown: Sequence[dict[str, Any]] = ()  # some of what the last evaluation generated
     signatures: Mapping[str, str] = {}  # how its scores were computed, by score
     label_columns: frozenset[str] = frozenset()
+    loads = False  # whether `load` does anything
+    paths: frozenset[str] = frozenset()  # task columns with images: paths in them are relative to the data file
     labelled = True
 
     def __init__(self, config: LaunchConfig, tokenizer: Tokenizer) -> None:
@@ -80,6 +83,10 @@ class BaseTask:
         """The sample of each record of the task's columns (or its samples), or what is wrong with it."""
         raise NotImplementedError
 
+    def load(self, sample: Sample) -> Sample:
+        """The sample with what is too large to be held for a whole window, made when its batch is."""
+        return sample
+
     def configure(self, model_config: Any) -> None:
         """Set what the task needs in a transformers config, before the model is built."""
 
@@ -89,6 +96,13 @@ class BaseTask:
     def objective(self, model: Any, attention: str, device: torch.device) -> Objective:
         """The loss of this task on a model."""
         raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Write what an exported model needs besides its weights, configs and tokenizer."""
+
+    def example(self) -> dict[str, Any]:
+        """Inputs on which an export is compared with its checkpoint; none: token ids."""
+        return {}
 
     def scores(self, loss: float, predictions: Predictions) -> dict[str, float]:
         """Scores of an evaluation besides the mean loss, from all predictions in the order of the data."""

@@ -24,14 +24,30 @@ _AT_ONCE = 4096  # records
 _HEAD_DROPOUTS = ("classifier_dropout", "seq_classif_dropout", "cls_dropout", "summary_last_dropout")
 
 
-class EncoderTask(BaseTask):
-    """A task whose model reads a whole text at once and whose head predicts labels.
+class HeadTask(BaseTask):
+    """A task whose model reads a whole sample at once and whose head predicts labels.
 
     Attributes:
         chooses: whether the model reads several rows a sample, [samples, choices, length].
     """
 
     chooses = False
+
+    def loss(self, output: Any, samples: Sequence[Sample]) -> torch.Tensor:
+        """Sum of the loss over the targets of ``samples`` (at least one), an fp32 scalar, from the model's output."""
+        raise NotImplementedError
+
+    def read(self, output: Any, samples: Sequence[Sample]) -> list[Any]:
+        """What the scores need of each sample, small and without tensors."""
+        raise NotImplementedError
+
+    def read_answers(self, output: Any, samples: Sequence[Sample]) -> list[Any]:
+        """What `answer` needs of each sample, which may have no labels, small and without tensors."""
+        raise NotImplementedError
+
+
+class EncoderTask(HeadTask):
+    """A task whose model reads texts."""
 
     def __init__(self, config: LaunchConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
@@ -51,18 +67,6 @@ class EncoderTask(BaseTask):
         from trainer.objective import EncoderObjective
 
         return EncoderObjective(model, self, self.tokenizer.pad_id, device)
-
-    def loss(self, output: Any, samples: Sequence[Sample]) -> torch.Tensor:
-        """Sum of the loss over the targets of ``samples`` (at least one), an fp32 scalar, from the model's output."""
-        raise NotImplementedError
-
-    def read(self, output: Any, samples: Sequence[Sample]) -> list[Any]:
-        """What the scores need of each sample, small and without tensors."""
-        raise NotImplementedError
-
-    def read_answers(self, output: Any, samples: Sequence[Sample]) -> list[Any]:
-        """What `answer` needs of each sample, which may have no labels, small and without tensors."""
-        raise NotImplementedError
 
     def encode_texts(self, texts: Sequence[Any], **options: Any) -> list[Any]:
         """`tokenizers.Encoding` of each text or (text, text), cut to `data.sequence_length`, with special tokens."""

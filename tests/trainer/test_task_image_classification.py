@@ -1,0 +1,131 @@
+"""image-classification: references to images, damaged ones, and real runs whose exports plain transformers uses."""
+
+from __future__ import annotations
+
+import json
+import random
+import tarfile
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from encoder_runs import last_scores, make_config, run_at, same_runs
+from image_data import COLOURS, draw_shape, encoded, make_image_processor, make_pictures, tiny_vit, write
+
+from trainer.check import check
+from trainer.config.schema import LaunchConfig
+from trainer.data.encoding import BAD, SourceEncoder
+from trainer.data.sources import open_source
+from trainer.failures import DataError
+from trainer.tasks import get_task, task_tokenizer
+from trainer.tasks.image_classification import ImageClassification
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    write(folder / "train.jsonl", make_pictures(folder, "train", 240, 1))
+    write(folder / "test.jsonl", make_pictures(folder, "test", 61, 2))
+    make_image_processor(folder / "processor")
+    return folder
+
+
+def config_of(folder: Path, task: dict[str, Any] | None = None, **data: Any) -> LaunchConfig:
+    model = {"config": tiny_vit(), "tokenizer": None, "processor": str(folder / "processor")}
+    return make_config(
+        folder,
+        {"type": "image-classification", **(task or {})},
+        model={**model, "gradient_checkpointing": False},
+        data={"sequence_length": 5, **data},
+    )
+
+
+def task_of(config: LaunchConfig) -> ImageClassification:
+    task = get_task(config, task_tokenizer(config))
+    assert isinstance(task, ImageClassification)
+    return task
+
+
+def test_pixels_are_those_of_the_processor_whatever_holds_the_image(folder: Path, tmp_path: Path) -> None:
+    """A path, bytes, what datasets store and a webdataset's members give the same pixels, and labels by name or id."""
+    import pyarrow
+    from pyarrow import parquet
+
+    task = task_of(config_of(folder))
+    assert task.labels.names == tuple(sorted(COLOURS))
+    picture = draw_shape("green", random.Random(3))
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/a.png").write_bytes(encoded(picture))
+    write(tmp_path / "a.jsonl", [{"image": "pictures/a.png", "label": "green"}])
+    image = {"bytes": encoded(picture), "path": None}
+    parquet.write_table(pyarrow.table({"image": [image], "label": [1]}), tmp_path / "b.parquet")
+    parquet.write_table(pyarrow.table({"img": [image["bytes"]], "label": ["green"]}), tmp_path / "c.parquet")
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        for name, body in (("0.png", encoded(picture)), ("0.cls", b"1")):
+            member = tarfile.TarInfo(name)
+            member.size = len(body)
+            tar.addfile(member, BytesIO(body))
+    wanted = task.processor(picture, return_tensors="np")["pixel_values"][0]
+    for name in ("a.jsonl", "b.parquet", "c.parquet", "d.tar"):
+        source = open_source(config_of(folder, train=[{"path": str(tmp_path / name)}]).data.train[0])
+        (found,) = SourceEncoder(source, task, 5, "split", "error").encode(np.arange(1), [0])[0][0]
+        assert found.labels is not None
+        assert found.labels.tolist() == [1], name
+        assert found.inputs is not None
+        assert set(found.inputs) == {"image"}
+        loaded = task.load(found)
+        assert loaded.inputs is not None
+        np.testing.assert_array_equal(loaded.inputs["pixel_values"], wanted)
+
+
+def test_damaged_images_are_errors_or_counted(folder: Path, tmp_path: Path) -> None:
+    task = task_of(config_of(folder))
+    picture = draw_shape("blue", random.Random(4)).resize((200, 200))
+    for kind in ("png", "jpeg"):
+        body = encoded(picture, kind)
+        (tmp_path / f"whole.{kind}").write_bytes(body)
+        (tmp_path / f"cut.{kind}").write_bytes(body[: len(body) * 2 // 3])
+    (tmp_path / "text.png").write_text("no image")
+    bad = ("cut.png", "cut.jpeg", "text.png", "missing.png", 7)
+    names = (*bad, "whole.png", "whole.jpeg")
+    write(tmp_path / "a.jsonl", [{"image": name, "label": "blue"} for name in names])
+    config = config_of(folder, train=[{"path": str(tmp_path / "a.jsonl")}])
+    source = open_source(config.data.train[0])
+    pieces, outcomes = SourceEncoder(source, task, 5, "split", "skip").encode(np.arange(7), range(7))
+    assert outcomes == [(i, BAD) for i in range(5)]
+    assert sorted(pieces) == [5, 6]
+    problems = ("truncated|cannot be decoded", "truncated", "not an image", "no such file.*relative", "image is int")
+    for number, problem in enumerate(problems):
+        with pytest.raises(DataError, match=problem) as raised:
+            SourceEncoder(source, task, 5, "split", "error").encode(np.array([number]), [0])
+        assert f"a.jsonl, line {number + 1}" in str(raised.value) or f"a.jsonl:{number + 1}" in str(raised.value)
+
+
+def test_check_looks_at_images_without_a_tokenizer(folder: Path) -> None:
+    report = check(config_of(folder))
+    assert report["ok"]
+    assert report["statistics"][0]["records"] == 240
+
+
+def test_runs_learn_alike_at_one_and_two_ranks_and_exports_work_without_dsft(folder: Path, tmp_path: Path) -> None:
+    import transformers
+    from PIL import Image
+
+    config = config_of(folder)
+    one, two = run_at(tmp_path / "one", config, 1, 12), run_at(tmp_path / "two", config, 2, 3)
+    same_runs(one, two)
+    first, last = one.evaluation_lines()[0]["evaluation"], last_scores(one)
+    assert last["accuracy"] > 0.8
+    assert last["top5_accuracy"] >= last["accuracy"]
+    assert last["loss"] < first["loss"]
+    assert last["samples"] == 61
+
+    classify = transformers.pipeline("image-classification", model=str(two.export_dir), device="cpu")
+    records = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    right = 0
+    for record in records:
+        with Image.open(folder / record["image"]) as picture:
+            right += classify(picture.convert("RGB"))[0]["label"] == record["label"]
+    assert right / len(records) == pytest.approx(last_scores(two)["accuracy"])

@@ -1,0 +1,70 @@
+"""Images of records: a sample carries a reference (path or encoded bytes); pixels exist only where a batch is made."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_PATH, _BYTES = b"p", b"b"  # first byte of a reference
+
+
+def resolved(value: Any, folder: Path) -> Any:
+    """Images of a record (one, or a list) with paths that are relative to ``folder``, the data file's, made whole."""
+    if isinstance(value, list):
+        return [resolved(item, folder) for item in value]
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    return str(folder / value) if isinstance(value, str) and value else value
+
+
+def reference(value: Any) -> np.ndarray | str:
+    """An image of a record as a uint8 array, after it has been decoded once; or what is wrong with it.
+
+    Args:
+        value: a path, encoded bytes, or {"bytes", "path"} as Hugging Face datasets store images.
+    """
+    value = resolved(value, Path())
+    if isinstance(value, str) and value:
+        found = _PATH + value.encode()
+    elif isinstance(value, bytes | bytearray | memoryview):
+        found = _BYTES + bytes(value)
+    else:
+        return f"image is {type(value).__name__}, expected a path relative to the data file, or an encoded image"
+    array = np.frombuffer(found, dtype=np.uint8)
+    problem = _problem(array)
+    return array if problem is None else problem
+
+
+def _problem(image: np.ndarray) -> str | None:
+    """What is wrong with an image, found by decoding all of it (JPEG at an eighth of its size, which costs little)."""
+    from PIL import Image, UnidentifiedImageError
+
+    source = _source(image)
+    name = f"image {source}" if isinstance(source, Path) else "image"
+    try:
+        with Image.open(source) as opened:
+            opened.draft("RGB", (opened.width // 8, opened.height // 8))
+            opened.load()
+    except FileNotFoundError:
+        return f"{name}: there is no such file (paths of images are relative to the data file)"
+    except UnidentifiedImageError:
+        return f"{name}: not an image of a format that Pillow reads"
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        return f"{name}: cannot be decoded: {error}"
+    return None
+
+
+def decode(image: np.ndarray) -> Any:
+    """The PIL image of a reference: RGB, turned as its EXIF data says (as transformers' pipelines load images)."""
+    from PIL import Image, ImageOps
+
+    with Image.open(_source(image)) as opened:
+        return ImageOps.exif_transpose(opened).convert("RGB")
+
+
+def _source(image: np.ndarray) -> Path | io.BytesIO:
+    data = image[1:].tobytes()
+    return Path(data.decode()) if image[:1].tobytes() == _PATH else io.BytesIO(data)
