@@ -87,6 +87,10 @@ class SourceEncoder:
 
         wanted = numbers[positions].tolist()
         for position, number, (record, problem) in zip(positions, wanted, self.source.read(wanted), strict=True):
+            if record is not None and (plain := self._plain_record(record)) is not None:
+                records.append(plain)
+                kept.append(position)
+                continue
             if record is not None:
                 problem = self._column_problem(record, number)
             if record is None or problem is not None:
@@ -111,6 +115,18 @@ class SourceEncoder:
             if found:
                 outcomes += [(position, outcome) for outcome in found]
         return pieces, outcomes
+
+    def _plain_record(self, record: dict[str, Any]) -> dict[str, Any] | None:
+        """The task's columns where all are ASCII text, as in most records; None: it has to be looked at."""
+        if self.source.config.template:
+            return None
+        made = {}
+        for name, column in self._named:
+            value = record.get(column)
+            if type(value) is not str or not value.isascii():
+                return None
+            made[name] = value
+        return made
 
     def _task_record(self, record: dict[str, Any]) -> dict[str, Any]:
         if template := self.source.config.template:
@@ -167,8 +183,6 @@ class SourceEncoder:
                 found = ", ".join(map(repr, record)) or "none"
                 return f"{self.source.where(number)}: no column {column!r}; the record has {found}"
             value = record[column]
-            if isinstance(value, str) and value.isascii():
-                continue
             plain = self.source.config.template and isinstance(value, int | float) and not isinstance(value, bool)
             if not isinstance(value, str) and name not in self._task.structured and not plain:
                 kind = "null" if value is None else type(value).__name__
