@@ -7,7 +7,7 @@ that has finished its texts, or has none, goes on with what it has until the las
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,11 @@ _PAD_TO = 8  # tokens; CPU kernels are kept for every shape that they meet
 
 @dataclass(frozen=True)
 class Prompt:
-    """What text is generated from: token ids, and a number of one's own for the draws."""
+    """What text is generated from: token ids, a number of one's own for the draws, and further inputs (images)."""
 
     tokens: np.ndarray
     key: tuple[int, ...]
+    inputs: Mapping[str, np.ndarray] | None = None
 
 
 class Generator:
@@ -38,10 +39,20 @@ class Generator:
         settings: the config's `task.generation`.
         tokenizer: knows the end of a text, and padding.
         device: of the model.
+        more: the model's further inputs for a batch of prompts; some prompt of it has some.
+        blank: a prompt with further inputs, for batches without any: ranks then run the same parts of the model.
     """
 
-    def __init__(self, model: Any, settings: GenerationConfig, tokenizer: Tokenizer, device: torch.device) -> None:
-        self._settings, self._device = settings, device
+    def __init__(
+        self,
+        model: Any,
+        settings: GenerationConfig,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        more: Callable[[Sequence[Prompt]], Mapping[str, torch.Tensor]] | None = None,
+        blank: Prompt | None = None,
+    ) -> None:
+        self._settings, self._device, self._more, self._blank = settings, device, more, blank
         self._group = collectives.new_group(collectives.TIMEOUT_SECONDS)
         self._decoder_only = not model.config.is_encoder_decoder
         config = copy.deepcopy(model.generation_config)
@@ -94,6 +105,8 @@ class Generator:
         return found
 
     def _generate(self, model: Any, synced: bool, prompts: list[Prompt], samples: list[int]) -> list[list[int]]:
+        if self._blank is not None and not any(prompt.inputs for prompt in prompts):
+            prompts, samples = [*prompts, self._blank], [*samples, 0]
         rows = [prompt.tokens for prompt in prompts] or [np.full(1, self._pad, dtype=np.int32)]
         width = -(-max(map(len, rows)) // _PAD_TO) * _PAD_TO
         ids = np.full((len(rows), width), self._pad, dtype=np.int64)
@@ -112,6 +125,7 @@ class Generator:
             generation_config=self._config,
             logits_processor=draws,
             synced_gpus=synced,
+            **(self._more(prompts) if self._more else {}),
         )
         return [self._ended(row) for row in output[:, width if self._decoder_only else 1 :].tolist()]
 

@@ -1,18 +1,25 @@
-"""From images to a summed loss and predictions."""
+"""From images, and texts about them, to a summed loss and predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from trainer.data.sample import Sample
-from trainer.objective import EncoderObjective
+from trainer.data.sample import PackedSequence, Sample
+from trainer.engine import Engine, whole_shape
+from trainer.forward import TARGETS_TO
+from trainer.generation import Generator, Prompt
+from trainer.loss import IGNORED, LabelledPositions, cross_entropy_sum
+from trainer.objective import EncoderObjective, padded
+from trainer.tasks.base import Predictions
 
 if TYPE_CHECKING:
     from trainer.tasks.image_classification import ImageClassification
+    from trainer.tasks.image_text_to_text import ImageTextToText
 
 
 class ImageObjective(EncoderObjective):
@@ -25,11 +32,106 @@ class ImageObjective(EncoderObjective):
         self._dtype = model.dtype
 
     def collate(self, samples: Sequence[Sample]) -> tuple[dict[str, torch.Tensor], int]:
-        """(`pixel_values` [samples, channels, height, width] in the model's dtype; 0); a blank image for no samples.
-
-        Raises:
-            UserError: the processor gives images of different sizes.
-        """
+        """(`pixel_values` [samples, channels, height, width] in the model's dtype; 0); a blank image for no samples."""
         loaded = [self._images.load(sample).inputs or {} for sample in samples]  # those of predict are not yet
         pixels = np.stack([inputs["pixel_values"] for inputs in loaded] or [self._blank])
         return {"pixel_values": torch.from_numpy(pixels).to(self._device, self._dtype, non_blocking=True)}, 0
+
+
+class ImageTextObjective:
+    """The loss over target tokens and the texts that a model generates from prompts with images.
+
+    Every forward pass takes at least one image, a blank one in a row without targets where samples bring none: under
+    ZeRO-3 all ranks have to run the vision tower, or none.
+    """
+
+    def __init__(self, model: Any, task: ImageTextToText, device: torch.device) -> None:
+        self._task, self._device, self._dtype = task, device, model.dtype
+        self.head_parameters = math.prod(whole_shape(model.get_output_embeddings().weight))
+        self._head = LabelledPositions(model)
+        self._pad = task.tokenizer.pad_id or 0  # hidden by the mask; an image's token it is never
+        settings, blank = task.settings.generation, Prompt(task.blank.tokens, (0,), task.blank.inputs)
+        self._generator = Generator(model, settings, task.tokenizer, device, self._pixels, blank) if settings else None
+
+    def __call__(self, forward: Callable[..., Any], sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, int]:
+        """(sum of the loss over target tokens, fp32 scalar; padded tokens)."""
+        samples = self._samples(sequences)
+        rows = samples if any(sample.inputs for sample in samples) else [*samples, self._task.blank]
+        inputs = image_text_inputs(rows, self._pad)
+        width = inputs["input_ids"].shape[1]
+        places = [row * width + np.flatnonzero(sample.targets) - 1 for row, sample in enumerate(rows)]
+        positions, labels = np.concatenate(places), np.concatenate([s.tokens[s.targets] for s in rows])
+        fill = -len(labels) % TARGETS_TO
+        positions = np.concatenate([positions, np.zeros(fill, dtype=np.int64)])
+        labels = np.concatenate([labels.astype(np.int64), np.full(fill, IGNORED, dtype=np.int64)])
+        with self._head.only(torch.from_numpy(positions).to(self._device)):
+            output = forward(**self._moved(inputs), use_cache=False)
+        loss = cross_entropy_sum(output.logits, torch.from_numpy(labels).to(self._device))
+        return loss, inputs["input_ids"].numel() - sum(len(sample.tokens) for sample in samples)
+
+    def predict(self, engine: Engine, sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, Predictions]:
+        """(sum of the loss over target tokens, what was generated from each prompt)."""
+        return self(engine.forward, sequences)[0], self.answer(engine, sequences)
+
+    def answer(self, engine: Engine, sequences: Sequence[PackedSequence]) -> Predictions:
+        """What was generated from each prompt, as the task writes it down."""
+        if self._generator is None:
+            return []
+        samples = self._samples(sequences)
+        origins = [sample.origin or (0, 0, 0) for sample in samples]
+        prompts = [
+            Prompt(sample.tokens[: sample.reference["length"]], origin, sample.inputs)
+            for sample, origin in zip(samples, origins, strict=True)
+        ]
+        texts = self._generator(engine, prompts)
+        written = [self._task.written(sample, of) for sample, of in zip(samples, texts, strict=True)]
+        return list(zip(origins, written, strict=True))
+
+    def check(self, engine: Engine) -> None:
+        """Nothing: samples do not share sequences."""
+
+    def _samples(self, sequences: Sequence[PackedSequence]) -> list[Sample]:
+        """Samples with pixels: those of predict come without."""
+        return [self._task.load(sample) for sequence in sequences for sample in sequence.samples]
+
+    def _pixels(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+        return self._moved(joined_pixels([prompt.inputs or {} for prompt in prompts]))
+
+    def _moved(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            name: values.to(self._device, self._dtype if values.is_floating_point() else None, non_blocking=True)
+            for name, values in inputs.items()
+        }
+
+
+def image_text_inputs(rows: Sequence[Sample], pad: int) -> dict[str, torch.Tensor]:
+    """Inputs of a model: token ids and mask, int64 [rows, longest rounded up], padded on the right; all pixels."""
+    ids = padded([row.tokens for row in rows], pad)
+    mask = padded([np.ones(len(row.tokens)) for row in rows], 0)
+    pixels = joined_pixels([row.inputs or {} for row in rows])
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask), **pixels}
+
+
+def joined_pixels(parts: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """The pixels of all samples, [images, channels, height, width], in their order.
+
+    Where they come with a mask (Idefics3), images of different sizes are filled up, and there is one more dimension in
+    front: the model takes all images as those of one text.
+    """
+    parts = [part for part in parts if part]
+    joined: dict[str, torch.Tensor] = {}
+    for name in parts[0] if parts else ():
+        arrays = [part[name] for part in parts]
+        size = [max(array.shape[axis] for array in arrays) for axis in (-2, -1)]
+        masked = "pixel_attention_mask" in parts[0]
+        if masked:
+            arrays = [_filled(array, size) for array in arrays]
+        values = torch.from_numpy(np.concatenate(arrays))
+        joined[name] = values[None] if masked else values
+    return joined
+
+
+def _filled(array: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """[..., height, width] with zeros at the right and below up to ``size``."""
+    more = [(0, 0)] * (array.ndim - 2) + [(0, size[0] - array.shape[-2]), (0, size[1] - array.shape[-1])]
+    return np.pad(array, more)

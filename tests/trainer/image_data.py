@@ -68,3 +68,73 @@ def tiny_vit(size: int = 16, **more: Any) -> dict[str, Any]:
         "attention_probs_dropout_prob": 0.0,
         **more,
     }
+
+
+def make_processor(folder: Path, family: str, words: list[str]) -> Path:
+    """A processor of a family, with a tokenizer of ``words``, for pictures of 16 by 16 pixels."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tiles = [f"<row_{row}_col_{column}>" for row in range(1, 3) for column in range(1, 3)]
+    special = ["<pad>", "<s>", "</s>", "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    tokens = ["<unk>", *special, *tiles, *words]
+    fast = Tokenizer(models.WordLevel({word: index for index, word in enumerate(tokens)}, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.add_special_tokens([*special, *tiles])
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, **names)
+    template = (
+        "{% for m in messages %}{{ m.role }} : {% for part in m.content %}"
+        "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %} </s> {% endfor %}"
+        "{% if add_generation_prompt %}assistant : {% endif %}"
+    )
+    if family == "llava":
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+        processor = transformers.LlavaProcessor(
+            images,
+            tokenizer,
+            patch_size=8,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=template,
+        )
+    else:
+        from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+        images = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+        processor = transformers.Idefics3Processor(images, tokenizer, image_seq_len=1, chat_template=template)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def tiny_llava(words: list[str], family: str = "llava") -> dict[str, Any]:
+    """`model.config` of a Llama that reads pictures, for `make_processor`."""
+    text = {
+        "model_type": "llama",
+        "vocab_size": 12 + len(words),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 1,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    if family == "llava":
+        vision |= {"model_type": "clip_vision_model", "projection_dim": 32}
+        more: dict[str, Any] = {"image_token_id": 4, "image_seq_length": 4}
+    else:
+        vision |= {"model_type": "idefics3_vision"}
+        more = {"image_token_id": 4, "scale_factor": 2, "pad_token_id": 1, "tie_word_embeddings": False}
+    return {"model_type": family, "text_config": text, "vision_config": vision, **more}

@@ -122,6 +122,20 @@ class ImageClassificationTask(Section):
         return self
 
 
+class ImageTextToTextTask(WritingTask):
+    """Texts about images: `prompt` and `image` are read, `completion` is learned; or `messages`."""
+
+    type: Literal["image-text-to-text"]
+
+    @model_validator(mode="after")
+    def _one_row_a_prompt(self) -> ImageTextToTextTask:
+        if self.generation is None and self.metrics:
+            raise ValueError("`metrics` are of generated texts: give `generation` as well")
+        if self.generation is not None and self.generation.num_beams > 1:
+            raise ValueError("generation.num_beams: beams of prompts with several images get them mixed up; leave it 1")
+        return self
+
+
 def _check_labels(labels: tuple[str, ...] | None) -> None:
     if labels is not None and len(labels) < 2:
         raise ValueError("`labels` needs at least two names")
@@ -137,6 +151,7 @@ Task = Annotated[
     | TokenClassificationTask
     | QuestionAnsweringTask
     | MultipleChoiceTask
-    | ImageClassificationTask,
+    | ImageClassificationTask
+    | ImageTextToTextTask,
     Field(discriminator="type"),
 ]

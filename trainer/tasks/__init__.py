@@ -7,6 +7,7 @@ from trainer.config.tasks import UNTOKENIZED_TASKS, CausalLMTask
 from trainer.tasks.base import BaseTask
 from trainer.tasks.causal_lm import CausalLM
 from trainer.tasks.image_classification import ImageClassification
+from trainer.tasks.image_text_to_text import ImageTextToText
 from trainer.tasks.multiple_choice import MultipleChoice
 from trainer.tasks.question_answering import QuestionAnswering
 from trainer.tasks.seq2seq import SequenceToSequence
@@ -26,6 +27,7 @@ _TASKS: dict[str, type[BaseTask]] = {
     "multiple-choice": MultipleChoice,
     "question-answering": QuestionAnswering,
     "image-classification": ImageClassification,
+    "image-text-to-text": ImageTextToText,
 }
 
 
