@@ -46,8 +46,8 @@ if [ "$(cat "$venv/dsft-stamp" 2>/dev/null)" != "$wanted" ]; then
   step "virtual environment in $venv" "Debian: apt-get install python3-venv" "$python" -m venv --clear "$venv"
   pip=("$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt)
   network="check the network and the disk (df -h .), then run this command again; behind a mirror, set it in pip's configuration"
-  # an old pip can need many minutes to resolve this set
-  step "pip and setuptools" "$network" "${pip[@]}" -U pip setuptools wheel
+  # an old pip can need many minutes to resolve this set; seqeval, a source package, asks setuptools-scm for its version
+  step "pip and setuptools" "$network" "${pip[@]}" -U pip setuptools setuptools-scm wheel
   step "torch" "$network" "${pip[@]}" torch
   # deepspeed is built from source: no ops ahead of time, and against the torch just installed
   step "dsft and its dependencies" "$network" env DS_BUILD_OPS=0 "${pip[@]}" --no-build-isolation -e '.[test]'

@@ -41,6 +41,7 @@ setup(
         "fsspec>=2024.6",
         "jinja2>=3.1",
         "numpy>=2.0",
+        "optuna>=5.0",
         "peft>=0.18",
         "protobuf>=5.0",  # sentencepiece reads its models by it
         "pyarrow>=18.0",
