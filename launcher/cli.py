@@ -32,6 +32,7 @@ VERBS = {
     "export": "write a checkpoint as a Hugging Face model folder",
     "eval": "score a run's checkpoint or export on its evaluation data, or on other data",
     "predict": "a trained model's answers for the records of files",
+    "tune": "search for the best values of a config's keys, a run for each trial",
     "schema": "print the JSON Schema of the config, for editors",
 }
 

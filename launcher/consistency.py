@@ -18,7 +18,18 @@ _FIXED: dict[str, frozenset[str]] = {
 }
 # ... and these may change from one launch to the next; `name` and `output_dir` say which run it is.
 FREE = frozenset(
-    {"name", "output_dir", "deepspeed", "checkpoint", "evaluation", "export", "logging", "cluster", "resilience"}
+    {
+        "name",
+        "output_dir",
+        "deepspeed",
+        "checkpoint",
+        "evaluation",
+        "export",
+        "tune",
+        "logging",
+        "cluster",
+        "resilience",
+    }
 )
 
 
@@ -30,7 +41,7 @@ def refuse_changes(run: RunDirectory, config: dict[str, Any]) -> None:
     changes = [
         f"  {path}: the run has {old!r}, the config {new!r}"
         for section, free in _FIXED.items()
-        for path, old, new in _differences(section, before.get(section), config.get(section))
+        for path, old, new in differences(section, before.get(section), config.get(section))
         if path.removeprefix(f"{section}.").split(".")[0] not in free
     ]
     if changes:
@@ -41,9 +52,10 @@ def refuse_changes(run: RunDirectory, config: dict[str, Any]) -> None:
         )
 
 
-def _differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+def differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(path, old, new) of what differs between two JSON values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            yield from _differences(f"{path}.{key}", old.get(key), new.get(key))
+            yield from differences(f"{path}.{key}", old.get(key), new.get(key))
     elif old != new:
         yield path, old, new

@@ -57,8 +57,18 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [index * step for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def chart(title: str, lines: Sequence[Line], from_zero: bool = False) -> str:
-    """Lines over steps, as one <svg>; "" where there is nothing to plot. What is not finite is marked at the top."""
+def chart(
+    title: str,
+    lines: Sequence[Line],
+    from_zero: bool = False,
+    x_name: str = "step",
+    x_text: Callable[[float], str] | None = None,
+) -> str:
+    """Lines over steps, as one <svg>; "" where there is nothing to plot. What is not finite is marked at the top.
+
+    `x_text` writes an x that is no step; "" leaves its label out.
+    """
+    written = x_text or (lambda step: f"{step:.0f}" if float(step).is_integer() else "")
     lines = [Line(line.name, line.style, thinned(line.points), line.dots) for line in lines if line.points]
     values = [y for line in lines for _, y in line.points if math.isfinite(y)]
     if not values:
@@ -78,19 +88,21 @@ def chart(title: str, lines: Sequence[Line], from_zero: bool = False) -> str:
         parts.append(f'<path class="grid" d="M{_LEFT} {y(value):.1f}H{WIDTH - _RIGHT}"/>')
         parts.append(_label(_LEFT - 8, y(value) + 4, _short(value), "end"))
     for step in ticks(first, last, 8):
-        if float(step).is_integer():
-            parts.append(_label(x(step), HEIGHT - 10, f"{step:.0f}", "middle"))
+        if text := written(step):
+            parts.append(_label(x(step), HEIGHT - 10, text, "middle"))
     parts.append(f'<path class="axis" d="M{_LEFT} {HEIGHT - _BOTTOM}H{WIDTH - _RIGHT}"/>')
     for line in lines:
-        parts += _drawn(line, x, y)
+        parts += _drawn(line, x, y, lambda step: f"{x_name} {x_text(step) if x_text else f'{step:.0f}'}")
     return "".join([*parts, "</svg>"])
 
 
-def _drawn(line: Line, x: Callable[[float], float], y: Callable[[float], float]) -> Iterator[str]:
+def _drawn(
+    line: Line, x: Callable[[float], float], y: Callable[[float], float], where: Callable[[float], str]
+) -> Iterator[str]:
     finite = [(step, value) for step, value in line.points if math.isfinite(value)]
     if line.dots:
         for step, value in finite:
-            text = _escape(f"{line.name}, step {step:.0f}: {value:.5g}")
+            text = _escape(f"{line.name}, {where(step)}: {value:.5g}")
             place = f'cx="{x(step):.1f}" cy="{y(value):.1f}"'
             yield f'<circle class="{line.style}" {place} r="4"><title>{text}</title></circle>'
     else:
@@ -103,7 +115,7 @@ def _drawn(line: Line, x: Callable[[float], float], y: Callable[[float], float])
         yield f'<path class="line {line.style}" d="{"".join(pieces)}"/>'
     for step, value in line.points:
         if not math.isfinite(value):
-            text = _escape(f"{line.name}, step {step:.0f}: {value}")
+            text = _escape(f"{line.name}, {where(step)}: {value}")
             yield f'<path class="bad" d="M{x(step) - 4:.1f} {_TOP - 8}l8 8m0 -8l-8 8"><title>{text}</title></path>'
 
 

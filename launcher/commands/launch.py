@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_ways(parser)
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)  # of `launcher.detach`
+    parser.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)  # of `launcher.trials`
 
 
 def add_ways(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +59,10 @@ def run(options: argparse.Namespace) -> int:
     from trainer.config.loading import load_config
     from trainer.rundir import RunDirectory
 
+    if (parent := getattr(options, "parent_pid", None)) is not None:
+        from trainer.processes import die_with_parent
+
+        die_with_parent(parent)
     if options.profile:
         options.set = ["logging.profile={}", *options.set]
     if options.dry_run:
