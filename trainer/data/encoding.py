@@ -118,7 +118,7 @@ class SourceEncoder:
 
     def _plain_record(self, record: dict[str, Any]) -> dict[str, Any] | None:
         """The task's columns where all are ASCII text, as in most records; None: it has to be looked at."""
-        if self.source.config.template:
+        if self.source.config.template or self._task.paths:
             return None
         made = {}
         for name, column in self._named:

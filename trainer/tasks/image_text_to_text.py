@@ -132,15 +132,18 @@ class ImageTextToText(BaseTask):
         """(text up to the last turn, its text) of a conversation by the template, or what is wrong with it."""
         if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
             return "messages is no list of turns"
+        answered = messages[-1].get("role") == "assistant"
+        if self.labelled and not (answered and len(messages) > 1):
+            return "the last of messages is no turn of the assistant after another one"
         try:
-            if not self.labelled and messages[-1].get("role") != "assistant":
+            if not answered:
                 return self.processor.apply_chat_template(messages, add_generation_prompt=True), ""
             before = self.processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
             whole = self.processor.apply_chat_template(messages)
         except Exception as error:  # of jinja2, and of templates themselves
             return f"the chat template cannot render messages: {error}"
-        if messages[-1].get("role") != "assistant" or not whole.startswith(before):
-            return "the last of messages is no turn of the assistant that follows on the others in the chat template"
+        if not whole.startswith(before):
+            return "the chat template writes the last turn otherwise than it asks for it: what is learned is not clear"
         return before, whole[len(before) :]
 
     def load(self, sample: Sample) -> Sample:

@@ -1,0 +1,184 @@
+"""image-text-to-text: what is read and learned, losses as plain transformers has them, and real runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from encoder_runs import last_scores, make_config, run_at, same_runs
+from image_data import COLOURS, make_pictures, make_processor, tiny_llava, write
+from PIL import Image
+
+from trainer.config.schema import LaunchConfig
+from trainer.data.encoding import SourceEncoder
+from trainer.data.sample import PackedSequence, Sample
+from trainer.data.sources import open_source
+from trainer.failures import DataError, UserError
+from trainer.tasks import get_task, task_tokenizer
+from trainer.tasks.image_text_to_text import ImageTextToText
+from trainer.vision import ImageTextObjective
+
+WORDS = [*COLOURS, "which", "colour", "?", "say", "assistant", "user", ":"]
+FAMILIES = ("llava", "idefics3")
+
+
+def make_records(folder: Path, name: str, number: int, seed: int) -> list[dict[str, Any]]:
+    """Questions on pictures; three of six records in a row have none, and hold the answer."""
+    records: list[dict[str, Any]] = []
+    for index, made in enumerate(make_pictures(folder, name, number, seed)):
+        colour = made["label"]
+        if index % 6 < 3:
+            records.append({"image": [made["image"]], "prompt": "which colour ?", "completion": colour})
+        else:
+            records.append({"prompt": f"say {colour} ?", "completion": colour})
+    return records
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    write(folder / "train.jsonl", make_records(folder, "train", 240, 1))
+    write(folder / "test.jsonl", make_records(folder, "test", 30, 2))
+    for family in FAMILIES:
+        make_processor(folder / family, family, WORDS)
+    return folder
+
+
+def config_of(folder: Path, family: str, **changes: Any) -> LaunchConfig:
+    model = {"config": tiny_llava(WORDS, family), "tokenizer": None, "processor": str(folder / family)}
+    task = {"type": "image-text-to-text", **changes.pop("task", {})}
+    model |= {"gradient_checkpointing": False, **changes.pop("model", {})}
+    data = {"sequence_length": 64, **changes.pop("data", {})}
+    return make_config(folder, task, model=model, data=data, **changes)
+
+
+def task_of(config: LaunchConfig) -> ImageTextToText:
+    task = get_task(config, task_tokenizer(config))
+    assert isinstance(task, ImageTextToText)
+    return task
+
+
+def read(config: LaunchConfig, task: ImageTextToText, path: Path, records: list[dict[str, Any]]) -> list[Sample]:
+    write(path, records)
+    source = open_source(config.data.train[0].model_copy(update={"path": str(path)}))
+    encoder = SourceEncoder(source, task, config.data.sequence_length, "truncate", "error")
+    made, _ = encoder.encode(np.arange(len(records)), range(len(records)))
+    return [made[number][0] for number in range(len(records))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_of_a_mixed_batch_is_that_of_plain_transformers(folder: Path, family: str) -> None:
+    """Several images, one, and none, of different sizes: the sum over samples that run by themselves, with labels."""
+    config = config_of(folder, family)
+    task = task_of(config)
+    records = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()[:8]]
+    records[0]["image"] += records[1]["image"]
+    samples = read(config, task, folder / f"{family}.jsonl", records)
+    values = tiny_llava(WORDS, family)
+    model_config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    task.configure(model_config)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(model_config).eval()
+    objective = ImageTextObjective(model, task, torch.device("cpu"))
+    loss, padded = objective(model, [PackedSequence((task.load(sample),)) for sample in samples])
+    assert padded > 0
+
+    wanted = 0.0
+    with torch.no_grad():
+        for record, sample in zip(records, samples, strict=True):
+            images = [Image.open(folder / path).convert("RGB") for path in record.get("image", [])]
+            shown = {"images": [images]} if images else {}
+            text = "<image>" * len(images) + record["prompt"]
+            inputs = dict(task.processor(text=[text], **shown, return_tensors="pt"))
+            learned = torch.tensor([[task.tokenizer.encode_batch([record["completion"]])[0][0], 3]])
+            given = inputs["input_ids"]
+            assert sample.tokens.tolist() == [*given[0].tolist(), *learned[0].tolist()]
+            assert sample.targets.sum() == 2
+            inputs["input_ids"] = torch.cat([given, learned], dim=1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            labels = torch.cat([torch.full_like(given, -100), learned], dim=1)
+            wanted += 2 * float(model(**inputs, labels=labels).loss)
+    assert loss.item() == pytest.approx(wanted, rel=1e-5)
+
+    texts = [sample for sample in samples if not sample.inputs]
+    alone, _ = objective(model, [PackedSequence((sample,)) for sample in texts])
+    nothing, _ = objective(model, [])
+    assert 0 < alone.item() < loss.item()
+    assert nothing.item() == 0
+    (alone + nothing).backward()
+    tower = [p for name, p in model.named_parameters() if "vision" in name and "layers.0" in name]
+    assert all(p.grad is not None and not p.grad.any() for p in tower)  # run, and without effect
+
+
+def test_records_that_cannot_be_read_say_why(folder: Path) -> None:
+    config = config_of(folder, "llava")
+    task = task_of(config)
+    image = json.loads((folder / "train.jsonl").read_text().splitlines()[0])["image"][0]
+    good = {"image": image, "prompt": "colour ? <image>", "completion": "red"}
+    (sample,) = read(config, task, folder / "a.jsonl", [good])
+    assert sample.tokens[2:6].tolist() == [4] * 4  # where the prompt has it
+    for change, problem in (
+        ({"image": [image, image]}, "2 images, and 1 places"),
+        ({"image": None}, "0 images, and 1 places"),
+        ({"completion": "<image>"}, "stands for an image"),
+        ({"prompt": "red " * 70, "image": image}, "74 tokens of data.sequence_length"),
+        ({"image": "missing.png"}, "no such file"),
+    ):
+        with pytest.raises(DataError, match=problem):
+            read(config, task, folder / "a.jsonl", [{**good, **change}])
+    (sample,) = read(config, task, folder / "a.jsonl", [{**good, "completion": "red " * 80}])
+    assert len(sample.tokens) == 64
+    with pytest.raises(UserError, match="knows models of the types"):
+        task.configure(transformers.AutoConfig.for_model("paligemma"))
+    changed = transformers.AutoConfig.for_model("llava", image_token_id=5)
+    with pytest.raises(UserError, match="image_token_id is 5"):
+        task.configure(changed)
+
+
+def test_conversations_learn_the_last_turn(folder: Path) -> None:
+    config = config_of(folder, "llava")
+    task = task_of(config)
+    image = json.loads((folder / "train.jsonl").read_text().splitlines()[0])["image"][0]
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which colour ?"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "red"}]}
+    (sample,) = read(config, task, folder / "b.jsonl", [{"images": [image], "messages": [user, answer]}])
+    learned = sample.tokens[sample.targets].tolist()
+    assert task.tokenizer.show(learned).split() == ["red", "</s>"]
+    assert np.count_nonzero(sample.tokens == 4) == 4
+    with pytest.raises(DataError, match="no turn of the assistant"):
+        read(config, task, folder / "b.jsonl", [{"images": [image], "messages": [user]}])
+
+
+@pytest.mark.parametrize(
+    ("family", "frozen"), [("llava", ()), pytest.param("idefics3", ("*vision_model*",), marks=pytest.mark.matrix)]
+)
+def test_runs_learn_alike_at_one_and_two_ranks(
+    folder: Path, tmp_path: Path, family: str, frozen: tuple[str, ...]
+) -> None:
+    """At two ranks one of them evaluates and generates from texts alone, the other with images; neither waits."""
+    task = {"generation": {"max_new_tokens": 3, "batch_size": 4}}
+    config = config_of(folder, family, task=task, model={"freeze": frozen})
+    one, two = run_at(tmp_path / "one", config, 1, 12), run_at(tmp_path / "two", config, 2, 3)
+    same_runs(one, two)
+    scores = last_scores(one)
+    assert scores["exact_match"] > 0.5  # a fifth of the answers would be right by chance
+    assert scores["loss"] < one.evaluation_lines()[0]["evaluation"]["loss"]
+    state = json.loads((next(two.checkpoints_dir.iterdir()) / "state.json").read_text())
+    assert {trained for name, _, trained in state["parameters"] if "vision" in name} == {not frozen}
+
+    processor = transformers.AutoProcessor.from_pretrained(two.export_dir)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(two.export_dir, dtype=torch.float32).eval()
+    right = 0
+    for line in (folder / "test.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        images = [Image.open(folder / path).convert("RGB") for path in record.get("image", [])]
+        shown = {"images": [images]} if images else {}
+        inputs = processor(text=["<image>" * len(images) + record["prompt"]], **shown, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        right += processor.decode(output, skip_special_tokens=True).strip() == record["completion"]
+    assert right / 30 == pytest.approx(last_scores(two)["exact_match"])
