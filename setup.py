@@ -43,6 +43,7 @@ setup(
         "numpy>=2.0",
         "optuna>=5.0",
         "peft>=0.18",
+        "pillow>=11.0",
         "protobuf>=5.0",  # sentencepiece reads its models by it
         "pyarrow>=18.0",
         "pydantic>=2.10",
