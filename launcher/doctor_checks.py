@@ -136,7 +136,7 @@ def version_problems(facts: Mapping[str, Json]) -> Iterator[str]:
 
 def needed_paths(config: LaunchConfig) -> list[str]:
     """Local files and folders of the config that ranks read."""
-    paths = [config.model.path, config.model.tokenizer]
+    paths = [config.model.path, config.model.tokenizer, config.model.processor]
     for source in (*config.data.train, *config.data.evaluation):
         paths += [getattr(source, key, None) for key in ("path", "source_path", "target_path")]
     return sorted({path for path in paths if path and os.path.isabs(path) and os.path.exists(path)})

@@ -150,6 +150,8 @@ def _use(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     if task["type"] in ("text-classification", "token-classification") and task.get("problem") != "regression":
         task["labels"] = [names[key] for key in sorted(names, key=int)]
         task["class_weights"] = task.get("class_weights") or []
+    if task["type"] == "image-classification":
+        task["labels"] = [names[key] for key in sorted(names, key=int)]
     chosen = {"path": str(folder.absolute()), "gradient_checkpointing": False, **model}
     return {**config, "task": task, "model": chosen, "cluster": {"backend": "local"}}
 

@@ -69,6 +69,9 @@ def _tokenizer(config: LaunchConfig) -> Iterator[str]:
     path = config.model.tokenizer
     if path is not None and os.path.isabs(path) and not os.path.exists(path):
         yield f"model.tokenizer: {path} does not exist; expected a folder, a tokenizer.json or a SentencePiece .model"
+    path = config.model.processor
+    if path is not None and os.path.isabs(path) and not os.path.exists(path):
+        yield f"model.processor: {path} does not exist; expected a folder with a preprocessor_config.json"
 
 
 def _data(config: LaunchConfig) -> Iterator[str]:

@@ -40,10 +40,10 @@ def stage(config: LaunchConfig, folder: Path) -> tuple[Path, list[str]]:
     copied: list[str] = []
     value = redacted(config)
     model = value["model"]
-    for key in ("path", "tokenizer"):
+    for key in ("path", "tokenizer", "processor"):
         name = model[key]
         if name is not None and not os.path.isabs(name):
-            target = folder / ("models" if key == "path" else "tokenizers") / name.replace("/", "--")
+            target = folder / ("models" if key == "path" else f"{key}s") / name.replace("/", "--")
             _download(name, target, f"model.{key}", None if key == "path" else _TOKENIZER)
             model[key] = str(target)
             copied.append(name)
