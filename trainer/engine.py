@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 if TYPE_CHECKING:
     from trainer.origin import Origin
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ class Engine:
         config: the whole DeepSpeed JSON, as planned.
     """
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
     origin: Origin | None = None  # of frozen weights that checkpoints leave out
 
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
         import deepspeed
 
         self._engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
