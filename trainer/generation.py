@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from trainer import collectives
 from trainer.config.generation import GenerationConfig
@@ -53,7 +54,8 @@ class Generator:
         blank: Prompt | None = None,
     ) -> None:
         self._settings, self._device, self._more, self._blank = settings, device, more, blank
-        self._group = collectives.new_group(collectives.TIMEOUT_SECONDS)
+        # ranks of `dsft predict` have none: they never wait for one another
+        self._group = collectives.new_group(collectives.TIMEOUT_SECONDS) if dist.is_initialized() else None
         self._decoder_only = not model.config.is_encoder_decoder
         config = copy.deepcopy(model.generation_config)
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
