@@ -74,3 +74,9 @@ def test_peers(tmp_path):
     (told,) = value["rounds"]["hf"]
     assert len(told["step_seconds"]) == 3
     assert value["ratios"]["hf"][0] > 0
+
+
+def test_data_memory(tmp_path):
+    value = run("data_memory", tmp_path, "--megabytes", 1, 10, "--batches", 5)
+    assert value["runs"][1]["records"] >= 3 * value["runs"][0]["records"]
+    assert 0.5 < value["ratio"] < 1.5
