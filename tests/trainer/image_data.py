@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +141,19 @@ def tiny_llava(words: list[str], family: str = "llava") -> dict[str, Any]:
         vision |= {"model_type": "idefics3_vision"}
         more = {"image_token_id": 4, "scale_factor": 2, "pad_token_id": 1, "tie_word_embeddings": False}
     return {"model_type": family, "text_config": text, "vision_config": vision, **more}
+
+
+def predictions_of(run: Path, records: Path, output: Path) -> list[dict[str, Any]]:
+    """What `dsft predict` answers for a file of records."""
+    command = [sys.executable, "-P", "-m", "launcher", "predict", str(run), "--input", str(records)]
+    environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "XDG_STATE_HOME": str(output.parent)}
+    done = subprocess.run(
+        [*command, "--output", str(output), "--processes", "1"],
+        env=os.environ | environment | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line)["prediction"] for line in output.read_text().splitlines()]

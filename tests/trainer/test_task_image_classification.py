@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 from encoder_runs import last_scores, make_config, run_at, same_runs
-from image_data import COLOURS, draw_shape, encoded, make_image_processor, make_pictures, tiny_vit, write
+from image_data import (
+    COLOURS,
+    draw_shape,
+    encoded,
+    make_image_processor,
+    make_pictures,
+    predictions_of,
+    tiny_vit,
+    write,
+)
 
 from trainer.check import check
 from trainer.config.schema import LaunchConfig
@@ -129,3 +138,5 @@ def test_runs_learn_alike_at_one_and_two_ranks_and_exports_work_without_dsft(fol
         with Image.open(folder / record["image"]) as picture:
             right += classify(picture.convert("RGB"))[0]["label"] == record["label"]
     assert right / len(records) == pytest.approx(last_scores(two)["accuracy"])
+    answers = predictions_of(two.path, folder / "test.jsonl", tmp_path / "answers.jsonl")
+    assert sum(a["label"] == r["label"] for a, r in zip(answers, records, strict=True)) == right

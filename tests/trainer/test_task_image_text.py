@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from encoder_runs import last_scores, make_config, run_at, same_runs
-from image_data import COLOURS, make_pictures, make_processor, tiny_llava, write
+from image_data import COLOURS, make_pictures, make_processor, predictions_of, tiny_llava, write
 from PIL import Image
 
 from trainer.config.loading import load_config
@@ -191,3 +191,6 @@ def test_runs_learn_alike_at_one_and_two_ranks(
         output = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         right += processor.decode(output, skip_special_tokens=True).strip() == record["completion"]
     assert right / 30 == pytest.approx(last_scores(two)["exact_match"])
+    answers = predictions_of(two.path, folder / "test.jsonl", tmp_path / "answers.jsonl")
+    records = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    assert sum(a["text"] == r["completion"] for a, r in zip(answers, records, strict=True)) == right
