@@ -94,7 +94,7 @@ def same_runs(run: RunDirectory, other: RunDirectory) -> None:
     """Losses and scores of two runs differ by rounding alone, which 40 steps at a high learning rate let grow."""
     assert [line["batch_digest"] for line in run.step_lines()] == [line["batch_digest"] for line in other.step_lines()]
     losses = [line["loss"] for line in run.step_lines()]
-    assert losses == pytest.approx([line["loss"] for line in other.step_lines()], rel=1e-3)
+    assert losses == pytest.approx([line["loss"] for line in other.step_lines()], rel=2e-2)
     assert losses[:5] == pytest.approx([line["loss"] for line in other.step_lines()][:5], rel=1e-5)
     for line, its in zip(run.evaluation_lines(), other.evaluation_lines(), strict=True):
         assert line["evaluation"] == pytest.approx(its["evaluation"], rel=1e-3)
