@@ -87,12 +87,13 @@ def test_a_group_that_is_not_ones_own_is_refused(tmp_path: Path) -> None:
     for folder in tmp_path.parents[:-1]:  # the other user has to get here
         if not folder.stat().st_mode & stat.S_IXOTH:
             folder.chmod(folder.stat().st_mode | stat.S_IXOTH)
-    program = (
-        "import sys; from pathlib import Path; from launcher.permissions import make_run_directory as make;"
+    program = (  # another user need not be able to read the checkout: the modules are there before it is one
+        "import grp, os, pwd, sys; from pathlib import Path; from launcher.permissions import make_run_directory as make;"
         "from trainer.config.schema import LocalCluster; from trainer.failures import UserError\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "try: make(Path(sys.argv[1]), LocalCluster(group='root'))\nexcept UserError as error: print(error)"
     )
-    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-P", "-c", program]
+    command = [sys.executable, "-P", "-c", program]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, str(tmp_path / "own")], env=environment, capture_output=True, text=True)
     assert "cannot be given to root: you have to be in that group" in done.stdout, done.stderr
