@@ -88,7 +88,7 @@ def test_a_group_that_is_not_ones_own_is_refused(tmp_path: Path) -> None:
         if not folder.stat().st_mode & stat.S_IXOTH:
             folder.chmod(folder.stat().st_mode | stat.S_IXOTH)
     program = (  # another user need not be able to read the checkout: the modules are there before it is one
-        "import grp, os, pwd, sys; from pathlib import Path; from launcher.permissions import make_run_directory as make;"
+        "import grp, os, sys; from pathlib import Path; from launcher.permissions import make_run_directory as make;"
         "from trainer.config.schema import LocalCluster; from trainer.failures import UserError\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "try: make(Path(sys.argv[1]), LocalCluster(group='root'))\nexcept UserError as error: print(error)"
