@@ -22,11 +22,10 @@ from trainer.config.tasks import ImageTextToTextTask
 from trainer.data.images import decode, reference
 from trainer.data.sample import Sample
 from trainer.failures import DataError, UserError
-from trainer.tasks.base import BaseTask, Predictions, named_columns
+from trainer.tasks.base import named_columns
 from trainer.tasks.encoder import set_padding
 from trainer.tasks.image_classification import IMAGE_NAMES
-from trainer.tasks.seq2seq import cut_at
-from trainer.text_metrics import text_scores
+from trainer.tasks.written import WrittenTask, cut_at
 from trainer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 FAMILIES = ("idefics3", "llava")  # held against their processors and models; others lay their inputs out otherwise
 
 
-class ImageTextToText(BaseTask):
+class ImageTextToText(WrittenTask):
     """Prompts with images, and their completions."""
 
     auto_class = "AutoModelForImageTextToText"
@@ -196,18 +195,6 @@ class ImageTextToText(BaseTask):
             "references": [sample.reference["completion"].strip()] if self.labelled else [],
             "texts": [cut_at(self.tokenizer.decode(ids), stops).strip() for ids in texts],
         }
-
-    def scores(self, loss: float, predictions: Predictions) -> dict[str, float]:
-        found = [written for _, written in predictions]
-        texts, references = [one["texts"][0] for one in found], [one["references"] for one in found]
-        scores, self.signatures = text_scores(self.metrics, texts, references, self.settings)
-        self.shown = found[: self.settings.generation.shown] if self.settings.generation else []
-        return scores
-
-    def answer(self, found: Sequence[Any]) -> dict[str, Any]:
-        """The text, and all texts where several are drawn."""
-        texts = found[0]["texts"]
-        return {"text": texts[0], **({"texts": texts} if len(texts) > 1 else {})}
 
     def save(self, folder: Path) -> None:
         self.processor.save_pretrained(folder)

@@ -16,8 +16,8 @@ from trainer.config.generation import SummarizationTask, TranslationTask
 from trainer.config.schema import LaunchConfig
 from trainer.data.sample import Sample
 from trainer.failures import DataError, UserError
-from trainer.tasks.base import BaseTask, Predictions, named_columns
-from trainer.text_metrics import text_scores
+from trainer.tasks.base import named_columns
+from trainer.tasks.written import WrittenTask, cut_at
 from trainer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
 Encode = Callable[[list[str]], list[list[int]]]
 
 
-class SequenceToSequence(BaseTask):
+class SequenceToSequence(WrittenTask):
     """Pairs of a source and a target."""
 
     auto_class = "AutoModelForSeq2SeqLM"
@@ -110,18 +110,6 @@ class SequenceToSequence(BaseTask):
         stops = self.settings.generation.stop if self.settings.generation else ()
         return {**sample.reference, "texts": [cut_at(self.tokenizer.decode(ids), stops).strip() for ids in texts]}
 
-    def scores(self, loss: float, predictions: Predictions) -> dict[str, float]:
-        found = [written for _, written in predictions]
-        texts, references = [one["texts"][0] for one in found], [one["references"] for one in found]
-        scores, self.signatures = text_scores(self.metrics, texts, references, self.settings)
-        self.shown = found[: self.settings.generation.shown] if self.settings.generation else []
-        return scores
-
-    def answer(self, found: Sequence[Any]) -> dict[str, Any]:
-        """The text, and all texts where several are drawn."""
-        texts = found[0]["texts"]
-        return {"text": texts[0], **({"texts": texts} if len(texts) > 1 else {})}
-
     def _encoders(self) -> tuple[Encode, Encode]:
         """Token ids of sources and of targets with the tokenizer's special ones: they differ by language."""
         fast, settings = self.tokenizer.backend, self.settings
@@ -186,8 +174,3 @@ class _Framed:
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
     """How many of their first items two lists have in common."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def cut_at(text: str, stops: Sequence[str]) -> str:
-    """A text up to the first of ``stops``."""
-    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]

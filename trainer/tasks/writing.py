@@ -18,7 +18,7 @@ from trainer.config.tasks import CausalLMTask
 from trainer.data.sample import Sample
 from trainer.tasks.base import Predictions
 from trainer.tasks.causal_lm import CausalLM
-from trainer.tasks.seq2seq import cut_at
+from trainer.tasks.written import cut_at
 from trainer.text_metrics import pass_at_k, text_scores
 from trainer.tokenizer import Tokenizer
 
