@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.config.schema import ResilienceConfig
-from trainer.heartbeat import INTERVAL_SECONDS, Heartbeat, Phase
+from trainer.heartbeat import INTERVAL_SECONDS, PHASES_OF_STEPS, Heartbeat, Phase
 
 FLOOR_SECONDS = 60.0
 STEP_FACTOR = 5.0
-_OF_STEPS: frozenset[Phase] = frozenset({"data", "step"})
 # A rank whose file has not changed for this share of the limit is suspended: a living one writes every 2 s
 _STALE_SHARE = 0.7
 _SHOWN_RANKS = 8
@@ -70,7 +69,7 @@ def limit_seconds(beats: Iterable[Heartbeat], resilience: ResilienceConfig) -> f
     longest = max((beat.longest_step_seconds for beat in beats), default=0.0)
     slow = resilience.slow_phase_timeout_seconds
     # the first step compiles, allocates and fills buffers: nothing is learned yet
-    if not longest or any(beat.phase not in _OF_STEPS for beat in beats):
+    if not longest or any(beat.phase not in PHASES_OF_STEPS for beat in beats):
         return slow
     if resilience.hang_timeout_seconds != "auto":
         return float(resilience.hang_timeout_seconds or 0.0)
@@ -129,7 +128,7 @@ def _cause(
         )
     if len(watched) == 1:
         return (watched[0].beat.rank,), f"{_name((watched[0].beat.rank,))} is alive but stands still"
-    if all(w.beat.phase in _OF_STEPS for w in watched):
+    if all(w.beat.phase in PHASES_OF_STEPS for w in watched):
         marks = {w.beat.rank: (w.beat.step, w.beat.phase == "step") for w in watched}
         behind = tuple(rank for rank, mark in marks.items() if mark < max(marks.values()))
         if behind:

@@ -1,9 +1,11 @@
 """What a rank is doing, published for the supervisor: where its main thread is, and how far its collectives are.
 
 The main thread only sets marks, which costs about a microsecond; a thread of its own writes them every 2 s to
-`attempts/NNNN/heartbeats/rank<k>`. So storage that stands still never holds up training, and three things can be told
-apart: a rank that works (its marks change), one that waits (its file is written, its marks stay) and one that is
-suspended (its file is not written any more). Torch-free, so that the launcher can read what is written here.
+`attempts/NNNN/heartbeats/rank<k>`, and at once where a slow phase begins or ends, since the limit for hangs depends on
+that: a rank that is suspended right after an evaluation must not seem to be in it still. So storage that stands still
+never holds up training, and three things can be told apart: a rank that works (its marks change), one that waits (its
+file is written, its marks stay) and one that is suspended (its file is not written any more). Torch-free, so that the
+launcher can read what is written here.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ R = TypeVar("R")
 Phase = Literal["setup", "data", "step", "checkpoint", "evaluation", "export", "ending", "ended"]
 
 INTERVAL_SECONDS = 2.0
+PHASES_OF_STEPS: frozenset[Phase] = frozenset({"data", "step"})  # all others may take long
 # On this signal a rank writes the stack of each of its threads, and its agent passes it on to all ranks of the node
 STACK_SIGNAL = signal.SIGUSR2
 _RECENT_STEPS = 100
@@ -79,6 +82,7 @@ class _State:
 _state = _State(since=time.monotonic())
 _recent: collections.deque[float] = collections.deque(maxlen=_RECENT_STEPS)
 _over = threading.Event()
+_publish_now = threading.Event()
 _publisher: threading.Thread | None = None
 _kept_open: list[Any] = []
 
@@ -86,10 +90,13 @@ _kept_open: list[Any] = []
 def enter(phase: Phase, step: int | None = None) -> float:
     """The main thread begins `phase` (of `step`, else of the step before); returns time.monotonic()."""
     now = time.monotonic()
+    changed = (phase in PHASES_OF_STEPS) != (_state.phase in PHASES_OF_STEPS)
     _state.phase, _state.since = phase, now
     if step is not None:
         _state.step = step
     _state.progress += 1
+    if changed:
+        _publish_now.set()
     return now
 
 
@@ -134,6 +141,7 @@ def finish() -> None:
     """Publish that this rank has ended well, if the storage lets us within the usual time."""
     enter("ended")
     _over.set()
+    _publish_now.set()
     if _publisher is not None:
         _publisher.join(INTERVAL_SECONDS)
 
@@ -159,6 +167,7 @@ def _publish(path: Path, rank: int) -> None:
     node, beats = node_name(), 0
     last = False
     while not last:
+        _publish_now.clear()  # before the marks are read: one set meanwhile is published next
         last = _over.is_set()
         beats += 1
         beat = Heartbeat(
@@ -173,7 +182,7 @@ def _publish(path: Path, rank: int) -> None:
         with contextlib.suppress(OSError):  # no storage: nothing is known of this rank meanwhile, and it trains on
             _write(path, beat)
             _flush_stacks()
-        _over.wait(INTERVAL_SECONDS)
+        _publish_now.wait(INTERVAL_SECONDS)
 
 
 _FIELDS = {field.name for field in fields(Heartbeat)}

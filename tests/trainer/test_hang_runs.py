@@ -42,7 +42,7 @@ def verdict_of(run: RunDirectory, attempt: int, rank: int, step: int) -> dict[st
 def test_a_rank_asleep_and_a_suspended_one_are_named_and_made_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hangs, "FLOOR_SECONDS", 8.0)
+    monkeypatch.setattr(hangs, "FLOOR_SECONDS", 12.0)  # found 2 s and a tenth later; the rest is for a busy machine
     workspace = make_workspace(tmp_path)
     undisturbed = make_run(tmp_path / "undisturbed", workspace, 2)
     assert launch(undisturbed, 2) == 0

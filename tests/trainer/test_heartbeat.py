@@ -101,6 +101,20 @@ def test_a_suspended_process_is_told_from_one_that_waits(tmp_path: Path) -> None
         rank.wait()
 
 
+def test_the_begin_and_the_end_of_a_slow_phase_are_published_at_once(tmp_path: Path) -> None:
+    """Else a rank suspended right after an evaluation has the long limit of that phase: its last word is an old one."""
+    slow = "heartbeat.INTERVAL_SECONDS = 300; heartbeat.enter('data', 8)"
+    go = "\nwhile not (folder / 'go').exists(): time.sleep(0.01)\n"
+    rank = start(f"{slow}; heartbeat.enter('evaluation', 8){go}heartbeat.enter('data', 9); time.sleep(300)", tmp_path)
+    try:
+        for phase in ("evaluation", "data"):
+            wait_for(lambda phase=phase: (found := beat(tmp_path)) and found.phase == phase, 20)
+            (tmp_path / "go").touch()
+    finally:
+        rank.kill()
+        rank.wait()
+
+
 def test_the_last_word_is_that_it_has_ended(tmp_path: Path) -> None:
     rank = start("heartbeat.enter('export', 9); heartbeat.finish()", tmp_path)
     assert rank.wait(60) == 0
