@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic import ValidationError
+
+from trainer.config.schema import LaunchConfig
 from trainer.failures import UserError
 from trainer.rundir import RunDirectory, read_json
 
@@ -38,6 +41,7 @@ def refuse_changes(run: RunDirectory, config: dict[str, Any]) -> None:
     before = read_json(run.config_path)
     if before is None or not (run.step_lines() or run.published_checkpoints()):
         return
+    before, config = _complete(before), _complete(config)
     changes = [
         f"  {path}: the run has {old!r}, the config {new!r}"
         for section, free in _FIXED.items()
@@ -50,6 +54,14 @@ def refuse_changes(run: RunDirectory, config: dict[str, Any]) -> None:
             + "\n".join(changes)
             + "\nGive the new run another `name`, or undo the change to continue the old one"
         )
+
+
+def _complete(config: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of keys that it lacks, being of a version without them; as it is where it is valid no more."""
+    try:
+        return LaunchConfig.model_validate(config).model_dump(mode="json")
+    except ValidationError:
+        return config
 
 
 def differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:

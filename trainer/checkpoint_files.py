@@ -145,12 +145,12 @@ def exported_step(run: RunDirectory, config: LaunchConfig) -> int | None:
 
 
 def by_score(checkpoints: Sequence[Checkpoint], retention: Retention) -> list[Checkpoint]:
-    """Published checkpoints that were scored, the best first; of equal ones the later."""
+    """Published checkpoints that were scored, the best first; of equal ones the earlier, as early stopping has it."""
     sign = -1.0 if retention.maximise else 1.0
     scored = [
         c for c in checkpoints if c.status == "published" and not math.isnan(c.scores.get(retention.metric, math.nan))
     ]
-    return sorted(scored, key=lambda c: (sign * c.scores[retention.metric], -c.step))
+    return sorted(scored, key=lambda c: (sign * c.scores[retention.metric], c.step))
 
 
 def superfluous(checkpoints: Sequence[Checkpoint], retention: Retention) -> list[Checkpoint]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,6 @@ def run(tmp_path: Path) -> RunDirectory:
     ],
 )
 def test_the_table_is_kept(path: str, value: Any, allowed: bool, run: RunDirectory) -> None:
-    import json
-
     config = copy.deepcopy(json.loads(run.config_path.read_text()))
     *sections, key = path.split(".")
     node = config
@@ -74,3 +73,26 @@ def test_the_table_is_kept(path: str, value: Any, allowed: bool, run: RunDirecto
     else:
         with pytest.raises(UserError, match=path.replace(".", r"\.")):
             refuse_changes(run, config)
+
+
+def test_keys_of_a_newer_version_are_no_change_at_their_defaults(run: RunDirectory) -> None:
+    """A run begun by an older version, whose config.json lacks keys in every section, and in lists."""
+    old = json.loads(run.config_path.read_text())
+    newer = copy.deepcopy(old)
+    for section, key in (("model", "train_only"), ("model", "adapter"), ("data", "prepared"), ("training", "seed")):
+        del old[section][key]
+    del old["training"]["optimizer"]["groups"], old["data"]["train"][0]["quoting"]
+    write_json(run.config_path, old)
+    refuse_changes(run, newer)
+    newer["training"]["optimizer"]["groups"] = [{"match": ["a"], "weight_decay": 0.5}]
+    with pytest.raises(UserError, match=r"training\.optimizer\.groups: the run has \[\]"):
+        refuse_changes(run, newer)
+
+
+def test_a_run_whose_config_is_valid_no_more_is_still_compared(run: RunDirectory) -> None:
+    old = json.loads(run.config_path.read_text())
+    newer = copy.deepcopy(old)
+    old["model"]["gone"] = 1
+    write_json(run.config_path, old)
+    with pytest.raises(UserError, match=r"model\.gone: the run has 1, the config None"):
+        refuse_changes(run, newer)

@@ -49,6 +49,7 @@ def test_the_last_the_best_and_every_nth_are_kept() -> None:
     found = [checkpoint(step, loss) for step, loss in losses.items()]
     assert kept(found, Retention(2)) == [6, 7]
     assert kept(found, Retention(1, keep_best=2)) == [2, 4, 7]
+    assert kept([checkpoint(step, 1.0) for step in (1, 2, 3, 4)], Retention(1, keep_best=2)) == [1, 2, 4]  # as `judge`
     assert kept(found, Retention(1, keep_every_steps=3)) == [3, 6, 7]
     assert kept([checkpoint(step) for step in (3, 13, 17, 22, 29, 31)], Retention(1, keep_every_steps=10)) == [
         13,
