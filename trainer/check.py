@@ -24,6 +24,7 @@ from trainer.data.prepared import prepared_documents
 from trainer.data.sample import Sample
 from trainer.data.sources import open_source
 from trainer.failures import EXIT_DONE, EXIT_USER, DsftError
+from trainer.planning.mixture import source_epochs
 from trainer.tasks import Task, get_task, task_tokenizer
 from trainer.tokenizer import Tokenizer
 
@@ -55,6 +56,11 @@ def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
                 report["class"] = error.failure_class
                 report["errors"].append(f"data.{part}[{index}]: {error}")
                 continue
+            times = source_epochs(source, config.training.epochs)
+            if part == "train" and times is not None and round(times * statistics["records"]) == 0:
+                report["errors"].append(
+                    f"data.train[{index}]: {times} epochs of {statistics['records']} records are none"
+                )
             report["statistics"].append({"source": f"data.{part}[{index}]", "path": source.path, **statistics})
             if statistics["target_tokens"] == 0:
                 report["errors"].append(

@@ -60,19 +60,26 @@ def look(config: LaunchConfig, samples: int) -> dict[str, Any]:
 
 
 def add_shares(report: dict[str, Any], config: LaunchConfig) -> None:
-    """Add to each training source its share of the sequences, and to the report the steps of an epoch."""
+    """Add to each training source its share of the sequences and how often it is taken, to the report the steps."""
+    from trainer.planning.mixture import expected_mixture, source_epochs, source_weights
+
     training = [item for item in report["statistics"] if item["source"].startswith("data.train")]
     if len(training) < len(config.data.train):
         return  # one of them could not be read: no shares
-    weighted = any(source.weight for source in config.data.train)
-    sizes = [
-        (source.weight or 1.0) if weighted else float(item["records"])
-        for source, item in zip(config.data.train, training, strict=True)
-    ]
-    for item, size in zip(training, sizes, strict=True):
-        item["share"] = size / sum(sizes)
-    sequences = sum(item["sequences_per_epoch"] for item in training)
-    report["steps_per_epoch"] = sequences / config.training.global_batch_size
+    epochs = [source_epochs(source, config.training.epochs) for source in config.data.train]
+    weights = source_weights(config.data.train, [item["records"] for item in training], epochs)
+    sizes = [item["sequences_per_epoch"] for item in training]
+    size, steps = config.training.global_batch_size, config.training.max_steps
+    mixture = expected_mixture(sizes, epochs, weights, float("inf") if steps is None else float(steps * size))
+    for item, weight, taken in zip(training, weights, mixture.taken, strict=True):
+        item["share"], item["epochs"] = weight / sum(weights), taken
+    report["steps_per_epoch"] = sum(sizes) / size
+    report["steps"] = mixture.sequences / size
+    if steps is not None and report["steps"] < 0.99 * steps:
+        report["warnings"].append(
+            f"data.train ends after about {report['steps']:.4g} of training.max_steps={steps} steps, and the training "
+            "with it: leave `epochs` of one of its sources out, which then repeats"
+        )
 
 
 def show(report: dict[str, Any], config: LaunchConfig) -> None:
@@ -87,7 +94,7 @@ def show(report: dict[str, Any], config: LaunchConfig) -> None:
     if "steps_per_epoch" in report:
         console.print(
             f"\nAn epoch is about {report['steps_per_epoch']:.4g} steps of {config.training.global_batch_size} "
-            f"sequences of {config.data.sequence_length} tokens."
+            f"sequences of {config.data.sequence_length} tokens; the training, {report['steps']:.4g}."
         )
     for kind, colour in (("warnings", "yellow"), ("errors", "red")):
         for text in report[kind]:
@@ -111,7 +118,7 @@ def _show_source(console: Console, item: dict[str, Any], sequence_length: int) -
         ("BOS, EOS", f"{item['begin_with_bos']:.0%} begin, {item['end_with_eos']:.0%} end so"),
     ]
     if "share" in item:
-        rows.append(("share", f"{item['share']:.1%} of the sequences"))
+        rows.append(("share", f"{item['share']:.1%} of the sequences; taken {item['epochs']:.3g} times"))
     odd = [
         f"{item[name]} {name.replace('_', ' ')}"
         for name in ("bad", "skipped_long", "nothing_to_learn", "split", "truncated")

@@ -61,6 +61,27 @@ def test_figures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert (first["begin_with_bos"], first["end_with_eos"]) == (1, 1)
     assert [item["share"] for item in report["statistics"]] == [0.75, 0.25]
     assert report["steps_per_epoch"] == (7 + second["sequences_per_epoch"]) / 2
+    assert report["steps"] == 5
+    assert [item["epochs"] for item in report["statistics"]] == [7.5 / 7, 2.5 / second["sequences_per_epoch"]]
+
+
+def test_sources_with_epochs_of_their_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    sources = ({**SOURCE, "epochs": 2}, {**SOURCE, "limit": 4, "epochs": "repeat"})
+    path = write_config(tmp_path, *sources, packing=False)
+    steps = ["--set", "training.max_steps=null", "--set", "training.epochs=1"]
+    assert main(["data", path, "--json", *steps]) == 0
+    report = json.loads(capfd.readouterr().out)
+    # 2 x 9 of the first one; of the second a share of 4 to 18
+    assert report["steps"] == pytest.approx((18 + 4) / 2)
+    assert [item["epochs"] for item in report["statistics"]] == pytest.approx([2, 1])
+    assert main(["data", path, "--set", "data.train.1.epochs=1"]) == 0
+    assert "the training, 5." in capfd.readouterr().out
+    assert main(["data", path, "--set", "data.train.1.epochs=1", "--set", "training.max_steps=50"]) == 0
+    assert "data.train ends after about 11 of training.max_steps=50 steps" in capfd.readouterr().out
+    assert main(["data", path, "--set", "data.train.0.epochs=0.01"]) == 2
+    assert "data.train[0]: 0.01 epochs of 9 records are none" in capfd.readouterr().out
+    assert main(["data", path, *steps, "--set", "data.train.0.epochs=repeat"]) == 2
+    assert "every source repeats" in capfd.readouterr().err
 
 
 def test_for_people(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

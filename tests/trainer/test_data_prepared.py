@@ -116,11 +116,18 @@ def run(config: LaunchConfig, world_size: int, state: dict[str, Any] | None = No
 
 
 @settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 5), window=st.integers(3, 60), packing=st.booleans(), cut=st.integers(1, 6))
+@given(
+    seed=st.integers(0, 5),
+    window=st.integers(3, 60),
+    packing=st.booleans(),
+    cut=st.integers(1, 6),
+    times=st.sampled_from(["null", "1.5", "repeat"]),
+)
 def test_prepared_is_streamed_at_any_number_of_ranks_and_after_a_resume(
-    data: Path, folder: Path, seed: int, window: int, packing: bool, cut: int
+    data: Path, folder: Path, seed: int, window: int, packing: bool, cut: int, times: str
 ) -> None:
     changes = [f"data.seed={seed}", f"data.window_documents={window}", f"data.packing={json.dumps(packing)}"]
+    changes.append(f"data.train.1.epochs={times}")
     streamed = load_config(data / "config.json", changes)
     from_folder = load_config(data / "config.json", [*changes, "data.prepared=done"])
     assert from_folder.data.prepared == str(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from trainer.data.sample import Sample
 from trainer.data.stream import BatchStream, GlobalBatch
 from trainer.data.windows import Options
 from trainer.failures import DataError
+from trainer.planning.mixture import Mixture, expected_mixture, source_epochs, source_weights
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -187,7 +189,92 @@ def test_batches_do_not_depend_on_ranks_or_micro_batches(
     else:
         assert len(tokens_seen(several)) == round(epochs * len(lengths))
     last = several[0][-1] if several[0] else None
-    assert last is None or last.progress == pytest.approx(round(epochs * len(lengths)) / len(lengths))
+    assert last is None or last.progress == epochs
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=2, max_size=3),
+    times=st.lists(st.sampled_from([None, 0.5, 1.0, 2.5, 3.0, "repeat"]), min_size=3, max_size=3),
+    weights=st.lists(st.sampled_from([0.3, 1.0, 2.5]), min_size=3, max_size=3) | st.none(),
+    epochs=st.sampled_from([None, 1.0, 2.0]),
+    world_sizes=st.tuples(st.integers(1, 3), st.integers(1, 4)),
+    cut=st.integers(0, 30),
+)
+def test_each_source_is_taken_as_often_as_it_says(
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[int],
+    times: list[float | str | None],
+    weights: list[float] | None,
+    epochs: float | None,
+    world_sizes: tuple[int, int],
+    cut: int,
+) -> None:
+    """Exactly so, at any world size and after a resume; with `epochs`, those that repeat end with the others."""
+    folder = tmp_path_factory.mktemp("data")
+    sources = tuple(
+        write_source(folder / f"{i}.jsonl", [10] * size, first=1000 * i).model_copy(
+            update={"epochs": times[i], "weight": weights[i] if weights else None}
+        )
+        for i, size in enumerate(sizes)
+    )
+    taken = [source_epochs(source, epochs) for source in sources]
+    repeats = any(count is None for count in taken)
+    limit = 40 if repeats and (epochs is None or all(count is None for count in taken)) else None
+    whole = run_ranks(sources, world_sizes[0], size=3, epochs=epochs, limit=limit)
+    seen = tokens_seen(whole)
+    for i, (size, count) in enumerate(zip(sizes, taken, strict=True)):
+        of_source = [seen[1000 * i + number] // 10 for number in range(size)]
+        if count is not None and limit is None:
+            assert sum(of_source) == round(count * size)
+            assert set(of_source) <= {int(count), math.ceil(count)}  # nothing once more before all the others
+        else:
+            assert max(of_source) - min(of_source) <= 1
+            assert count is None or sum(of_source) <= round(count * size)
+    drawn = sum(seen.values()) // 10
+    if limit is None and drawn:
+        mixture = expected_mixture(sizes, taken, source_weights(sources, sizes, taken), float("inf"))
+        halves = sum(0.5 for count, size in zip(taken, sizes, strict=True) if count and (count * size) % 1)
+        slack = len(sizes) + sum(weight / min(weights or [1]) for weight in weights or []) + 12 * halves
+        assert drawn == pytest.approx(mixture.sequences, abs=slack)
+        if epochs is not None:
+            assert whole[0][-1].progress == epochs
+    if not whole[0]:
+        return
+    cut %= len(whole[0])
+    state = json.loads(json.dumps(whole[0][cut].state))
+    rest = run_ranks(
+        sources, world_sizes[1], size=3, epochs=epochs, state=state, limit=None if limit is None else limit - cut - 1
+    )
+    assert digests(rest) == digests(whole)[cut + 1 :]
+
+
+def test_an_exhausted_source_stops_and_one_that_repeats_goes_on(tmp_path: Path) -> None:
+    """Equal weights, one document a sequence: the order of the sources, up to the end."""
+    once = write_source(tmp_path / "once.jsonl", [16] * 2).model_copy(update={"weight": 1.0, "epochs": 1.0})
+    thrice = write_source(tmp_path / "thrice.jsonl", [16] * 2, 1000).model_copy(update={"weight": 1.0, "epochs": 3.0})
+    again = write_source(tmp_path / "again.jsonl", [16], 2000).model_copy(update={"weight": 1.0, "epochs": "repeat"})
+    batches = run_ranks((once, thrice, again), 1, size=1, epochs=1.0)[0]
+    order = [min(tokens_seen([[batch]])) // 1000 for batch in batches]
+    assert order == [0, 1, 2, 0, 1, 2, 1, 2, 1, 2, 1, 2, 1]
+    assert batches[2].progress == pytest.approx(2 / 8)  # of what ends
+    longer = run_ranks((once, again), 1, size=2, epochs=None, limit=9)[0]
+    assert sum(tokens_seen([longer])[token] for token in (1, 2)) == 2 * 16
+    assert tokens_seen([longer])[2000] == 16 * 16
+    steps = run_ranks((once, thrice), 1, size=1, epochs=None, limit=100)[0]
+    assert len(steps) == 8  # both end before the steps do
+
+
+def test_expected_mixture() -> None:
+    endless = float("inf")
+    # an epoch of each, by weight: the smaller is done after 20 of 30
+    assert expected_mixture([10, 20], [1.0, 1.0], [1.0, 1.0], endless) == Mixture(30.0, (1.0, 1.0))
+    # what repeats ends with the other
+    assert expected_mixture([10, 20], [None, 1.0], [1.0, 1.0], endless) == Mixture(40.0, (2.0, 1.0))
+    # steps end it first; then the one that ends gives way
+    assert expected_mixture([10, 20], [1.0, None], [1.0, 1.0], 10.0) == Mixture(10.0, (0.5, 0.25))
+    assert expected_mixture([10, 20], [1.0, None], [1.0, 1.0], 60.0) == Mixture(60.0, (1.0, 2.5))
+    assert expected_mixture([10, 20], [2.0, 0.5], [3.0, 1.0], 1000.0) == Mixture(30.0, (2.0, 0.5))
 
 
 @settings(max_examples=25, deadline=None)

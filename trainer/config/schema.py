@@ -98,7 +98,13 @@ class DataSource(Section):
     weight: PositiveFloat | None = Field(
         None,
         description="Share of the sequences drawn from this source, relative to the others; without any weights, each "
-        "source's share is that of its records",
+        "source's share is that of its records times its epochs",
+    )
+    epochs: PositiveFloat | Literal["repeat"] | None = Field(
+        None,
+        description="Of a training source: taken so often in the whole training, and then no more while others go on; "
+        "repeat: again and again to the end of the training, which with `training.epochs` is that of the sources that "
+        "do not repeat. Default: `training.epochs`; with `max_steps`, repeat",
     )
     columns: dict[str, str] = Field(default_factory=dict, description="Task column -> column in the file")
     column_names: tuple[str, ...] = Field(
@@ -160,6 +166,12 @@ class DataConfig(Section):
     window_documents: PositiveInt = Field(
         4096, description="Documents shuffled and packed together; part of the global order"
     )
+
+    @model_validator(mode="after")
+    def _evaluated_once(self) -> DataConfig:
+        if any(source.epochs is not None for source in self.evaluation):
+            raise ValueError("`evaluation` is scored in one pass: `epochs` is for sources of `train`")
+        return self
 
 
 class OptimizerConfig(Section):
@@ -368,6 +380,15 @@ class LaunchConfig(Section):
     def _best_is_kept(self) -> LaunchConfig:
         if self.export.checkpoint == "best" and not (self.checkpoint.keep_best and self.data.evaluation):
             raise ValueError("export.checkpoint: the best one is kept with checkpoint.keep_best=1 and data.evaluation")
+        return self
+
+    @model_validator(mode="after")
+    def _data_ends(self) -> LaunchConfig:
+        if self.training.max_steps is None and all(source.epochs == "repeat" for source in self.data.train):
+            raise ValueError(
+                "data.train: every source repeats, so that training.epochs would never end; give one of them a number "
+                "of `epochs` (or none), or training.max_steps"
+            )
         return self
 
     @field_validator("cluster", mode="before")

@@ -27,6 +27,7 @@ from trainer.data.sources import Source, open_source
 from trainer.data.windows import Gather, Options, SourceStream, Window
 from trainer.data.workers import Workers, worker_count
 from trainer.failures import DataError
+from trainer.planning.mixture import source_epochs, source_weights
 
 _PREFETCH = 4  # global batches
 _LOADERS = 4  # threads: decoding images holds no lock
@@ -51,7 +52,8 @@ class GlobalBatch:
         target_tokens: of the whole global batch.
         tokens: of the whole global batch, without padding.
         digest: this rank's share; the sum over ranks mod 2**63 is the digest of the global batch.
-        progress: epochs of the data consumed after this batch.
+        progress: epochs of the data consumed after this batch; where sources have `epochs` of their own, the share of
+            the training that is done times its `epochs`.
         state: position after this batch, equal on all ranks, valid at any number of ranks.
     """
 
@@ -100,14 +102,13 @@ class BatchStream:
             _refuse_changed(state.get("data"), self._identity)
         states = state["sources"] if state else []
         states = [*states[: len(sources)], *[None] * (len(sources) - len(states))]
+        epochs = [source_epochs(source, options.epochs) for source in sources]
         encoders = [options.encoder(source, task, index) for index, source in enumerate(opened)]
         self._streams = [
-            SourceStream(index, source, encoders[index].encode, options, gather, states[index])
+            SourceStream(index, source, encoders[index].encode, options, epochs[index], gather, states[index])
             for index, source in enumerate(opened)
         ]
-        weights = [source.weight for source in sources]
-        sizes = [float(stream.source.records) for stream in self._streams]
-        self._weights = [weight or 1.0 for weight in weights] if any(weights) else sizes
+        self._weights = source_weights(sources, [source.records for source in opened], epochs)
         drawn = state["drawn"] if state else []
         self._drawn: list[int] = [*drawn[: len(sources)], *[0] * (len(sources) - len(drawn))]
         self._load = task.load if task.loads else None
@@ -156,17 +157,16 @@ class BatchStream:
     def _draw(self) -> list[tuple[SourceStream, Window, int]]:
         """The sequences of the next global batch: fewer than G at the end of the data, none after it."""
         references: list[tuple[SourceStream, Window, int]] = []
-        is_open = [True] * len(self._streams)
         while len(references) < self._global:
+            is_open = [not stream.ended() for stream in self._streams]
+            # of a training of so many epochs, what repeats does so only as long as something else lasts
+            lasting = any(o and s.epochs is not None for o, s in zip(is_open, self._streams, strict=True))
             index = next_source(self._drawn, self._weights, is_open)
-            if index is None:
+            if index is None or not (lasting or self._options.epochs is None):
                 break
-            found = self._streams[index].next()
-            if found is None:
-                is_open[index] = False
-                continue
-            self._drawn[index] += 1
-            references.append((self._streams[index], *found))
+            if (found := self._streams[index].next()) is not None:
+                self._drawn[index] += 1
+                references.append((self._streams[index], *found))
         return references
 
     def _share(self, references: list[tuple[SourceStream, Window, int]]) -> GlobalBatch:
@@ -181,20 +181,27 @@ class BatchStream:
             MicroBatch(index, tuple(sequences[i] for i in range(index * micro, (index + 1) * micro) if i in sequences))
             for index in indices
         )
-        done = sum(stream.documents_done() for stream in self._streams)
         return GlobalBatch(
             micro_batches,
             len(references),
             int(sum(window.targets[number] for _, window, number in references)),
             int(sum(window.lengths[number] for _, window, number in references)),
             content,
-            done / self.records,
+            self._progress(),
             {
                 "sources": [stream.state() for stream in self._streams],
                 "drawn": list(self._drawn),
                 "data": self._identity,
             },
         )
+
+    def _progress(self) -> float:
+        epochs = self._options.epochs
+        if epochs is None:
+            return sum(stream.documents_done() for stream in self._streams) / self.records
+        ending = [stream for stream in self._streams if stream.epochs is not None]
+        documents = sum(stream.documents() for stream in ending)
+        return epochs * (sum(stream.documents_done() for stream in ending) / max(documents, 1))
 
     def _loaded(self, sequences: dict[int, PackedSequence]) -> dict[int, PackedSequence]:
         """The same with what samples only refer to."""

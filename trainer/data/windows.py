@@ -36,7 +36,7 @@ class Options:
     packing: bool
     seed: int
     shuffle: bool
-    epochs: float | None  # None: for ever
+    epochs: float | None  # of sources that do not say; None: for ever
     on_long: str
     on_bad_record: str
     window_documents: int
@@ -60,11 +60,22 @@ class Window:
 
 
 class SourceStream:
-    """The sequences of one source from a position on. Every rank walks it alike; opening a window is collective."""
+    """The sequences of one source from a position on. Every rank walks it alike; opening a window is collective.
+
+    ``epochs``: how often it is walked, from the first one on; None: for ever.
+    """
 
     def __init__(
-        self, index: int, source: Source, encode: Encode, options: Options, gather: Gather, state: dict[str, int] | None
+        self,
+        index: int,
+        source: Source,
+        encode: Encode,
+        options: Options,
+        epochs: float | None,
+        gather: Gather,
+        state: dict[str, int] | None,
     ) -> None:
+        self.epochs = epochs
         self.source, self._index, self._options, self._gather = source, index, options, gather
         self.encode = encode  # may be replaced by one that gives the same
         self._bounds = source.windows(options.window_documents, WINDOW_BYTES)
@@ -82,7 +93,7 @@ class SourceStream:
         """The next sequence as (its window, its number in it), or None at the end."""
         while True:
             if self.window >= len(self._order):
-                if self._options.epochs is not None and self.epoch + 1 >= self._options.epochs:
+                if self.ended():
                     return None
                 if not self._gave:
                     raise DataError(f"{self.source.config.path}: a whole epoch has left nothing to learn from")
@@ -103,8 +114,17 @@ class SourceStream:
                 return window, self.offset - 1
             self.window, self.offset, self._open = self.window + 1, 0, None  # a window without anything to learn
 
+    def ended(self) -> bool:
+        """Whether it is known to give nothing any more."""
+        last = self.epochs is not None and self.epoch + 1 >= self.epochs
+        return last and self.window >= len(self._order)
+
     def state(self) -> dict[str, int]:
         return {"epoch": self.epoch, "window": self.window, "offset": self.offset}
+
+    def documents(self) -> int:
+        """Documents in all its epochs; only of a source that ends."""
+        return round((self.epochs or 0.0) * self.source.records)
 
     def documents_done(self) -> float:
         """Documents consumed so far, over all epochs; within a window in proportion to its sequences."""
@@ -119,8 +139,8 @@ class SourceStream:
         options, windows = self._options, len(self._bounds) - 1
         order = window_order(windows, options.seed, self._index, self.epoch) if options.shuffle else np.arange(windows)
         starts = np.concatenate([[0], np.cumsum((self._bounds[1:] - self._bounds[:-1])[order])])
-        if options.epochs is not None:
-            left = round(options.epochs * self.source.records) - self.epoch * self.source.records
+        if self.epochs is not None:
+            left = self.documents() - self.epoch * self.source.records
             order = order[: int(np.searchsorted(starts, max(left, 0)))]
             starts = np.minimum(starts[: len(order) + 1], max(left, 0))
         return order, starts
