@@ -1,0 +1,136 @@
+"""Batch streams of small files of numbers, on ranks that are threads."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.config.schema import DataSource
+from trainer.data.sample import Sample
+from trainer.data.stream import BatchStream, GlobalBatch
+from trainer.data.windows import Options
+from trainer.failures import DataError
+
+
+class Words:
+    """A task without a tokenizer: a record's `text` is a list of numbers, the first of which is its prompt."""
+
+    structured = optional = paths = frozenset[str]()
+    splits, pieces, predicts, loads = True, False, False, False
+
+    def columns(self, source_columns: dict[str, str], record: dict[str, Any]) -> dict[str, str]:
+        return {"text": "text"}
+
+    def encode(self, records: Sequence[dict[str, Any]]) -> list[Sample]:
+        made = []
+        for record in records:
+            tokens = np.array([int(word) for word in record["text"].split()], dtype=np.int32)
+            made.append(Sample(tokens, np.arange(len(tokens)) > 0))
+        return made
+
+    def load(self, sample: Sample) -> Sample:
+        return sample
+
+
+def options(rank: int = 0, world_size: int = 1, **changes: Any) -> Options:
+    values: dict[str, Any] = {
+        "sequence_length": 16,
+        "packing": True,
+        "seed": 3,
+        "shuffle": True,
+        "epochs": 1.0,
+        "on_long": "split",
+        "on_bad_record": "error",
+        "window_documents": 7,
+        "rank": rank,
+        "world_size": world_size,
+    }
+    return Options(**{**values, **changes})
+
+
+def write_source(path: Path, lengths: Sequence[int], first: int = 1) -> DataSource:
+    """Record i holds the token first + i, `lengths[i]` times."""
+    lines = [json.dumps({"text": " ".join([str(first + i)] * n)}) for i, n in enumerate(lengths)]
+    path.write_text("\n".join(lines) + "\n")
+    return DataSource(path=str(path))
+
+
+def run_ranks(sources: tuple[DataSource, ...], world_size: int, **changes: Any) -> list[list[GlobalBatch]]:
+    """Batches of each rank; a rank's error is raised here."""
+    results = rank_results(sources, world_size, **changes)
+    failures = [result for result in results if isinstance(result, BaseException)]
+    if failures:
+        raise next((f for f in failures if not isinstance(f, threading.BrokenBarrierError)), failures[0])
+    return results
+
+
+def rank_results(
+    sources: tuple[DataSource, ...],
+    world_size: int,
+    *,
+    micro: int = 1,
+    size: int = 4,
+    state: dict[str, Any] | None = None,
+    limit: int | None = None,
+    allow_changed: bool = False,
+    **changes: Any,
+) -> list[Any]:
+    """Batches or the error of each rank; ranks are threads with a real exchange between them."""
+    shared: list[Any] = [None] * world_size
+    barrier = threading.Barrier(world_size, timeout=60)
+    results: list[Any] = [None] * world_size
+
+    def rank_main(rank: int) -> None:
+        def gather(rows: np.ndarray) -> list[np.ndarray]:
+            shared[rank] = rows
+            barrier.wait()
+            found = list(shared)
+            barrier.wait()
+            return found
+
+        try:
+            stream = BatchStream(
+                sources,
+                Words(),
+                options(rank, world_size, **changes),
+                global_batch_size=size,
+                micro_batch_size=micro,
+                gather=gather,
+                state=state,
+                allow_changed=allow_changed,
+                limit=limit,
+            )
+            results[rank] = list(stream)
+        except BaseException as error:
+            if not isinstance(error, DataError):  # those come on every rank; to abort would race with their waking up
+                barrier.abort()
+            results[rank] = error
+
+    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def digests(ranks: list[list[GlobalBatch]]) -> list[int]:
+    return [sum(batch.digest for batch in batches) % (1 << 63) for batches in zip(*ranks, strict=True)]
+
+
+def tokens_seen(ranks: list[list[GlobalBatch]]) -> Counter[int]:
+    return Counter(
+        int(token)
+        for batches in ranks
+        for batch in batches
+        for micro_batch in batch.micro_batches
+        for sequence in micro_batch.sequences
+        for sample in sequence.samples
+        for token in sample.tokens
+    )
