@@ -16,7 +16,7 @@ from trainer.failures import UserError
 from trainer.planning.batches import BatchPlan, choose_micro_batch, plan_batches
 from trainer.planning.deepspeed_config import deepspeed_config
 from trainer.planning.flops import FORMULA, flops_per_token, peak_flops
-from trainer.planning.memory import MemoryEstimate, estimate
+from trainer.planning.memory import MemoryEstimate, estimate, recomputation
 from trainer.planning.model_facts import ModelFacts
 from trainer.planning.throughput import Device, StepTime, step_time
 from trainer.planning.throughput import device as known_device
@@ -174,7 +174,7 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
             micro_batch_size=micro_batch_size,
             sequence_length=config.data.sequence_length,
             dtype=config.model.dtype,
-            checkpointing=config.model.gradient_checkpointing,
+            recompute=recomputation(config.model),
             attention=config.model.attention,
             device=device,
         )
@@ -250,7 +250,7 @@ def _step_time(
     return step_time(
         flops_per_token=flops,
         tokens_per_rank=batch.micro_batches_per_rank * batch.micro_batch_size * config.data.sequence_length,
-        recompute=config.model.gradient_checkpointing,
+        recompute=recomputation(config.model).share,
         peak_flops=peak,
         parameters=model.parameters,
         trainable=model.trainable_parameters or 0,

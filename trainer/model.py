@@ -18,6 +18,7 @@ from trainer.config.schema import ModelConfig, OptimizerConfig
 from trainer.config.trained import ParameterGroup
 from trainer.engine import whole_shape
 from trainer.failures import UserError
+from trainer.layers import set_recomputation
 from trainer.selection import depths, select, trained_names
 from trainer.vocabulary import resize_embeddings
 
@@ -109,11 +110,7 @@ def build_model(
     choose_trained(model, config, seed)
     del partitioning
     model.config.use_cache = False
-    if config.gradient_checkpointing:
-        if hasattr(model, "activation_checkpointing_enable"):  # the newer name
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_recomputation(model, config)
     result: torch.nn.Module = model
     return result
 

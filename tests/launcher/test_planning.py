@@ -7,12 +7,12 @@ from config_samples import LLAMA_8B
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config.schema import DeepSpeedConfig
+from trainer.config.schema import DeepSpeedConfig, ModelConfig
 from trainer.failures import UserError
 from trainer.planning.batches import choose_micro_batch, cut, plan_batches
 from trainer.planning.deepspeed_config import deepspeed_config
 from trainer.planning.flops import flops_per_token, peak_flops
-from trainer.planning.memory import CUDA_OVERHEAD, estimate
+from trainer.planning.memory import CUDA_OVERHEAD, Recomputation, estimate, recomputation
 from trainer.planning.model_facts import facts_of_config
 
 LLAMA = facts_of_config(LLAMA_8B)
@@ -119,7 +119,10 @@ def test_what_contradicts_the_plan_is_refused_all_at_once():
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def memory(stage=3, world_size=8, micro=1, offload="none", dtype="bfloat16", checkpointing=True, **options):
+WHOLE = Recomputation(1)
+
+
+def memory(stage=3, world_size=8, micro=1, offload="none", dtype="bfloat16", recompute=WHOLE, **options):
     zero = ds(zero_stage=stage, offload_optimizer=offload, dtype=dtype)["zero_optimization"]
     return estimate(
         LLAMA,
@@ -128,7 +131,7 @@ def memory(stage=3, world_size=8, micro=1, offload="none", dtype="bfloat16", che
         micro_batch_size=micro,
         sequence_length=options.get("length", 4096),
         dtype=dtype,
-        checkpointing=checkpointing,
+        recompute=recompute,
         attention=options.get("attention", "sdpa"),
         device=options.get("device", "cuda"),
     )
@@ -156,11 +159,38 @@ def test_offload_moves_the_states_to_the_host():
 
 def test_activations_grow_with_tokens_and_shrink_with_checkpointing():
     assert memory(micro=4).activations == 4 * memory().activations
-    assert memory(checkpointing=False).activations > 8 * memory().activations
+    assert memory(recompute=Recomputation(0)).activations > 8 * memory().activations
     assert memory(attention="eager").activations > memory().activations
     assert memory(dtype="float32").parameters == 2 * memory().parameters
     # 4096 tokens x 128256 words x (2 + 2 + 4 + 4) bytes
     assert memory().logits == 4096 * 128256 * 4 + (3 << 28)
+
+
+def test_every_kind_of_recomputation_has_its_place():
+    """Llama 3 8B (h 4096, 32 layers, 4096 queries, 1024 keys, inner 14336), 4096 tokens in bf16, by hand."""
+    kinds = {
+        name: recomputation(ModelConfig(path="x", **options))
+        for name, options in {
+            "none": {"gradient_checkpointing": False},
+            "all": {},
+            "second": {"gradient_checkpointing": {"every": 2}},
+            "selective": {"gradient_checkpointing": "selective"},
+            "offloaded": {"activation_offload": True},
+        }.items()
+    }
+    found = {name: memory(recompute=kind).activations for name, kind in kinds.items()}
+    ends, layer = 2 * 2 * 4096, 2 * (6 * 4096 + 3 * 5120 + 4 * 14336) + 8 * 4096
+    kept = 2 * (3 * 4096 + 2 * 4096 + 2 * 1024 + 2 * 14336)
+    assert found["none"] == 4096 * (32 * layer + ends)
+    assert found["all"] == 4096 * (32 * 2 * 4096 + layer + ends)
+    assert found["second"] == 4096 * (16 * layer + 16 * 2 * 4096 + layer + ends)
+    assert found["selective"] == 4096 * (32 * kept + layer + ends)
+    assert found["offloaded"] == found["all"] - 4096 * 32 * 2 * 4096
+    assert memory(recompute=kinds["offloaded"]).host_offload == 4096 * 32 * 2 * 4096
+    on_cpu = memory(recompute=kinds["offloaded"], device="cpu")
+    assert (on_cpu.activations, on_cpu.host_offload) == (found["all"], 0)  # the same memory
+    shares = [kinds[name].share for name in ("none", "all", "second", "selective")]
+    assert shares == [0, 1, 0.5, 0]
 
 
 def test_components_add_up():

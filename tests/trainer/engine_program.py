@@ -100,7 +100,11 @@ def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     config = deepspeed_config(case, world_size)
     model_config = ModelConfig(
-        path=model_folder, dtype=case["dtype"], freeze=tuple(case.get("freeze", ())), adapter=case.get("adapter")
+        path=model_folder,
+        dtype=case["dtype"],
+        freeze=tuple(case.get("freeze", ())),
+        adapter=case.get("adapter"),
+        **case.get("model", {}),
     )
     optimizer = optimizer_of(case)
     import transformers

@@ -129,6 +129,8 @@ def test_loss_and_gradients_equal_a_plain_loop(world_size: int, model_folder: Pa
     cases = [
         case(f"stage{stage}-micro{micro}", stage, micro) for stage, micro in ((3, 1), (3, 2), (3, 5), (2, 2), (1, 1))
     ]
+    cases.append(case("selective", 3, 2, model={"gradient_checkpointing": "selective"}))
+    cases.append(case("offloaded", 3, 2, model={"gradient_checkpointing": {"every": 2}, "activation_offload": True}))
     cases.append(case("frozen", 3, 2, freeze=FROZEN))
     cases.append(case("probed", 3, 2, probe=True))
     cases.append(case("lora", 3, 2, adapter=LORA))

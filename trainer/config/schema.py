@@ -17,6 +17,8 @@ from trainer.config.clusters import Cluster as Cluster
 from trainer.config.clusters import LocalCluster as LocalCluster
 from trainer.config.clusters import SlurmCluster as SlurmCluster
 from trainer.config.clusters import SshCluster as SshCluster
+from trainer.config.model import DeepSpeedConfig as DeepSpeedConfig
+from trainer.config.model import ModelConfig as ModelConfig
 from trainer.config.notifications import Notification
 from trainer.config.section import (
     Auto,
@@ -30,54 +32,8 @@ from trainer.config.section import (
     Section,
 )
 from trainer.config.tasks import PACKED_TASKS, Task
-from trainer.config.trained import AdapterConfig, ParameterGroup
+from trainer.config.trained import ParameterGroup
 from trainer.config.tuning import TuneConfig
-
-
-class ModelConfig(Section):
-    """Which model, and how it is held in memory."""
-
-    path: str | None = Field(None, description="Hugging Face model folder, or hub id")
-    config: dict[str, Any] | None = Field(
-        None, description="Inline model config (`model_type`, ...): random weights from `training.seed`"
-    )
-    tokenizer: str | None = Field(
-        None, description="Folder, tokenizer.json or SentencePiece .model; default: the one in `path`"
-    )
-    processor: str | None = Field(
-        None, description="Folder or hub id with the image processor, for tasks with images; default: `path`"
-    )
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    gradient_checkpointing: Flag = True
-    freeze: tuple[str, ...] = Field(
-        (), description="Not trained: names of modules or parameters, fnmatch patterns, layers:FIRST-LAST"
-    )
-    train_only: tuple[str, ...] = Field((), description="Nothing else is trained; written as `freeze`")
-    adapter: AdapterConfig | None = Field(None, description="Train an adapter instead of the weights")
-    resize_embeddings: Flag = Field(
-        False, description="Add rows for tokens of `tokenizer` that the model in `path` lacks: the mean of its rows"
-    )
-    trust_remote_code: Flag = Field(False, description="Run Python code that comes with the model")
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> ModelConfig:
-        if (self.path is None) == (self.config is None):
-            raise ValueError("give exactly one of `path` (pretrained weights) and `config` (random weights)")
-        if self.config is not None and not isinstance(self.config.get("model_type"), str):
-            raise ValueError('`config` needs a `model_type`, for example "llama"')
-        if self.adapter is not None and (self.freeze or self.train_only):
-            raise ValueError(
-                "`adapter` freezes all of the model's weights: leave out `freeze` and `train_only`; "
-                "`adapter.targets` and `adapter.modules_to_save` say what is trained"
-            )
-        if self.config is not None and self.resize_embeddings:
-            raise ValueError("`resize_embeddings` is for pretrained weights (`path`); set `vocab_size` in `config`")
-        if self.resize_embeddings and self.adapter is not None:
-            raise ValueError("`resize_embeddings` adds rows that an `adapter` would not train: leave one of them out")
-        if self.config is not None and self.tokenizer is None and self.processor is None:
-            raise ValueError("`tokenizer` is needed with `config`, since there is no model folder to take it from")
-        return self
 
 
 class DataSource(Section):
@@ -233,14 +189,6 @@ class TrainingConfig(Section):
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of `max_steps` and `epochs`")
         return self
-
-
-class DeepSpeedConfig(Section):
-    """ZeRO. `config` passes through to DeepSpeed for experts; what contradicts the plan is refused."""
-
-    zero_stage: Literal[1, 2, 3] = 3
-    offload_optimizer: Literal["none", "cpu"] = "none"
-    config: dict[str, Any] = Field(default_factory=dict)
 
 
 class CheckpointConfig(Section):

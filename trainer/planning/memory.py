@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from trainer.config.model import CheckpointedLayers, ModelConfig
 from trainer.planning.model_facts import ModelFacts
 
 # A rank before any model: CUDA context, NCCL buffers and allocator slack; on the CPU, the libraries themselves.
@@ -18,8 +19,37 @@ CPU_OVERHEAD = 3 << 28
 
 
 @dataclass(frozen=True)
+class Recomputation:
+    """What layers keep for the backward pass, as `model.gradient_checkpointing` and `activation_offload` say.
+
+    Attributes:
+        every: layers 0, every, 2 * every, ... are computed again; 0: none is.
+        selective: they keep the results of matrix products and attention besides their input.
+        offload: their inputs lie in host memory.
+    """
+
+    every: int
+    selective: bool = False
+    offload: bool = False
+
+    @property
+    def share(self) -> float:
+        """Share of the forward pass's FLOPs that is computed again; "selective" leaves next to none."""
+        return 1 / self.every if self.every and not self.selective else 0.0
+
+
+def recomputation(model: ModelConfig) -> Recomputation:
+    """What a config asks for."""
+    wanted = model.gradient_checkpointing
+    if isinstance(wanted, CheckpointedLayers):
+        return Recomputation(wanted.every, offload=model.activation_offload)
+    return Recomputation(1 if wanted else 0, wanted == "selective", model.activation_offload)
+
+
+@dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one rank, on its device. ``host_offload`` lies in host memory instead and is not part of ``total``.
+    """Bytes of one rank, on its device. ``host_offload`` (offloaded states, layers' inputs) lies in host memory
+    instead and is not part of ``total``.
 
     ``total`` counts what lives at the same time at the worst moment: states, overhead, and the larger of the
     backward pass (gathered parameters, buckets, activations, logits) and the optimizer step (``step``).
@@ -58,7 +88,7 @@ def estimate(
     micro_batch_size: int,
     sequence_length: int,
     dtype: str,
-    checkpointing: bool,
+    recompute: Recomputation,
     attention: str,
     device: str,
 ) -> MemoryEstimate | None:
@@ -66,7 +96,7 @@ def estimate(
 
     Args:
         zero: the ``zero_optimization`` section of the DeepSpeed JSON; its buckets are in elements.
-        checkpointing: whether each layer keeps only its input and is computed again in the backward pass.
+        recompute: what layers keep, and what is computed again in the backward pass.
         attention: ``eager`` keeps the scores, [heads, sequence, sequence] of each sequence; the others do not.
         device: ``cuda`` or ``cpu``. On a CPU host and device are the same memory.
     """
@@ -100,6 +130,10 @@ def estimate(
         else:
             host = 0
     tokens = micro_batch_size * sequence_length
+    activations = activation_bytes(model, tokens, sequence_length, width, recompute, attention)
+    if recompute.offload and device == "cuda":
+        inputs = layer_input_bytes(model, tokens, width, recompute)
+        host, activations = host + inputs, activations - inputs
     return MemoryEstimate(
         parameters=width * whole,
         gradients=gradients,
@@ -107,7 +141,7 @@ def estimate(
         optimizer_states=moments,
         gathered_parameters=live,
         communication_buffers=buffers,
-        activations=activation_bytes(model, tokens, sequence_length, width, checkpointing, attention),
+        activations=activations,
         logits=logit_bytes(model, tokens, width),
         step=step,
         overhead=CUDA_OVERHEAD if device == "cuda" else CPU_OVERHEAD,
@@ -131,15 +165,37 @@ def layer_bytes_per_token(model: ModelFacts, width: int) -> int:
     return width * elements + 4 * 2 * hidden
 
 
+def selective_bytes_per_token(model: ModelFacts, width: int) -> int:
+    """Bytes that one layer keeps per token under "selective": its input, the results of its matrix products (queries,
+    keys, values, the attention's and the MLP's output, the MLP's projections) and the attention's result."""
+    hidden, head = model.hidden_size or 0, model.head_dim or 0
+    queries, keys = (model.heads or 0) * head, (model.kv_heads or 0) * head
+    inner = model.intermediate_size or 4 * hidden
+    return width * (3 * hidden + 2 * queries + 2 * keys + (2 if model.gated else 1) * inner)
+
+
+def layer_input_bytes(model: ModelFacts, tokens: int, width: int, recompute: Recomputation) -> int:
+    """Bytes of the inputs of the layers that are computed again."""
+    layers = math.ceil((model.layers or 0) / recompute.every) if recompute.every else 0
+    return tokens * layers * (model.hidden_size or 0) * width
+
+
 def activation_bytes(
-    model: ModelFacts, tokens: int, sequence_length: int, width: int, checkpointing: bool, attention: str
+    model: ModelFacts, tokens: int, sequence_length: int, width: int, recompute: Recomputation, attention: str
 ) -> int:
-    """Bytes of activations of a micro-batch of ``tokens`` tokens; checkpointing keeps layers' inputs and one layer."""
+    """Bytes of activations of a micro-batch of ``tokens`` tokens: what every layer keeps, and one that is whole again
+    while its backward pass runs."""
     layers, hidden = model.layers or 0, model.hidden_size or 0
     per_token = layer_bytes_per_token(model, width)
     if attention == "eager":  # scores in the model's dtype, softmax in fp32 and its cast
         per_token += (model.heads or 0) * sequence_length * (2 * width + 4)
-    kept = layers * hidden * width + per_token if checkpointing else layers * per_token
+    if not recompute.every:
+        kept = layers * per_token
+    elif recompute.selective:
+        kept = layers * selective_bytes_per_token(model, width) + per_token
+    else:
+        again = math.ceil(layers / recompute.every)
+        kept = (layers - again + 1) * per_token + again * hidden * width
     return tokens * (kept + 2 * hidden * width)  # the embeddings' output and the last norm's
 
 

@@ -76,7 +76,7 @@ def step_time(
     *,
     flops_per_token: float,
     tokens_per_rank: float,
-    recompute: bool,
+    recompute: float,
     peak_flops: float,
     parameters: int,
     trainable: int,
@@ -91,13 +91,14 @@ def step_time(
 ) -> StepTime | None:
     """Bounds of a step's time; None where the nodes' network is not known and there are several.
 
-    Computation: ``flops_per_token * tokens_per_rank`` (a third more where activations are recomputed) at EFFICIENCY of
-    the peak. Communication of a rank (Rajbhandari et al. 2020, section 7): ZeRO-3 gathers all parameters for each
+    Computation: ``flops_per_token * tokens_per_rank`` (a third more where all layers are computed again) at EFFICIENCY
+    of the peak. Communication of a rank (Rajbhandari et al. 2020, section 7): ZeRO-3 gathers all parameters for each
     forward and each backward pass and reduces the gradients after each backward; stages 1 and 2 gather once a step. A
     ring over W ranks moves (W - 1) / W of the bytes through each rank; across nodes the GPUs of one share its network.
 
     Args:
         tokens_per_rank: of one step, padding included.
+        recompute: share of the forward pass that is computed again in the backward pass.
         parameters, trainable: elements of the whole model.
         parameter_bytes, gradient_bytes: of one element on the wire.
         micro_batches: of one rank in one step.
@@ -107,7 +108,7 @@ def step_time(
     world_size = nodes * gpus_per_node
     if nodes > 1 and network is None:
         return None
-    flops = flops_per_token * tokens_per_rank * (4 / 3 if recompute else 1)
+    flops = flops_per_token * tokens_per_rank * (1 + recompute / 3)
     gathers = 2 * micro_batches if stage == 3 else 1
     whole = gathers * parameters * parameter_bytes + micro_batches * trainable * gradient_bytes
     moved = whole * (world_size - 1) / world_size

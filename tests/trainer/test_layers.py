@@ -1,0 +1,113 @@
+"""What layers keep for their backward pass: the products that are computed again, counted on a real model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trainer.config.schema import ModelConfig
+from trainer.failures import UserError
+from trainer.layers import repeated_layers, set_recomputation
+
+LAYERS = 4
+IN_A_LAYER = 7  # products with weights in a Llama layer; each has two more in the backward pass
+
+
+class Counting(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=LAYERS, **sizes)).train()
+
+
+def config_of(**options: Any) -> ModelConfig:
+    return ModelConfig(path="nowhere", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "again"),
+    [
+        ({"gradient_checkpointing": False}, 0),
+        ({"gradient_checkpointing": True}, LAYERS),
+        ({"gradient_checkpointing": {"every": 3}}, 2),
+        ({"gradient_checkpointing": "selective"}, 0),
+        ({"gradient_checkpointing": {"every": 3}, "activation_offload": True}, 2),
+    ],
+)
+def test_what_is_computed_again_and_that_gradients_stay(options: dict[str, Any], again: int) -> None:
+    ids = torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(1))
+    results = []
+    for chosen in ({"gradient_checkpointing": False}, options):
+        model = llama()
+        set_recomputation(model, config_of(**chosen))
+        with Counting() as counting:
+            loss = model(input_ids=ids, use_cache=False).logits.float().square().mean()
+            loss.backward()
+        results.append((counting.counts, float(loss.detach()), [parameter.grad for parameter in model.parameters()]))
+    (plain, plain_loss, plain_gradients), (counts, loss_value, gradients) = results
+    # checkpointing stops as soon as the last tensor is there that the backward pass wants: before down_proj's product
+    assert counts["aten::mm"] - plain["aten::mm"] == again * (IN_A_LAYER - 1)
+    rsqrt = LAYERS if options["gradient_checkpointing"] == "selective" else again
+    assert counts["aten::rsqrt"] - plain["aten::rsqrt"] == 2 * rsqrt  # the norms
+    assert loss_value == plain_loss
+    for found, expected in zip(gradients, plain_gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_inputs_that_are_offloaded_are_not_on_the_device() -> None:
+    """On a CPU they are copied as well: what the graph keeps is not the tensor that the layer was called with."""
+    packed: list[torch.Size] = []
+    real = torch.autograd.graph.saved_tensors_hooks.__init__
+
+    def noting(self: Any, pack: Any, unpack: Any) -> None:
+        def noted(tensor: torch.Tensor) -> Any:
+            kept = pack(tensor)
+            if isinstance(kept, tuple) and isinstance(kept[0], torch.device):
+                packed.append(tensor.shape)
+                assert kept[1].data_ptr() != tensor.data_ptr()
+            return kept
+
+        real(self, noted, unpack)
+
+    model = llama()
+    set_recomputation(model, config_of(activation_offload=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd.graph.saved_tensors_hooks, "__init__", noting)
+        model(input_ids=torch.ones(2, 16, dtype=torch.int64), use_cache=False).logits.mean().backward()
+    assert packed.count(torch.Size([2, 16, 24])) == LAYERS
+    assert not {tuple(shape) for shape in packed} & {tuple(p.shape) for p in repeated_layers(model)[0].parameters()}
+
+
+def test_models_without_layers_of_their_own_are_refused() -> None:
+    with pytest.raises(UserError, match=r"gradient_checkpointing: Linear has no layers"):
+        set_recomputation(torch.nn.Linear(2, 2), config_of(gradient_checkpointing="selective"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation_offload": True, "gradient_checkpointing": "selective"},
+        {"activation_offload": True, "gradient_checkpointing": False},
+        {"gradient_checkpointing": {"every": 0}},
+    ],
+)
+def test_combinations_that_cannot_be(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"activation_offload|every"):
+        config_of(**options)

@@ -1,0 +1,83 @@
+"""The sections `model` and `deepspeed`: which model, how it is held in memory, and what makes it fast."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from trainer.config.section import Flag, PositiveInt, Section
+from trainer.config.trained import AdapterConfig
+
+
+class CheckpointedLayers(Section):
+    """Recomputation in some of the layers."""
+
+    every: PositiveInt = Field(description="Layers 0, k, 2k, ... are computed again, the others keep everything")
+
+
+class ModelConfig(Section):
+    """Which model, and how it is held in memory."""
+
+    path: str | None = Field(None, description="Hugging Face model folder, or hub id")
+    config: dict[str, Any] | None = Field(
+        None, description="Inline model config (`model_type`, ...): random weights from `training.seed`"
+    )
+    tokenizer: str | None = Field(
+        None, description="Folder, tokenizer.json or SentencePiece .model; default: the one in `path`"
+    )
+    processor: str | None = Field(
+        None, description="Folder or hub id with the image processor, for tasks with images; default: `path`"
+    )
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    gradient_checkpointing: Flag | Literal["selective"] | CheckpointedLayers = Field(
+        True,
+        description="true: a layer keeps its input and is computed again in the backward pass; selective: it keeps the "
+        'results of matrix products and attention as well; {"every": k}: only every k-th layer is computed again',
+    )
+    activation_offload: Flag = Field(False, description="Inputs of layers that are computed again lie in host memory")
+    freeze: tuple[str, ...] = Field(
+        (), description="Not trained: names of modules or parameters, fnmatch patterns, layers:FIRST-LAST"
+    )
+    train_only: tuple[str, ...] = Field((), description="Nothing else is trained; written as `freeze`")
+    adapter: AdapterConfig | None = Field(None, description="Train an adapter instead of the weights")
+    resize_embeddings: Flag = Field(
+        False, description="Add rows for tokens of `tokenizer` that the model in `path` lacks: the mean of its rows"
+    )
+    trust_remote_code: Flag = Field(False, description="Run Python code that comes with the model")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give exactly one of `path` (pretrained weights) and `config` (random weights)")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError('`config` needs a `model_type`, for example "llama"')
+        if self.adapter is not None and (self.freeze or self.train_only):
+            raise ValueError(
+                "`adapter` freezes all of the model's weights: leave out `freeze` and `train_only`; "
+                "`adapter.targets` and `adapter.modules_to_save` say what is trained"
+            )
+        self._speed_and_memory()
+        if self.config is not None and self.resize_embeddings:
+            raise ValueError("`resize_embeddings` is for pretrained weights (`path`); set `vocab_size` in `config`")
+        if self.resize_embeddings and self.adapter is not None:
+            raise ValueError("`resize_embeddings` adds rows that an `adapter` would not train: leave one of them out")
+        if self.config is not None and self.tokenizer is None and self.processor is None:
+            raise ValueError("`tokenizer` is needed with `config`, since there is no model folder to take it from")
+        return self
+
+    def _speed_and_memory(self) -> None:
+        if self.activation_offload and self.gradient_checkpointing in (False, "selective"):
+            raise ValueError(
+                "`activation_offload` moves the inputs of layers that are computed again: it needs "
+                '`gradient_checkpointing` true or {"every": k}'
+            )
+
+
+class DeepSpeedConfig(Section):
+    """ZeRO. `config` passes through to DeepSpeed for experts; what contradicts the plan is refused."""
+
+    zero_stage: Literal[1, 2, 3] = 3
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    config: dict[str, Any] = Field(default_factory=dict)
