@@ -8,32 +8,67 @@ What holds, by the kernel: the program and all it starts see and signal no proce
 with the first (PID namespace); there is no network, not even a loopback device (network namespace); the file system is
 the system's libraries and Python's, read-only, and an empty folder in memory of limited size (mount namespace,
 pivot_root); no capabilities, an ordinary user, no way to gain privileges; limits of CPU time, address space, file size,
-processes and open files. As root the namespaces are made directly and left for a user id of the program's own; else
-they are made in a user namespace.
+processes and open files; system calls that make namespaces, sockets or shared memory, or reach into other processes or
+the kernel's key rings, are refused (seccomp). As root the namespaces are made directly and left for a user id of the
+program's own; else they are made in a user namespace. The guard adds up the memory of all of a program's processes.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import resource
 import signal
+import struct
 import sys
 import time
 from typing import Any
 
 _CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
 _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+_NAMESPACES = 0x7E020000  # these, and those of control groups
 _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 _MNT_DETACH = 2
 _SYS_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE = 442, -100, 0x8000  # this number is the same on all processors
 _READ_ONLY = 1 | 2  # MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID
-_PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 24, 38
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
 _VISIBLE = ("/usr", "/bin", "/lib", "/lib32", "/lib64")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 _FIRST_USER, _USERS = 61184, 4000  # of root's programs: ids that systemd keeps for users who come and go
 _MOST = 4096  # bytes of a program's message
+_LOOKS_SECONDS = 0.02  # between looks at a program's memory
+# System calls that are refused, by their numbers on x86-64 and arm64. Most need a capability outside of a user
+# namespace; what is left reaches beyond a program or holds memory that no limit counts.
+_PROCESSORS = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # place below, AUDIT_ARCH
+_CLONE, _CLONE3 = (56, 220), (435, 435)
+_REFUSED = {
+    "socket": (41, 198),
+    "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "kcmp": (312, 272),
+    "pidfd_getfd": (438, 438),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "name_to_handle_at": (303, 264),
+    "perf_event_open": (298, 241),
+    "bpf": (321, 280),
+    "userfaultfd": (323, 282),
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+}
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -132,18 +167,30 @@ def _drop_privileges(guard: int) -> None:
 
     header, none = Header(0x20080522, 0), (ctypes.c_uint32 * 6)()
     _call("capset", ctypes.byref(header), ctypes.byref(none))
+
+
+def _filter_calls() -> None:
+    """Refuse system calls from here on, in all that this process starts. Raises OSError where that is not possible."""
+    machine = os.uname().machine
+    if machine not in _PROCESSORS:
+        raise OSError(0, f"the numbers of system calls on {machine} are not known here")
+    place, architecture = _PROCESSORS[machine]
+    load, equal, at_least, some_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06  # of classic BPF, on words
+    kill, allow, refuse, unknown = 0x80000000, 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
+    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (end, 0, 0, kill), (load, 0, 0, 0)]
+    code += [(at_least, 0, 1, 1 << 30), (end, 0, 0, refuse)]  # numbers of x32
+    code += [(equal, 0, 1, _CLONE3[place]), (end, 0, 0, unknown)]  # its flags cannot be seen; libraries then take clone
+    for numbers in _REFUSED.values():
+        code += [(equal, 0, 1, numbers[place]), (end, 0, 0, refuse)]
+    code += [(equal, 0, 3, _CLONE[place]), (load, 0, 0, 16), (some_bit, 0, 1, _NAMESPACES), (end, 0, 0, refuse)]
+    code.append((end, 0, 0, allow))
+
+    class Program(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
+
+    program = Program(len(code), b"".join(struct.pack("HBBI", *instruction) for instruction in code))
     _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-
-
-def _block_sockets() -> None:
-    """A second line, which a program can undo: the first is a network without devices."""
-    import socket
-
-    def refused(*_: Any, **__: Any) -> Any:
-        raise PermissionError("sockets are not allowed here")
-
-    socket.socket = refused  # type: ignore[misc, assignment]
-    socket.create_connection = refused
+    _call("prctl", _PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0)
 
 
 def _program(request: dict[str, Any], report: int, guard: int) -> None:
@@ -158,7 +205,6 @@ def _program(request: dict[str, Any], report: int, guard: int) -> None:
     os.environ.update({"HOME": "/tmp", "TMPDIR": "/tmp", "PATH": "/usr/bin:/bin"})
     _drop_privileges(guard)
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of user would take it back
-    _block_sockets()
     _limit(request)
     token, source = request["token"], request["source"]
     try:
@@ -178,8 +224,10 @@ def main() -> None:
     parent = os.getppid()
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     answer: dict[str, str] = {}
+    processes = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)  # is out of sight from inside
     try:
         _shut_in(request["folder"], request["file_mib"])
+        _filter_calls()
     except OSError as error:
         answer = {"status": "refused", "message": str(error)}
     if not answer:
@@ -190,22 +238,27 @@ def main() -> None:
             os.close(found)
             _program(request, report, guard)
         os.close(report)
-        answer = _wait(child, found, request, parent)
+        answer = _wait(child, found, request, parent, processes)
     os.write(1, json.dumps(answer).encode())
     os._exit(0)
 
 
-def _wait(child: int, found: int, request: dict[str, Any], parent: int) -> dict[str, str]:
-    """Until process 1 ends or its time is up; with it ends everything in its namespace."""
-    deadline = time.monotonic() + request["timeout_seconds"]
-    ended = 0
-    while not ended and time.monotonic() < deadline and os.getppid() == parent:
+def _wait(child: int, found: int, request: dict[str, Any], parent: int, processes: int) -> dict[str, str]:
+    """Until process 1 ends, its time is up or it takes too much; with it ends everything in its namespace."""
+    look = time.monotonic()
+    deadline, most = look + request["timeout_seconds"], request["memory_mib"] << 20
+    ended, large = 0, False
+    while not ended and not large and time.monotonic() < deadline and os.getppid() == parent:
         ended, _ = os.waitpid(child, os.WNOHANG)
         if not ended:
             time.sleep(0.005)
+            if time.monotonic() > look + _LOOKS_SECONDS:
+                look, large = time.monotonic(), _memory(child, processes) > most
     if not ended:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        if large:
+            return {"status": "failed", "message": f"more than {request['memory_mib']} MiB in all its processes"}
         return {"status": "timeout", "message": f"longer than {request['timeout_seconds']} s"}
     os.set_blocking(found, False)
     try:
@@ -215,6 +268,31 @@ def _wait(child: int, found: int, request: dict[str, Any], parent: int) -> dict[
     if message == request["token"]:
         return {"status": "passed", "message": ""}
     return {"status": "failed", "message": message.replace(request["token"], "") or "ended before its last line"}
+
+
+def _memory(process: int, processes: int) -> int:
+    """Bytes that a process and all below it hold, seen in the opened folder /proc; what has just ended counts nothing.
+
+    A page that two of them share counts twice.
+    """
+    try:
+        total = int(_read(f"{process}/statm", processes).split()[1]) * resource.getpagesize()
+        tasks = os.open(f"{process}/task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=processes)
+        try:
+            below = [pid for task in os.listdir(tasks) for pid in _read(f"{task}/children", tasks).split()]
+        finally:
+            os.close(tasks)
+    except OSError:
+        return 0
+    return total + sum(_memory(int(pid), processes) for pid in below)
+
+
+def _read(path: str, folder: int) -> str:
+    descriptor = os.open(path, os.O_RDONLY, dir_fd=folder)
+    try:
+        return os.read(descriptor, 1 << 16).decode()
+    finally:
+        os.close(descriptor)
 
 
 if __name__ == "__main__":

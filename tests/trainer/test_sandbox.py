@@ -28,6 +28,18 @@ HOSTILE = {
     "socket": "import socket; socket.socket()",
     "socket underneath": "import _socket; _socket.socket().connect(('127.0.0.1', 22))",
     "sends underneath": "import _socket as s; s.socket(s.AF_INET, s.SOCK_DGRAM).sendto(b'x', ('8.8.8.8', 53))",
+    "socket of a kind that no namespace holds": "import _socket; _socket.socket(40, 1, 0)",  # to a hypervisor
+    "follows a link": "import os; os.symlink('/etc/passwd', 'link'); open('link').read()",
+    "looks at processes": "import ctypes, os; os.mkdir('p')\nassert LIBC.mount(b'proc', b'p', b'proc', 0, None) == 0",
+    "namespaces of its own": "assert LIBC.unshare(0x10000000 | 0x20000) == 0",
+    "a child in a namespace": "assert LIBC.syscall(56, 0x10000011, 0, 0, 0, 0) > 0",
+    "traces its parent": "import os; assert LIBC.ptrace(16, os.getppid(), 0, 0) == 0",
+    "key ring of its user": "assert LIBC.syscall(250, 0, -3, 0) > 0",
+    "shared memory that outlives processes": "assert LIBC.shmget(0, 1 << 20, 0o1777) >= 0",
+    "memory in files without a name": "import os; os.memfd_create('x')",
+    "allocates in many processes": (
+        "import os, time\nfor _ in range(5):\n if os.fork() == 0: break\nheld = b'x' * (60 << 20)\ntime.sleep(60)"
+    ),
     "kills everything": "import os, signal; os.kill(-1, signal.SIGKILL); raise ValueError('nothing to kill')",
     "kills its parent": "import os, signal; assert os.getppid(); os.kill(os.getppid(), signal.SIGKILL)",
     "kills itself": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV); os.abort()",
@@ -54,16 +66,23 @@ def _possible() -> None:
 @pytest.mark.parametrize("program", HOSTILE.values(), ids=HOSTILE)
 def test_it_fails_in_time(program: str) -> None:
     start = time.monotonic()
-    outcome = run_program(program, LIMITS)
+    outcome = run_program(program.replace("LIBC", "__import__('ctypes').CDLL(None)"), LIMITS)
     assert not outcome.passed, outcome
     assert time.monotonic() - start < 15
 
 
 def test_what_is_right_passes() -> None:
     program = "import math, re, collections, threading\nopen('notes', 'w').write('x')\nassert math.gcd(12, 18) == 6\n"
-    program += "t = threading.Thread(target=print); t.start(); t.join()"
-    assert run_program(program, LIMITS) == Outcome("passed")
+    program += "t = threading.Thread(target=print); t.start(); t.join()\nimport asyncio, subprocess\n"
+    program += "async def three(): return 3\nassert asyncio.run(three()) == 3\n"
+    program += "assert subprocess.run(['/bin/echo', 'x'], capture_output=True).stdout == b'x\\n'"
+    assert run_program(program, LIMITS.model_copy(update={"timeout_seconds": 10.0})) == Outcome("passed")
     assert [one.passed for one in run_programs(["", "1 / 0", ""], LIMITS)] == [True, False, True]
+
+
+def test_memory_of_all_processes_counts() -> None:
+    outcome = run_program(HOSTILE["allocates in many processes"], LIMITS.model_copy(update={"timeout_seconds": 10.0}))
+    assert outcome == Outcome("failed", "more than 256 MiB in all its processes")
 
 
 def test_a_daemon_ends_with_its_program() -> None:
