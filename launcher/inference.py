@@ -175,7 +175,11 @@ def sources(config: dict[str, Any], paths: Sequence[str], **given: Any) -> list[
         source |= {name: value for name, value in given.items() if value}
         if given.get("columns"):
             source.pop("template", None)
-        found.append({**source, "path": path if "://" in path else str(Path(path).absolute())})
+        where = path if "://" in path else str(Path(path).absolute())
+        if source.get("format") == "parallel":  # lines without targets, which a prediction does not look at
+            found.append({"format": "parallel", "source_path": where, "target_path": where})
+        else:
+            found.append({**source, "path": where})
     return found
 
 

@@ -77,7 +77,7 @@ def _tokenizer(config: LaunchConfig) -> Iterator[str]:
 def _data(config: LaunchConfig) -> Iterator[str]:
     for split in ("train", "evaluation"):
         for index, source in enumerate(getattr(config.data, split)):
-            for key in ("path", "source_path", "target_path"):
+            for key in ("source_path", "target_path") if source.format == "parallel" else ("path",):
                 path = getattr(source, key, None)
                 if path is not None and "://" not in path:
                     yield from (f"data.{split}.{index}.{key}: {problem}" for problem in _source(path))

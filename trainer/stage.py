@@ -119,8 +119,8 @@ def _stage_source(source: DataSource, place: Path, copied: list[str]) -> dict[st
         copied.append(source.path)
         return {"path": str(place), "subset": None}
     changed: dict[str, Any] = {}
-    for key in ("path", "source_path", "target_path"):
-        address = getattr(source, key, None)
+    for key in ("source_path", "target_path") if source.format == "parallel" else ("path",):
+        address: str | None = getattr(source, key)
         if address is not None and is_remote(address):
             changed[key] = _copy_files(address, place if key == "path" else place / key)
             copied.append(address)

@@ -38,6 +38,11 @@ def run(options: argparse.Namespace) -> int:
         if options.data:
             given = {"columns": inference.columns_of(options.columns), "column_names": options.column_names}
             data = {**data, "evaluation": inference.sources(trained.config, options.data, **given)}
+            if any(source.get("format") == "parallel" for source in data["evaluation"]):
+                raise UserError(
+                    "--data: lines without targets cannot be scored; name both files: --set 'data.evaluation="
+                    '[{"format": "parallel", "source_path": "...", "target_path": "..."}]\''
+                )
         config = change_config({**trained.config, "data": data}, options.set, "--set")
         if not config.data.evaluation:
             raise UserError(f"{options.run} has no evaluation data: name some with --data")

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow
 import pytest
 from pyarrow import parquet
+from pydantic import ValidationError
 
 from trainer.config.schema import DataSource
 from trainer.data import retry
@@ -134,6 +135,22 @@ def test_csv_by_the_letter(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text("a,a\n1,2\n")
     with pytest.raises(DataError, match="column 'a' comes twice"):
         open_path(tmp_path / "c.csv")
+
+
+def test_parallel_files(tmp_path: Path) -> None:
+    """Two files of text, one of them compressed, are pairs of lines; lines without a partner are an error."""
+    (tmp_path / "a.en").write_text('one\n\nthree "3"\r\n', newline="")
+    (tmp_path / "a.de.gz").write_bytes(gzip.compress("\ufeffeins\nzwei\ndrei\tund\u2028mehr".encode()))
+    given = {"source_path": str(tmp_path / "a.en"), "target_path": str(tmp_path / "a.de.gz")}
+    source = open_source(DataSource.model_validate({"format": "parallel", **given}))
+    wanted = [("one", "eins"), ("", "zwei"), ('three "3"', "drei\tund\u2028mehr")]
+    assert [record for record, _ in source.read([0, 1, 2])] == [{"source": a, "target": b} for a, b in wanted]
+    (tmp_path / "a.en").write_text("one\n")
+    with pytest.raises(DataError, match=r"a\.en ends after line 1, .*a\.de\.gz goes on"):
+        open_source(DataSource.model_validate({"format": "parallel", **given}))
+    for wrong in ({"format": "parallel", "path": "a"}, {"source_path": "a"}, {"format": "text", **given}):
+        with pytest.raises(ValidationError, match="given together"):
+            DataSource.model_validate(wrong)
 
 
 def tar_file(path: Path, members: dict[str, bytes]) -> Path:

@@ -11,7 +11,8 @@ from training_runs import launch, logs
 from writing_runs import make_run, make_texts, pair
 
 from trainer.config.schema import LaunchConfig
-from trainer.failures import UserError
+from trainer.data.sample import Sample
+from trainer.failures import DataError, UserError
 from trainer.rundir import RunDirectory
 from trainer.tasks import get_task
 from trainer.tokenizer import load_tokenizer
@@ -103,6 +104,20 @@ def test_sources_and_targets_end_and_are_cut(texts: Path, tmp_path: Path) -> Non
     assert (len(long.tokens), int(long.targets.sum())) == (12, 6)
     assert long.tokens[5] == long.tokens[11] == 1  # both still end
     assert "expected a text" in str(task.encode([{"source": "a", "target": 3}])[0])
+
+
+def test_summaries_may_be_called_so(texts: Path, tmp_path: Path) -> None:
+    config = config_of(texts, tmp_path, task={"type": "summarization"})
+    task = get_task(config, load_tokenizer(config.model))
+    record = {"text": "one", "summary": "unum"}
+    assert task.columns({}, record) == {"source": "text", "target": "summary"}
+    assert task.columns({"text": "article"}, {"article": "one", "summary": "unum"})["source"] == "article"
+    (named,), (made,) = task.encode([{"source": "one", "target": "unum"}]), task.encode([record])  # of a template
+    assert isinstance(named, Sample)
+    assert isinstance(made, Sample)
+    assert made.tokens.tolist() == named.tokens.tolist()
+    with pytest.raises(DataError, match="no column 'target'"):
+        task.columns({}, {"text": "one"})
 
 
 def test_a_decoder_is_refused_with_what_to_do(texts: Path, tmp_path: Path) -> None:

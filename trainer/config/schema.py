@@ -49,8 +49,23 @@ class DataSource(Section):
         "(hf://org/name, hf://org/name@revision)"
     )
     format: Literal[
-        "auto", "jsonl", "text", "csv", "tsv", "conll", "squad", "parquet", "arrow", "webdataset", "datasets"
+        "auto",
+        "jsonl",
+        "text",
+        "csv",
+        "tsv",
+        "conll",
+        "squad",
+        "parallel",
+        "parquet",
+        "arrow",
+        "webdataset",
+        "datasets",
     ] = "auto"
+    source_path: str | None = Field(
+        None, description="Of the format parallel, in place of `path`: text files whose lines are the sources"
+    )
+    target_path: str | None = Field(None, description="Of the format parallel: as many lines, their targets")
     weight: PositiveFloat | None = Field(
         None,
         description="Share of the sequences drawn from this source, relative to the others; without any weights, each "
@@ -75,6 +90,19 @@ class DataSource(Section):
     split: str | None = Field(None, description="Split of a Hugging Face dataset; default: train")
     limit: PositiveInt | None = Field(None, description="Use only the first so many records")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _parallel(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not (value.keys() & {"source_path", "target_path"} or _is_parallel(value)):
+            return value
+        value = {name: given for name, given in value.items() if given is not None or not name.endswith("_path")}
+        both = [name for name in ("source_path", "target_path") if name in value]
+        if not both and not _is_parallel(value):
+            return value
+        if len(both) < 2 or not _is_parallel({"format": "parallel", **value}):
+            raise ValueError('`source_path` and `target_path` are given together, with the format "parallel"')
+        return {**value, "format": "parallel", "path": value["source_path"]}  # what is told of a source by its path
+
     @field_validator("template")
     @classmethod
     def _placeholders(cls, template: dict[str, str]) -> dict[str, str]:
@@ -92,6 +120,10 @@ class DataSource(Section):
         if self.template and self.columns:
             raise ValueError("give `columns` or `template`, not both: placeholders name the columns of the file")
         return self
+
+
+def _is_parallel(source: dict[str, Any]) -> bool:
+    return source.get("format") == "parallel"
 
 
 class DataConfig(Section):

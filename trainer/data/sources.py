@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config.schema import DataSource
-from trainer.data.formats.annotated import squad_lines
+from trainer.data.formats.annotated import parallel_lines, squad_lines
 from trainer.data.formats.base import Outcome, RecordFile
 from trainer.data.formats.bytes import open_bytes
 from trainer.data.formats.columns import is_dataset_folder, open_columns, open_dataset
@@ -108,7 +108,9 @@ def open_source(config: DataSource) -> Source:
         StorageError: a copy of remote or compressed data finds no room in the cache.
     """
     files: list[RecordFile]
-    if _is_dataset(config):
+    if config.format == "parallel":
+        files = _open_parallel(config)
+    elif _is_dataset(config):
         files = [open_dataset(config)]
     else:
         if config.split or config.subset:
@@ -118,6 +120,22 @@ def open_source(config: DataSource) -> Source:
     if source.records == 0:
         raise DataError(f"{config.path}: no records in it; every line is blank or the file is empty")
     return source
+
+
+def _open_parallel(config: DataSource) -> list[RecordFile]:
+    """Pairs of text files, in the order of their names on both sides."""
+    sources, targets = (find_files(path) for path in (config.source_path or "", config.target_path or ""))
+    if len(sources) != len(targets):
+        raise DataError(f"{config.source_path}: {len(sources)} files, and {config.target_path}: {len(targets)}")
+    files: list[RecordFile] = []
+    for pair in zip(sources, targets, strict=True):
+        name, other = (name for _, name in pair)
+        try:
+            plain = [expanded(path, of) if path.suffix in COMPRESSED else path for path, of in pair]
+            files.append(open_bytes(parallel_lines(*plain, name, other), name, "jsonl", config))
+        except OSError as error:
+            raise DataError(f"{name} or {other} cannot be read: {error.strerror or error}") from error
+    return files
 
 
 def _is_dataset(config: DataSource) -> bool:
@@ -155,7 +173,7 @@ def _format_of(path: Path) -> str | None:
 def _open_file(path: Path, name: str, config: DataSource) -> RecordFile:
     format_name = _format_of(path) if config.format == "auto" else config.format
     if format_name is None:
-        known = "jsonl, text, csv, tsv, conll, squad, parquet, arrow, webdataset or datasets"
+        known = "jsonl, text, csv, tsv, conll, squad, parallel, parquet, arrow, webdataset or datasets"
         raise DataError(f"{name}: the format cannot be told from its name; set `format` ({known})")
     try:
         if path.suffix in COMPRESSED:

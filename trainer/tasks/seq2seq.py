@@ -30,6 +30,8 @@ _DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
     "summarization": ("rouge1", "rouge2", "rougeL", "rougeLsum"),
 }
 
+_ALSO_KNOWN_AS: dict[str, dict[str, str]] = {"summarization": {"text": "source", "summary": "target"}}
+
 Encode = Callable[[list[str]], list[list[int]]]
 
 
@@ -43,6 +45,7 @@ class SequenceToSequence(WrittenTask):
     def __init__(self, config: LaunchConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
         self.settings = cast("TranslationTask | SummarizationTask", config.task)
+        self._also_known_as = _ALSO_KNOWN_AS.get(config.task.type, {})
         self.predicts = self.settings.generation is not None
         self.metrics = self.settings.metrics or _DEFAULT_METRICS[config.task.type]
         most = config.data.sequence_length
@@ -66,12 +69,18 @@ class SequenceToSequence(WrittenTask):
         return SequenceToSequenceObjective(model, self, device)
 
     def columns(self, source_columns: dict[str, str], record: dict[str, Any]) -> dict[str, str]:
-        return named_columns(self.config.task.type, self.needed("source", "target"), (), source_columns, record)
+        also = self._also_known_as
+        named = {also.get(name, name): column for name, column in source_columns.items()}
+        for other, name in also.items():
+            if name not in named and name not in record and other in record:
+                named[name] = other
+        return named_columns(self.config.task.type, self.needed("source", "target"), (), named, record)
 
     def encode(self, records: Sequence[dict[str, Any]]) -> Sequence[Sample | list[Sample] | str]:
         results: list[Sample | list[Sample] | str] = []
         good: list[tuple[int, str, list[str]]] = []
-        for record in records:
+        for given in records:  # columns that a template names are still called as there
+            record = {self._also_known_as.get(name, name): value for name, value in given.items()}
             target = record["target"] if self.labelled else ""  # its end is then the one target
             references = [target] if isinstance(target, str) else target
             if not isinstance(references, list) or not references or not all(isinstance(r, str) for r in references):

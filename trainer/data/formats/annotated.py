@@ -1,10 +1,11 @@
-"""Formats of annotated text: CoNLL columns, and the nested JSON of SQuAD."""
+"""Formats of annotated text: CoNLL columns, the nested JSON of SQuAD, the lines of two parallel files."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,6 +56,28 @@ def squad_lines(path: Path, name: str) -> Path:
             raise DataError(f"{name} is no SQuAD file (data, paragraphs, context, qas): {problem}") from error
 
     return cached("expanded", f"1 {file_identity(path)} squad", ".jsonl", write)
+
+
+def parallel_lines(source: Path, target: Path, name: str, other: str) -> Path:
+    """{"source", "target"} for each line of two text files, one a line, in the cache.
+
+    Raises:
+        DataError: they have not as many lines, or are not UTF-8.
+    """
+
+    def write(file: IO[bytes]) -> None:
+        with source.open("rb") as sources, target.open("rb") as targets:
+            for number, pair in enumerate(zip_longest(sources, targets), 1):
+                if None in pair:
+                    short, long = (name, other) if pair[0] is None else (other, name)
+                    raise DataError(f"{short} ends after line {number - 1}, {long} goes on: lines have to match")
+                try:
+                    texts = [line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n") for line in pair]
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{name} and {other}, line {number}: not UTF-8 ({error.reason})") from None
+                file.write(json.dumps(dict(zip(("source", "target"), texts, strict=True))).encode() + b"\n")
+
+    return cached("expanded", f"1 {file_identity(source)} {file_identity(target)} parallel", ".jsonl", write)
 
 
 def _questions(whole: dict[str, Any]) -> Iterator[Record]:
