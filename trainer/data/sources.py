@@ -131,8 +131,8 @@ def _open_parallel(config: DataSource) -> list[RecordFile]:
     for pair in zip(sources, targets, strict=True):
         name, other = (name for _, name in pair)
         try:
-            plain = [expanded(path, of) if path.suffix in COMPRESSED else path for path, of in pair]
-            files.append(open_bytes(parallel_lines(*plain, name, other), name, "jsonl", config))
+            first, second = (expanded(path, of) if path.suffix in COMPRESSED else path for path, of in pair)
+            files.append(open_bytes(parallel_lines(first, second, name, other), name, "jsonl", config))
         except OSError as error:
             raise DataError(f"{name} or {other} cannot be read: {error.strerror or error}") from error
     return files

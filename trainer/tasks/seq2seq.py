@@ -79,8 +79,8 @@ class SequenceToSequence(WrittenTask):
     def encode(self, records: Sequence[dict[str, Any]]) -> Sequence[Sample | list[Sample] | str]:
         results: list[Sample | list[Sample] | str] = []
         good: list[tuple[int, str, list[str]]] = []
-        for given in records:  # columns that a template names are still called as there
-            record = {self._also_known_as.get(name, name): value for name, value in given.items()}
+        for found in records:  # columns that a template names are still called as there
+            record = {self._also_known_as.get(name, name): value for name, value in found.items()}
             target = record["target"] if self.labelled else ""  # its end is then the one target
             references = [target] if isinstance(target, str) else target
             if not isinstance(references, list) or not references or not all(isinstance(r, str) for r in references):
