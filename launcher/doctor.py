@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from launcher.backends.links import address_towards
-from launcher.backends.local import child_environment, package_root
-from launcher.backends.node import INTERFACE_VARIABLE, LINK_VARIABLE
-from launcher.backends.slurm import in_allocation, step_command
+from launcher.backends.node import LINK_VARIABLE
+from launcher.backends.slurm import in_allocation, node_task, step_command, step_environment, step_variables
 from launcher.backends.ssh import host_name
 from launcher.doctor_checks import (
     clock_problems,
@@ -217,16 +216,14 @@ def _slurm_probes(
         allocated = expand(os.environ["SLURM_JOB_NODELIST"])
         _refuse_unknown(only, allocated)
         nodes = [node for node in allocated if not only or node in only]
-        command = step_command(cluster, nodes, Path.cwd(), package_root(), PROBE)
+        command = step_command(cluster, nodes, Path.cwd(), PROBE)
         address, count, names = address_towards(nodes), len(nodes), nodes
     else:
         count, names, address = len(only) or cluster.nodes, list(only), "srun"
         command = _srun_command(cluster, only, count, queue_seconds)
 
     def start(port: int, token: str, output: IO[bytes]) -> subprocess.Popen[bytes]:
-        variables = {LINK_VARIABLE: f"{address} {port} {token}", **cluster.environment}
-        if cluster.network_interface:
-            variables[INTERFACE_VARIABLE] = cluster.network_interface
+        variables = cluster.environment | step_variables(cluster, f"{address} {port} {token}")
         return _popen(command, variables, output)
 
     return probes({"srun": start}, {"srun": names}, count, queue_seconds + _START_SECONDS)
@@ -238,20 +235,21 @@ def _srun_command(cluster: SlurmCluster, only: Sequence[str], count: int, queue_
     if only:
         kept["nodelist"] = ",".join(only)
     written = [f"--{name}" if value is None else f"--{name}={value}" for name, value in kept.items()]
-    task = [cluster.python or sys.executable, "-P", "-m", PROBE]
-    setup = "\n".join([*(f"{line}\n[ $? = 0 ] || exit 2" for line in cluster.setup), 'exec "$@"'])
+    inside, task = node_task(cluster, Path.cwd(), PROBE)
+    lines = [] if inside else cluster.setup  # Pyxis would run them inside, and they are for outside
+    setup = "\n".join([*(f"{line}\n[ $? = 0 ] || exit 2" for line in lines), 'exec "$@"'])
     return [
         *("srun", "--job-name=doctor", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--time=10"),
         *(f"--immediate={queue_seconds}", "--mpi=none", "--cpu-bind=none", "--gpu-bind=none"),
         *("--input=none", "--export=ALL"),
-        *("--no-kill", "--kill-on-bad-exit=0", "--wait=0", *written, "bash", "-c", setup, "doctor", *task),
+        *("--no-kill", "--kill-on-bad-exit=0", "--wait=0", *written, *inside, "bash", "-c", setup, "doctor", *task),
     ]
 
 
 def _popen(command: Sequence[str], variables: Mapping[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
-            command, env=child_environment(variables), stdin=subprocess.PIPE, stdout=output, stderr=output
+            command, env=step_environment(variables), stdin=subprocess.PIPE, stdout=output, stderr=output
         )
     except OSError as error:
         raise UserError(f"{command[0]} cannot be started: {error.strerror}") from None

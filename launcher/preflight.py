@@ -12,6 +12,7 @@ from launcher import notify
 from launcher.console import gib
 from launcher.facts import Facts, existing_parent
 from launcher.plan import Plan
+from trainer.config.loading import is_image_file
 from trainer.config.schema import LaunchConfig
 from trainer.failures import UserError
 
@@ -33,6 +34,7 @@ def preflight_problems(config: LaunchConfig, plan: Plan, facts: Facts) -> list[s
         *_output(config, plan, facts),
         *_tokenizer(config),
         *_data(config),
+        *_image(config),
         *notify.problems(config.resilience.notify),
     ]
 
@@ -81,6 +83,12 @@ def _data(config: LaunchConfig) -> Iterator[str]:
                 path = getattr(source, key, None)
                 if path is not None and "://" not in path:
                     yield from (f"data.{split}.{index}.{key}: {problem}" for problem in _source(path))
+
+
+def _image(config: LaunchConfig) -> Iterator[str]:
+    container = getattr(config.cluster, "container", None)
+    if container is not None and is_image_file(container.image) and not os.path.exists(container.image):
+        yield f"cluster.container.image: there is no file or folder {container.image}"
 
 
 def _source(path: str) -> Iterator[str]:

@@ -23,6 +23,11 @@ _ASSIGNMENT = re.compile(r"\b([A-Za-z_]\w*)=[\"']?([^\s\"']+)")
 _RESERVED: Mapping[str, str] = {
     "array": "cluster.array",
     "chdir": "output_dir",
+    "container": "cluster.container",
+    "container-image": "cluster.container (the supervisor stays outside, where SLURM's commands are)",
+    "container-mounts": "cluster.container.mounts",
+    "container-name": "cluster.container.arguments",
+    "container-workdir": "cluster.container",
     "error": "output_dir",
     "export": "cluster.environment and cluster.pass_environment",
     "export-file": "cluster.environment",
@@ -114,7 +119,7 @@ def sbatch_options(job: Job, cluster: SlurmCluster) -> dict[str, str | None]:
         "time": cluster.time,
         "mem": cluster.memory,
         "cpus-per-task": cluster.cpus_per_task,
-        "gpus-per-node": cluster.gpus_per_node or None,
+        "gpus-per-node": None if gives_gpus(cluster.sbatch) else cluster.gpus_per_node or None,
         "exclusive": cluster.exclusive,
         "nodelist": cluster.nodelist,
         "exclude": cluster.exclude,
@@ -136,6 +141,11 @@ def sbatch_options(job: Job, cluster: SlurmCluster) -> dict[str, str | None]:
         for name, value in given.items()
         if value is not None and value is not False
     }
+
+
+def gives_gpus(extras: Mapping[str, str | int | bool]) -> bool:
+    """Whether raw options ask for the GPUs in their own way: by type, which SLURM takes only once, or not at all."""
+    return "gpus" in extras or "gpus-per-node" in extras or "gpu" in str(extras.get("gres", ""))
 
 
 def option_value(value: str, option: str) -> str:

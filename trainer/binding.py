@@ -121,11 +121,20 @@ def _near_gpus(ranks: int, environment: Mapping[str, str]) -> list[Cpus | None]:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=_SMI_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError):  # no NVIDIA GPUs
         return [None] * ranks
-    rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines()]
+    return near_gpus(ranks, visible, answer, _DEVICES)
+
+
+def near_gpus(ranks: int, visible: str | None, listing: str, devices: Path) -> list[Cpus | None]:
+    """The CPUs near the GPU of each rank, None where it is not known.
+
+    visible: CUDA_VISIBLE_DEVICES, numbers or (beginnings of) UUIDs; None: all. listing: what nvidia-smi answers to
+    ``--query-gpu=index,uuid,pci.bus_id --format=csv,noheader``. devices: /sys/bus/pci/devices, or a copy of it.
+    """
+    rows = [[cell.strip() for cell in line.split(",")] for line in listing.splitlines() if line.count(",") == 2]
     names = visible.split(",") if visible is not None else [row[0] for row in rows]
     found = [next((row[2] for row in rows if name == row[0] or row[1].startswith(name)), None) for name in names]
     near: list[Cpus | None] = []
     for name in (found + [None] * ranks)[:ranks]:
         # nvidia-smi writes the PCI domain with eight digits, /sys with four
-        near.append(_list(_DEVICES / name[-12:].lower() / "local_cpulist") if name else None)
+        near.append(_list(devices / name[-12:].lower() / "local_cpulist") if name else None)
     return near

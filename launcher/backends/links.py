@@ -26,7 +26,7 @@ from trainer.failures import EXIT_FAILED
 
 LOST_SECONDS = 5
 END_SECONDS = 10.0
-_START_SECONDS = 300.0  # for srun or ssh, and setup lines, to have a process on every node
+START_SECONDS = 300.0  # for srun or ssh, and setup lines, to have a process on every node
 _VICTIM_SECONDS = 2.0  # after the first failure: for the other agents to find theirs
 _KEEP_ALIVE_SECONDS = 1
 _LARGEST_LINE = 1 << 16
@@ -204,6 +204,7 @@ class Ends:
     """Tells when the agents behind `links` have all ended, and ends the others soon after the first failure."""
 
     links: Links
+    start_seconds: float = START_SECONDS
     _started: float = field(default_factory=time.monotonic)
     _first: float | None = None
     _ending: bool = False
@@ -214,7 +215,7 @@ class Ends:
         `starter`: exit code of what has to bring up the process on a node; None while it runs.
         """
         nodes = self.links.nodes.values()
-        late = time.monotonic() - self._started > _START_SECONDS
+        late = time.monotonic() - self._started > self.start_seconds
         ended = {n.name: starter(n.name) for n in nodes if n.connection is None and not n.lost and n.code is None}
         if ended and (late or any(code is not None for code in ended.values())):
             # not all could be started: those that did not come are to blame

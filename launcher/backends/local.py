@@ -26,13 +26,20 @@ def package_root() -> Path:
     return Path(launcher.__file__).resolve().parent.parent
 
 
+def added_root() -> Path | None:
+    """What PYTHONPATH has to name for dsft to be found; None where it is installed.
+
+    Site-packages on PYTHONPATH would come before the standard library; they are found without.
+    """
+    root = package_root()
+    return None if str(root) in [*site.getsitepackages(), site.getusersitepackages()] else root
+
+
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of processes that import `trainer`: this very package first, nothing from the user's folder."""
     environment = dict(os.environ) | dict(extra or {})
-    root = str(package_root())
-    # site-packages on PYTHONPATH would come before the standard library; it is found without
-    if root not in [*site.getsitepackages(), site.getusersitepackages()]:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+    if (root := added_root()) is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
     environment["PYTHONSAFEPATH"] = "1"
     return environment
 

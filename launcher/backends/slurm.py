@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import site
 import subprocess
 import sys
 import threading
@@ -13,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.backends.links import END_SECONDS, Ends, Links, address_towards
-from launcher.backends.local import child_environment, package_root
+from launcher.backends.links import END_SECONDS, START_SECONDS, Ends, Links, address_towards
+from launcher.backends.local import added_root, child_environment
 from launcher.backends.node import INTERFACE_VARIABLE, LINK_VARIABLE
 from slurm import client
+from slurm.containers import contained
 from slurm.hostlist import expand
 from slurm.job import Job, render, sbatch_options
 from trainer.config.schema import ResilienceConfig, SlurmCluster
@@ -26,6 +26,15 @@ from trainer.rundir import RunDirectory
 # SLURM may deliver the signal a minute late, and needs a little to end and requeue the job
 LATE_SECONDS = 75
 _LOST_STEP_SECONDS = 1.0
+# Variables of a job that srun takes for options ("INPUT ENVIRONMENT VARIABLES" of its manual page)
+_OF_JOBS_TASKS = {
+    "SRUN_CPUS_PER_TASK",
+    *(f"SLURM_{word}" for word in ("CPU_BIND", "DISTRIBUTION", "EXACT", "EXCLUSIVE", "HINT", "NPROCS", "NTASKS")),
+    *(f"SLURM_{word}" for word in ("GPUS", "GPUS_PER_NODE", "GPUS_PER_SOCKET", "GPU_BIND", "TRES_BIND")),
+    *(f"SLURM_{word}_PER_TASK" for word in ("CPUS", "GPUS", "TRES")),
+    *(f"SLURM_NTASKS_PER_{word}" for word in ("CORE", "GPU", "NODE", "SOCKET", "TRES")),
+}
+_IMAGE_SECONDS = 1800.0  # for nodes to come that pull and unpack an image first
 
 
 # -- before the job ----------------------------------------------------------------------------------------------------
@@ -38,11 +47,10 @@ def in_allocation() -> bool:
 
 def job_of(run: RunDirectory, name: str, cluster: SlurmCluster) -> Job:
     """The job of a run: `dsft launch` of its resolved config, inside the allocation."""
-    root = str(package_root())
-    installed = root in [*site.getsitepackages(), site.getusersitepackages()]
+    root = added_root()
     python = cluster.python or sys.executable
     command = [python, "-P", "-m", "launcher", "launch", str(run.config_path)]
-    return Job(name, run.path, command, None if installed else root)
+    return Job(name, run.path, command, None if root is None else str(root))
 
 
 def submit(job: Job, cluster: SlurmCluster) -> str:
@@ -51,6 +59,7 @@ def submit(job: Job, cluster: SlurmCluster) -> str:
     Raises UserError for what cannot work, SlurmUnavailable if SLURM does not answer.
     """
     script = render(job, cluster)
+    node_task(cluster, job.run_dir)  # refuses what cannot be put into a container
     missing = [name for name in cluster.pass_environment if name not in os.environ]
     if missing:
         raise UserError(f"cluster.pass_environment names {', '.join(missing)}: export it here, then launch again")
@@ -88,12 +97,9 @@ class SlurmAttempt:
     attempt: int
     links: Links
     step: subprocess.Popen[bytes]
-    ends: Ends = field(init=False)
+    ends: Ends
     _told: bool = False
     _closed: bool = False
-
-    def __post_init__(self) -> None:
-        self.ends = Ends(self.links)
 
     def release(self) -> None:
         """Let the held agents start their ranks."""
@@ -160,25 +166,30 @@ class SlurmBackend:
                 f"the allocation has {len(allocated)} node(s), cluster.nodes asks for {self.cluster.nodes}: "
                 f"allocate more, or launch with --set cluster.nodes={len(allocated)}"
             )
+        here = os.environ.get("SLURM_GPUS_ON_NODE", "")  # of the first node
+        if here.isdigit() and int(here) < self.cluster.gpus_per_node:
+            raise UserError(
+                f"the allocation has {here} GPU(s) on a node, cluster.gpus_per_node is {self.cluster.gpus_per_node}: "
+                f"ask for more, or launch with --set cluster.gpus_per_node={here}"
+            )
         if self._last is not None:
             allocated = self._usable(allocated) or allocated
         nodes = choose_nodes(allocated, self.cluster.nodes, self.suspects)
         arguments = ["--run-dir", str(self.run.path), "--attempt", str(attempt)]
         arguments += ["--worker-module", self.worker_module, "--", "--nproc-per-node", str(self.processes)]
         links = Links(nodes, arguments, dict(self.environment))
-        variables = {LINK_VARIABLE: f"{address_towards(allocated)} {links.port} {links.token}"}
-        if self.cluster.network_interface:
-            variables[INTERFACE_VARIABLE] = self.cluster.network_interface
-        command = step_command(self.cluster, nodes, self.run.path, package_root())
+        variables = step_variables(self.cluster, f"{address_towards(allocated)} {links.port} {links.token}")
+        command = step_command(self.cluster, nodes, self.run.path)
         try:
             # srun reports on the job's own output; ranks and agents write to files of their own
-            step = subprocess.Popen(command, env=child_environment(variables), stdin=subprocess.DEVNULL)
+            step = subprocess.Popen(command, env=step_environment(variables), stdin=subprocess.DEVNULL)
         except OSError as error:
             links.close()
             raise UserError(
                 f"srun cannot be started: {error.strerror}; is this the first node of a SLURM job?"
             ) from None
-        self._last = SlurmAttempt(self.run, attempt, links, step)
+        seconds = START_SECONDS if self.cluster.container is None else _IMAGE_SECONDS
+        self._last = SlurmAttempt(self.run, attempt, links, step, Ends(links, seconds))
         return self._last
 
     def exhausted(self) -> str | None:
@@ -220,31 +231,55 @@ def choose_nodes(allocated: Sequence[str], count: int, suspects: Sequence[str]) 
 
 
 def step_command(
-    cluster: SlurmCluster, nodes: Sequence[str], run_dir: Path, root: Path, module: str = "launcher.backends.node"
+    cluster: SlurmCluster, nodes: Sequence[str], run_dir: Path, module: str = "launcher.backends.node"
 ) -> list[str]:
     """The srun that has `module` run once on each of `nodes`."""
     count = str(len(nodes))
-    command = [
+    options, task = node_task(cluster, run_dir, module)
+    return [
         *("srun", "--job-name=dsft", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1"),
         f"--nodelist={','.join(nodes)}",
         # the agent sees all that the job has of the node; since SLURM 22.05 srun takes no count from sbatch
         *([f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []),
+        # so does not what was said of GPUs for a job's tasks or for all nodes together
+        *([f"--gpus-per-node={cluster.gpus_per_node}"] if _has_gpus(cluster) else []),
         *("--cpu-bind=none", "--gpu-bind=none", "--mpi=none", "--export=ALL", "--input=none"),
         # the step of an attempt that lost a node is not over for SLURM until it has noticed
         "--overlap",
         # the supervisor decides when the rest has to end
         *("--no-kill", "--kill-on-bad-exit=0", "--wait=0"),
+        *options,
+        *task,
     ]
-    python = cluster.python or sys.executable
-    task = [python, "-P", "-m", module]
+
+
+def node_task(
+    cluster: SlurmCluster, folder: Path, module: str = "launcher.backends.node"
+) -> tuple[list[str], list[str]]:
+    """(options of srun, command) of a task that runs `module` on a node, in the container if there is one."""
     container = cluster.container
     if container is None:
-        return [*command, *task]
-    mounts = [*container.mounts, str(run_dir), str(root)]
-    if container.runtime == "pyxis":
-        options = [f"--container-image={container.image}", "--no-container-mount-home"]
-        options.append("--container-mounts=" + ",".join(m if ":" in m else f"{m}:{m}" for m in mounts))
-        return [*command, *options, *container.arguments, *task]
-    gpus = ["--nv"] if cluster.gpus_per_node else []
-    binds = [part for mount in mounts for part in ("--bind", mount)]
-    return [*command, "apptainer", "exec", *gpus, *binds, *container.arguments, container.image, *task]
+        return [], [cluster.python or sys.executable, "-P", "-m", module]
+    root = added_root()
+    task = [container.python, "-P", "-m", module]
+    return contained(container, task, folder, [] if root is None else [root], cluster.gpus_per_node > 0)
+
+
+def _has_gpus(cluster: SlurmCluster) -> bool:
+    """Whether SLURM gives GPUs out; where `sbatch.gpus-per-node` is false, nodes have some that it knows nothing of."""
+    return cluster.gpus_per_node > 0 and cluster.sbatch.get("gpus-per-node") is not False
+
+
+def step_environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a srun, without what a batch line said of the tasks of the job: dsft starts one a node."""
+    return {name: value for name, value in child_environment(variables).items() if name not in _OF_JOBS_TASKS}
+
+
+def step_variables(cluster: SlurmCluster, link: str) -> dict[str, str]:
+    """Variables of a step's tasks, beside those of this process."""
+    variables = {LINK_VARIABLE: link}
+    if cluster.network_interface:
+        variables[INTERFACE_VARIABLE] = cluster.network_interface
+    if cluster.container is not None:
+        variables["PYTHONNOUSERSITE"] = "1"  # the home folder may be mounted: its packages are for another Python
+    return variables

@@ -26,7 +26,8 @@ def supervise(folder: str, nodes: str, processes: str, seconds: str = "0") -> in
 
     run = RunDirectory(Path(folder))
     run.path.mkdir(parents=True, exist_ok=True)
-    cluster = SlurmCluster(backend="slurm", nodes=int(nodes))
+    values = {"backend": "slurm", "nodes": int(nodes), **json.loads(os.environ.get("REDUCED_CLUSTER", "{}"))}
+    cluster = SlurmCluster.model_validate(values)
     environment = {"REDUCED_SECONDS": seconds, "OMP_NUM_THREADS": "1"}
     backend = SlurmBackend(run, cluster, int(processes), environment, worker_module="reduced")
     with acquire(run.lock_dir) as lease:
@@ -70,6 +71,7 @@ def train(run: RunDirectory, attempt: int) -> None:
         time.sleep(0.05)
     note = {"rank": rank, "node": os.environ["SLURMD_NODENAME"], "interface": os.environ["GLOO_SOCKET_IFNAME"]}
     note |= {name: os.environ.get(name) for name in ("MASTER_ADDR", "HOSTILE", "PASSED_TOKEN")} | {"attempt": attempt}
+    note["prefix"] = sys.prefix
     note["cpus"] = sorted(os.sched_getaffinity(0))
     append_line(run.path / f"notes{rank}.jsonl", note)
     dist.destroy_process_group()

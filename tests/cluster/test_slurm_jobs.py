@@ -257,6 +257,27 @@ def test_options_reach_slurm(cluster: Cluster, tmp_path: Path) -> None:
     assert script.strip() == (run.path / "job.sbatch").read_text().strip()
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["--gpus=12"],  # of which srun would give the first node one
+        ["--ntasks-per-node=4", "--gpus-per-task=1", "--cpus-per-task=2"],
+        ["--gpus=12", "--ntasks-per-gpu=1", "--gpu-bind=single:1"],
+        ["--gres=gpu:4", "--exclusive"],
+    ],
+)
+def test_an_agent_has_all_gpus_of_its_node(cluster: Cluster, lines: list[str]) -> None:
+    """However the batch line asks for them: what dsft would run on each node says what it sees."""
+    program = (
+        "import pathlib, subprocess; from launcher.backends.slurm import *; nodes = ['n1', 'n2', 'n3']\n"
+        "config = SlurmCluster(backend='slurm', nodes=3, gpus_per_node=4)\n"
+        "command = step_command(config, nodes, pathlib.Path.cwd())[: -len(node_task(config, pathlib.Path.cwd())[1])]\n"
+        "subprocess.run([*command, 'sh', '-c', 'echo $CUDA_VISIBLE_DEVICES'], env=step_environment({}), check=True)"
+    )
+    salloc = ["salloc", "--nodes=3", *lines, sys.executable, "-P", "-c", program]
+    assert cluster.run(*salloc, PYTHONPATH=str(ROOT)).stdout.split() == ["0,1,2,3"] * 3
+
+
 def test_node_lists_are_those_of_scontrol(cluster: Cluster) -> None:
     for text in ("n[1-3]", "n[08-11],x", "r[1-2]n[1-3]", "a[1,3-4],b[009-011]"):
         assert expand(text) == cluster.run("scontrol", "show", "hostnames", text).stdout.split()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from launcher.backends.slurm import check_syntax, step_command
 from slurm.job import Job, option_value, quote, render, sbatch_options
-from trainer.config.clusters import SlurmCluster, SlurmContainer
+from trainer.config.clusters import SlurmCluster
 from trainer.failures import UserError
 
 GOLDEN = Path(__file__).parent / "job.golden"
@@ -106,6 +107,8 @@ def test_options_that_sbatch_would_misread_are_refused(value: str) -> None:
         ("nodes", 3, "use cluster.nodes"),
         ("signal", "USR1@9", "use cluster.grace_seconds"),
         ("export", "A=b", "cluster.pass_environment"),
+        ("container-image", "i", "use cluster.container"),
+        ("ntasks-per-node", 4, "cluster.processes_per_node"),
         ("partition", "cpu", "gives this option already"),
         ("--qos", "high", "without dashes"),
         ("x\n#SBATCH --uid", "0", "without dashes"),
@@ -114,6 +117,25 @@ def test_options_that_sbatch_would_misread_are_refused(value: str) -> None:
 def test_extras_that_contradict_are_refused(name: str, value: object, hint: str) -> None:
     with pytest.raises(UserError, match=hint):
         sbatch_options(JOB, cluster(partition="gpu", sbatch={name: value}))
+
+
+@pytest.mark.parametrize(
+    ("extras", "asked", "step"),
+    [
+        ({}, {"gpus-per-node": "8"}, True),
+        ({"gres": "gpu:a100:8"}, {"gres": "gpu:a100:8"}, True),
+        ({"gpus-per-node": "a100:8"}, {"gpus-per-node": "a100:8"}, True),
+        ({"gpus": 32}, {"gpus": "32"}, True),
+        ({"gres": "nvme:1"}, {"gres": "nvme:1", "gpus-per-node": "8"}, True),
+        ({"gpus-per-node": False}, {}, False),
+    ],
+)
+def test_gpus_are_asked_for_once(extras: dict[str, object], asked: dict[str, str], step: bool) -> None:
+    """SLURM refuses them with and without a type; some sites do not give them out at all."""
+    config = cluster(nodes=4, gpus_per_node=8, sbatch=extras)
+    options = sbatch_options(JOB, config)
+    assert {name: value for name, value in options.items() if name.startswith("g")} == asked
+    assert ("--gpus-per-node=8" in step_command(config, ["n1"], Path("/r"))) == step
 
 
 def test_file_names_are_not_expanded() -> None:
@@ -147,25 +169,63 @@ def test_a_failing_setup_line_ends_the_job(line: str, code: int) -> None:
 
 
 def test_one_task_a_node() -> None:
-    command = step_command(cluster(nodes=2, cpus_per_task=8), ["n1", "n3"], Path("/run"), Path("/code"))
+    command = step_command(cluster(nodes=2, cpus_per_task=8), ["n1", "n3"], Path("/run"))
     assert {"--nodes=2", "--ntasks=2", "--nodelist=n1,n3", "--cpus-per-task=8"} < set(command)
     assert command[-2:] == ["-m", "launcher.backends.node"]
 
 
+TASK = "python3 -P -m launcher.backends.node"
+BINDS = "--bind=/data:/d --bind=/runs/a"
+
+
 @pytest.mark.parametrize(
-    ("runtime", "words"),
+    ("runtime", "image", "arguments", "expected"),
     [
+        ("apptainer", "/i.sif", [], f"apptainer exec --pwd=/runs/a --nv {BINDS} /i.sif {TASK}"),
+        ("singularity", "/i.sif", ["--rocm"], f"singularity exec --pwd=/runs/a {BINDS} --rocm /i.sif {TASK}"),
+        ("charliecloud", "/i", ["--home"], f"ch-run --cd=/runs/a {BINDS} --home /i -- {TASK}"),
         (
-            "apptainer",
-            ["apptainer", "exec", "--nv", "--bind", "/data:/d", "--bind", "/run", "--bind", "/code", "i.sif"],
+            "pyxis",
+            "nvcr.io#nvidia/pytorch:26.01-py3",
+            ["--container-name=t"],
+            "--container-image=nvcr.io#nvidia/pytorch:26.01-py3 --container-workdir=/runs/a --no-container-mount-home "
+            f"--container-mounts=/data:/d,/runs/a:/runs/a --container-name=t {TASK}",
         ),
-        ("pyxis", ["--container-image=i.sif", "--container-mounts=/data:/d,/run:/run,/code:/code"]),
     ],
 )
-def test_containers_hold_the_agents(runtime: str, words: list[str]) -> None:
-    container = SlurmContainer.model_validate({"runtime": runtime, "image": "i.sif", "mounts": ["/data:/d"]})
-    command = step_command(
-        cluster(gpus_per_node=1, container=container, python="/usr/bin/python3"), ["n1"], Path("/run"), Path("/code")
-    )
-    assert [word for word in command if word in words] == words
-    assert command[-4:] == ["/usr/bin/python3", "-P", "-m", "launcher.backends.node"]
+def test_containers_hold_the_agents(
+    runtime: str, image: str, arguments: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Word by word; with dsft installed in the image, else its checkout is mounted as well."""
+    container = {"runtime": runtime, "image": image, "mounts": ["/data:/d"], "arguments": arguments}
+    with_gpus = cluster(gpus_per_node=1, container=container, python="/usr/bin/outside")
+    monkeypatch.setattr("launcher.backends.slurm.added_root", lambda: None)
+    assert " ".join(step_command(with_gpus, ["n1"], Path("/runs/a"))).endswith(f"--wait=0 {expected}")
+    monkeypatch.setattr("launcher.backends.slurm.added_root", lambda: Path("/code"))
+    mount = ",/code:/code" if runtime == "pyxis" else "--bind=/code"
+    assert mount in " ".join(step_command(with_gpus, ["n1"], Path("/runs/a")))
+
+
+@pytest.mark.parametrize(
+    ("values", "folder", "expected"),
+    [
+        ({"arguments": ["--cleanenv"]}, "/runs/a", "--cleanenv cannot be given"),
+        ({"arguments": ["-B", "/x", "--pwd=/x"]}, "/runs/a", "dsft gives it"),
+        ({"runtime": "charliecloud", "arguments": ["--cd=/x"]}, "/runs/a", "dsft gives it"),
+        ({"runtime": "pyxis", "arguments": ["--container-image=x"]}, "/runs/a", "use cluster.container.image"),
+        ({}, "/runs/a,b", "for the ','"),
+        ({}, "/runs/a:b", "for the ':'"),
+    ],
+)
+def test_what_no_container_can_carry_is_refused(values: dict[str, object], folder: str, expected: str) -> None:
+    container = {"runtime": "apptainer", "image": "/i.sif", **values}
+    with pytest.raises(UserError, match=re.escape(expected)):
+        step_command(cluster(container=container), ["n1"], Path(folder))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "mount"), [("apptainer", "data"), ("pyxis", "/a,/b"), ("charliecloud", "/a:/b:ro"), ("pyxis", "/a:b")]
+)
+def test_mounts_that_mean_something_else_are_refused(runtime: str, mount: str) -> None:
+    with pytest.raises(ValueError, match=r"mounted|understands"):
+        cluster(container={"runtime": runtime, "image": "i", "mounts": [mount]})

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.binding import BIND_VARIABLE, parse, shares, written
+from trainer.binding import BIND_VARIABLE, near_gpus, parse, shares, written
 from trainer.processes import RUN_VARIABLE
 from trainer.rundir import RunDirectory
 
@@ -56,6 +56,59 @@ def test_where_a_gpu_has_no_cpu_of_the_job_near_it_all_share_alike() -> None:
 
 def test_fewer_cores_than_ranks_are_not_divided() -> None:
     assert shares(cpus("0,16"), 2, CORES, DOMAINS, [None] * 2) is None
+
+
+# A DGX A100, as its nvidia-smi and /sys have it: two sockets of 64 cores in eight NUMA nodes, GPUs near every other one
+DGX_LISTING = """\
+0, GPU-5a3b6b1e-7d0f-1f6e-5d4b-0d2f6f5c1a00, 00000000:07:00.0
+1, GPU-5a3b6b1e-7d0f-1f6e-5d4b-0d2f6f5c1a01, 00000000:0F:00.0
+2, GPU-5a3b6b1e-7d0f-1f6e-5d4b-0d2f6f5c1a02, 00000000:47:00.0
+3, GPU-5a3b6b1e-7d0f-1f6e-5d4b-0d2f6f5c1a03, 00000000:4E:00.0
+4, GPU-d7e0c1b4-2f0e-9a63-84c2-6b1f3f9c7b04, 00000000:87:00.0
+5, GPU-e1d2c3b4-2f0e-9a63-84c2-6b1f3f9c7b05, 00000000:90:00.0
+6, GPU-f1d2c3b4-2f0e-9a63-84c2-6b1f3f9c7b06, 00000000:B7:00.0
+7, GPU-01d2c3b4-2f0e-9a63-84c2-6b1f3f9c7b07, 00000000:BD:00.0
+"""
+DGX_LOCAL = ["48-63,176-191"] * 2 + ["16-31,144-159"] * 2 + ["112-127,240-255"] * 2 + ["80-95,208-223"] * 2
+
+
+@pytest.fixture
+def dgx_devices(tmp_path: Path) -> Path:
+    for row, local in zip(DGX_LISTING.splitlines(), DGX_LOCAL, strict=True):
+        folder = tmp_path / row[-12:].lower()
+        folder.mkdir()
+        (folder / "local_cpulist").write_text(local + "\n")
+    return tmp_path
+
+
+def test_a_whole_dgx_is_bound_to_where_its_gpus_are(dgx_devices: Path) -> None:
+    near = near_gpus(8, None, DGX_LISTING, dgx_devices)
+    assert near == [cpus(local) for local in DGX_LOCAL]
+    cores = [frozenset((core, core + 128)) for core in range(128)]
+    domains = [cpus(f"{16 * node}-{16 * node + 15},{16 * node + 128}-{16 * node + 143}") for node in range(8)]
+    parts = shares(cpus("0-255"), 8, cores, domains, near)
+    assert parts is not None
+    first, second = cpus("48-55,176-183"), cpus("56-63,184-191")
+    assert parts[:3] == [first, second, cpus("16-23,144-151")]
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [
+        ("2,0", [2, 0]),  # in the order of the ranks
+        ("GPU-e1d2c3b4-2f0e-9a63-84c2-6b1f3f9c7b05,GPU-f1d2", [5, 6]),
+        ("6", [6, None]),  # one GPU for two ranks
+        ("MIG-ce861fb0-a248-58ce-a9a8-f9adbc22a66a,8", [None, None]),
+    ],
+)
+def test_the_visible_gpus_count(dgx_devices: Path, visible: str, gpus: list[int | None]) -> None:
+    near = near_gpus(2, visible, DGX_LISTING, dgx_devices)
+    assert near == [None if gpu is None else cpus(DGX_LOCAL[gpu]) for gpu in gpus]
+
+
+@pytest.mark.parametrize("listing", ["", "NVIDIA-SMI has failed because it couldn't communicate with the driver.\n"])
+def test_without_gpus_nothing_is_near(tmp_path: Path, listing: str) -> None:
+    assert near_gpus(2, None, listing, tmp_path) == [None, None]
 
 
 @given(st.data(), st.frozensets(st.integers(0, 31), min_size=1), st.integers(1, 9))

@@ -49,12 +49,25 @@ class LocalCluster(ClusterSection):
 class SlurmContainer(Section):
     """The container that agents run in; the supervisor stays outside, where SLURM's commands are."""
 
-    runtime: Literal["apptainer", "pyxis"] = Field(
-        description="apptainer: `apptainer exec` inside srun; pyxis: srun's --container-image (Enroot)"
+    runtime: Literal["apptainer", "singularity", "charliecloud", "pyxis"] = Field(
+        description="`apptainer exec`, `singularity exec` or `ch-run` in a srun; pyxis: its --container-image (Enroot)"
     )
-    image: str = Field(description="A .sif or .sqsh file on shared storage, or what the runtime can pull")
+    image: str = Field(
+        min_length=1, description="A .sif, .sqsh or folder on shared storage (then absolute), or what the runtime pulls"
+    )
     mounts: tuple[str, ...] = Field((), description="source[:target[:options]]; the run directory is always mounted")
     arguments: tuple[str, ...] = Field((), description="Further arguments of the runtime, taken as they are")
+    python: str = Field("python3", description="Python inside; `cluster.python` is the one outside")
+
+    @model_validator(mode="after")
+    def _mountable(self) -> SlurmContainer:
+        for mount in self.mounts:
+            parts = mount.split(":")
+            if not all(part.startswith("/") for part in parts[:2]) or "," in mount:
+                raise ValueError(f"{mount!r} cannot be mounted: expected /source or /source:/target, without commas")
+            if len(parts) > (2 if self.runtime == "charliecloud" else 3):
+                raise ValueError(f"{mount!r} has more parts than {self.runtime} understands; ch-run takes no options")
+        return self
 
 
 class SlurmCluster(ClusterSection):

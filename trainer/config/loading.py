@@ -21,6 +21,7 @@ Keys = tuple[str | int, ...]
 # A shorter way to write a setting that everybody uses.
 _ALIASES: dict[Keys, Keys] = {("training", "learning_rate"): ("training", "optimizer", "learning_rate")}
 _LOCAL_SUFFIXES = (".model", ".json")
+_IMAGE_SUFFIXES = (".sif", ".sqsh", ".sqfs", ".squashfs", ".img")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> LaunchConfig:
@@ -258,6 +259,11 @@ def _absolute(value: str, folder: Path) -> str:
     return os.path.abspath(os.path.join(folder, os.path.expanduser(value)))
 
 
+def is_image_file(image: str) -> bool:
+    """Whether a container image is a file or folder, not the name of one that the runtime finds elsewhere."""
+    return "://" not in image and (image.startswith((".", "~", "/")) or image.endswith(_IMAGE_SUFFIXES))
+
+
 def _absolute_or_hub_id(value: str, folder: Path) -> str:
     """A model or tokenizer: a local path where it exists or can be nothing else, otherwise a hub id, left as it is."""
     path = _absolute(value, folder)
@@ -277,6 +283,9 @@ def _make_absolute(layer: dict[str, Any], folder: Path) -> None:
     cluster = layer.get("cluster")
     if isinstance(cluster, dict) and isinstance(cluster.get("hostfile"), str):
         cluster["hostfile"] = _absolute(cluster["hostfile"], folder)
+    container = cluster.get("container") if isinstance(cluster, dict) else None
+    if isinstance(container, dict) and isinstance(image := container.get("image"), str) and is_image_file(image):
+        container["image"] = _absolute(image, folder)
     data = layer.get("data")
     if isinstance(data, dict) and isinstance(data.get("prepared"), str):
         data["prepared"] = _absolute(data["prepared"], folder)
