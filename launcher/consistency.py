@@ -15,7 +15,9 @@ from trainer.rundir import RunDirectory, read_json
 # speed, memory or what is watched, not the result ...
 _FIXED: dict[str, frozenset[str]] = {
     "task": frozenset(),
-    "model": frozenset({"attention", "gradient_checkpointing", "activation_offload", "trust_remote_code"}),
+    "model": frozenset(
+        {"attention", "gradient_checkpointing", "activation_offload", "sequence_parallel", "trust_remote_code"}
+    ),
     "data": frozenset({"evaluation"}),
     "training": frozenset({"micro_batch_size", "deterministic", "on_nonfinite", "loss_spike", "max_rollbacks"}),
 }

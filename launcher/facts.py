@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config.schema import LaunchConfig
+from trainer.config.trained import AdapterConfig
+from trainer.failures import UserError
 from trainer.planning.model_facts import ModelFacts, model_facts
 
 NVIDIA_SMI_SECONDS = 10
@@ -36,6 +38,7 @@ class Facts:
         memory_available: what of it is free now.
         disk_free: on the file system of `output_dir`.
         model: facts of the config's model.
+        adapted_model: those of the same model with a LoRA adapter, where it could have one and has none.
     """
 
     host: str
@@ -45,6 +48,7 @@ class Facts:
     memory_available: int
     disk_free: int
     model: ModelFacts
+    adapted_model: ModelFacts | None = None
 
 
 def gather_facts(config: LaunchConfig) -> Facts:
@@ -63,7 +67,19 @@ def gather_facts(config: LaunchConfig) -> Facts:
         memory_available=available,
         disk_free=shutil.disk_usage(existing_parent(Path(config.output_dir))).free,
         model=model_facts(config.model),
+        adapted_model=adapted_facts(config),
     )
+
+
+def adapted_facts(config: LaunchConfig) -> ModelFacts | None:
+    """Facts of the model with a LoRA adapter on all its linear layers; None where it has one or cannot have it."""
+    model = config.model
+    if model.adapter is not None or model.freeze or model.train_only or model.resize_embeddings:
+        return None
+    try:
+        return model_facts(model.model_copy(update={"adapter": AdapterConfig()}))
+    except UserError:  # nothing in it that could have one
+        return None
 
 
 def find_gpus(environment: Mapping[str, str]) -> tuple[Gpu, ...]:

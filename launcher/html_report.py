@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.goodput import PARTS
 from launcher.plots import Line, Mark, chart, timeline_chart
-from launcher.report import report, seconds
+from launcher.report import memory_line, report, seconds
 from launcher.reporting import time_line
 from launcher.watch import describe_evaluation, describe_failure, number, size
 from trainer.rundir import Json, RunDirectory, read_json
@@ -51,7 +51,7 @@ def render(run: RunDirectory) -> str:
         plots=[(title, note, Markup(svg)) for title, note, svg in _plots(steps, value["evaluations"]) if svg],
         parts=[(part, s, 100 * s / wall) for part, s in spent if s > 0] if wall else [],
         failures=[{**f, "message": str(f["message"])[:_MESSAGE_CHARACTERS]} for f in value["failures"]],
-        facts=list(_facts(run)),
+        facts=[*_facts(run), *([("memory of a rank", memory_line(value["memory"]))] if value["memory"] else [])],
         config=json.dumps(read_json(run.config_path), indent=2, ensure_ascii=False),
         scores=[{k: v for k, v in entry.items() if isinstance(v, int | float)} for entry in value["evaluations"]],
     )

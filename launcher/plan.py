@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import shlex
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from launcher.facts import Facts
+from launcher.fitting import GIB, Room, Setup, choose, memory_of, recomputation_of, refuse, ways_to_fit
 from trainer.config.loading import config_hash
 from trainer.config.schema import LaunchConfig
 from trainer.failures import UserError
-from trainer.planning.batches import BatchPlan, choose_micro_batch, plan_batches
+from trainer.planning.batches import BatchPlan
 from trainer.planning.deepspeed_config import deepspeed_config
 from trainer.planning.flops import FORMULA, flops_per_token, peak_flops
-from trainer.planning.memory import MemoryEstimate, estimate, recomputation
+from trainer.planning.memory import MemoryEstimate
 from trainer.planning.model_facts import ModelFacts
 from trainer.planning.throughput import Device, StepTime, step_time
 from trainer.planning.throughput import device as known_device
 
-# A larger micro-batch than this many tokens gains nothing: GPUs are busy, and CPU caches overflow sooner.
-MICRO_BATCH_TOKENS = {"cuda": 32_768, "cpu": 4_096}
 DEFAULT_PORT = 29_500
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,10 @@ class Plan:
         memory: estimate for one rank, or None where the model's sizes are not known.
         host_memory: bytes of host memory of a node.
         step_time: bounds of an optimizer step's time, where the GPUs are known ones.
+        sequence_parallel: ranks that share each sequence.
+        recompute: whether activations are computed again in the backward pass.
+        offload: where the optimizer's states are, ``none`` or ``cpu``.
+        memory_reason: why, where the config leaves it open; else empty.
         sequence_length: tokens.
     """
 
@@ -56,6 +56,10 @@ class Plan:
     flops_per_token: float | None
     peak_flops: float | None
     step_time: StepTime | None
+    sequence_parallel: int
+    recompute: bool
+    offload: str
+    memory_reason: str
     threads_per_rank: int
     deepspeed: dict[str, Any]
     warnings: tuple[str, ...]
@@ -116,6 +120,9 @@ class Plan:
             "flops_formula": FORMULA,
             "peak_flops": self.peak_flops,
             "step_time": asdict(self.step_time) if self.step_time else None,
+            "sequence_parallel": self.sequence_parallel,
+            "recompute": self.recompute,
+            "memory_reason": self.memory_reason,
             "deepspeed": self.deepspeed,
             "commands": self.commands(),
             "warnings": list(self.warnings),
@@ -149,7 +156,6 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
     warnings: list[str] = []
     device, per_node = _device_and_processes(config, facts)
     local = config.cluster.backend == "local"
-    world_size = config.cluster.nodes * per_node
     gpu = facts.gpus[0] if local and device == "cuda" else None
     gpu_name = gpu.name if gpu else _gpu_model(config) if device == "cuda" else None
     figures = known_device(gpu_name)
@@ -160,37 +166,19 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
     else:
         device_memory = host_memory // per_node if host_memory else None
 
-    def sections(micro_batch_size: int, per_rank: int, offload: str | None = None) -> dict[str, Any]:
-        section = config.deepspeed
-        if offload is not None:
-            section = section.model_copy(update={"offload_optimizer": offload})
-        return deepspeed_config(section, config.model.dtype, micro_batch_size, per_rank, config.training.max_grad_norm)
+    _check_sharing(config, facts.model, config.cluster.nodes * per_node)
+    room = Room(device, device_memory, host_memory, per_node)
+    flops = _flops(config, facts.model)
+    peak = peak_flops(gpu_name) if gpu_name and config.model.dtype == "bfloat16" else None
 
-    def memory_of(micro_batch_size: int, ranks: int = world_size, offload: str | None = None) -> MemoryEstimate | None:
-        return estimate(
-            facts.model,
-            sections(micro_batch_size, 1, offload)["zero_optimization"],
-            world_size=ranks,
-            micro_batch_size=micro_batch_size,
-            sequence_length=config.data.sequence_length,
-            dtype=config.model.dtype,
-            recompute=recomputation(config.model),
-            attention=config.model.attention,
-            device=device,
-        )
+    def time_of(setup: Setup, batch: BatchPlan) -> StepTime | None:
+        return _step_time(config, setup, batch, flops, peak, per_node, figures)
 
-    def fits(memory: MemoryEstimate | None) -> bool:
-        if memory is None:
-            return True
-        on_device = device_memory is None or memory.total <= device_memory
-        return on_device and (host_memory is None or per_node * memory.host_offload <= host_memory)
-
-    batch = _batch(config, device, world_size, lambda size: fits(memory_of(size)))
-    memory = memory_of(batch.micro_batch_size)
-    if not fits(memory):
+    setup, batch, reason = choose(config, facts.model, room, lambda *option: _middle(time_of(*option)))
+    memory = memory_of(config, setup, room)
+    if not room.holds(memory):
         assert memory is not None
-        ways = _ways_to_fit(config, device, batch.micro_batch_size, world_size, lambda *args: fits(memory_of(*args)))
-        raise UserError(_does_not_fit(memory, device, device_memory, host_memory, per_node, ways))
+        raise refuse(memory, room, ways_to_fit(config, setup, room, facts.adapted_model))
     if facts.model.note:
         warnings.append(f"no memory estimate: {facts.model.note}")
     elif memory is not None and device_memory is None:
@@ -198,13 +186,7 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
     elif memory is not None and device == "cpu" and per_node * memory.total > facts.memory_available:
         free, needed = facts.memory_available / GIB, per_node * memory.total / GIB
         warnings.append(f"{free:.1f} GiB of host memory are free now, {per_node} ranks need about {needed:.1f} GiB")
-    warnings += _batch_warnings(config, batch, facts.model)
-    layers, hidden, parameters = facts.model.layers, facts.model.hidden_size, facts.model.parameters
-    flops = None
-    if layers and hidden and parameters is not None:
-        multiplied = parameters - facts.model.lookup_parameters
-        flops = flops_per_token(multiplied, layers, hidden, config.data.sequence_length)
-    peak = peak_flops(gpu_name) if gpu_name and config.model.dtype == "bfloat16" else None
+    warnings += _batch_warnings(config, batch, facts.model, per_node)
     return Plan(
         name=config.name,
         run_dir=str(Path(config.output_dir) / config.name),
@@ -221,9 +203,19 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
         host_memory=host_memory,
         flops_per_token=flops,
         peak_flops=peak,
-        step_time=_step_time(config, batch, facts.model, flops, peak, per_node, figures),
+        step_time=time_of(setup, batch),
+        sequence_parallel=config.model.sequence_parallel,
+        recompute=setup.recompute is not False,
+        offload=setup.offload,
+        memory_reason=reason,
         threads_per_rank=max(1, (facts.cores if local else _cores_of_a_node(config)) // per_node),
-        deepspeed=sections(batch.micro_batch_size, batch.micro_batches_per_rank),
+        deepspeed=deepspeed_config(
+            config.deepspeed.model_copy(update={"offload_optimizer": setup.offload}),
+            config.model.dtype,
+            batch.micro_batch_size,
+            batch.micro_batches_per_rank,
+            config.training.max_grad_norm,
+        ),
         warnings=tuple(warnings),
         max_steps=config.training.max_steps,
         sequence_length=config.data.sequence_length,
@@ -235,22 +227,53 @@ def _gpu_model(config: LaunchConfig) -> str | None:
     return None if config.cluster.backend == "local" else config.cluster.gpu_model
 
 
+def _check_sharing(config: LaunchConfig, model: ModelFacts, world_size: int) -> None:
+    """Raise UserError where ranks cannot share sequences as the config asks."""
+    sharing = config.model.sequence_parallel
+    if world_size % sharing:
+        raise UserError(
+            f"model.sequence_parallel is {sharing}, but {world_size} ranks are no whole number of groups of so many: "
+            f"use a multiple of {sharing} ranks"
+        )
+    heads, others = model.heads, model.kv_heads or model.heads
+    if heads and others and (heads % sharing or (others % sharing and sharing % others)):
+        raise UserError(
+            f"model.sequence_parallel is {sharing}, but the model's {heads} attention heads ({others} of keys and "
+            "values) cannot be shared evenly by so many ranks: choose a divisor of both"
+        )
+
+
+def _flops(config: LaunchConfig, model: ModelFacts) -> float | None:
+    if not model.layers or not model.hidden_size or model.parameters is None:
+        return None
+    multiplied = model.parameters - model.lookup_parameters
+    return flops_per_token(multiplied, model.layers, model.hidden_size, config.data.sequence_length)
+
+
+def _middle(time: StepTime | None) -> float | None:
+    return None if time is None else (time.least + time.most) / 2
+
+
 def _step_time(
     config: LaunchConfig,
+    setup: Setup,
     batch: BatchPlan,
-    model: ModelFacts,
     flops: float | None,
     peak: float | None,
     per_node: int,
     figures: Device | None,
 ) -> StepTime | None:
+    model = setup.model
     if flops is None or peak is None or figures is None or model.parameters is None:
         return None
     gigabits = None if config.cluster.backend == "local" else config.cluster.network_gigabits
     return step_time(
         flops_per_token=flops,
-        tokens_per_rank=batch.micro_batches_per_rank * batch.micro_batch_size * config.data.sequence_length,
-        recompute=recomputation(config.model).share,
+        tokens_per_rank=batch.micro_batches_per_rank
+        * batch.micro_batch_size
+        * config.data.sequence_length
+        / config.model.sequence_parallel,
+        recompute=recomputation_of(config, setup).share,
         peak_flops=peak,
         parameters=model.parameters,
         trainable=model.trainable_parameters or 0,
@@ -291,30 +314,7 @@ def _device_and_processes(config: LaunchConfig, facts: Facts) -> tuple[Literal["
     return "cuda", processes
 
 
-def _batch(config: LaunchConfig, device: str, world_size: int, fits: Callable[[int], bool]) -> BatchPlan:
-    """The batch arithmetic, with the micro-batch size chosen where it is "auto"."""
-    training, length = config.training, config.data.sequence_length
-    if training.micro_batch_size != "auto":
-        return plan_batches(training.global_batch_size, world_size, training.micro_batch_size)
-    share = math.ceil(training.global_batch_size / world_size)
-    limit = min(share, max(1, MICRO_BATCH_TOKENS[device] // length))
-    largest, reason = limit, "all of a rank's share" if limit == share else f"{limit * length} tokens keep it busy"
-    # the estimate grows with the micro-batch: find the last size that fits
-    if not fits(limit):
-        low, high = 0, limit
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        largest, reason = max(low, 1), f"{max(low, 1)} is the largest that fits the memory"
-    if world_size > training.global_batch_size:
-        return plan_batches(training.global_batch_size, world_size, 1)  # raises
-    size = choose_micro_batch(training.global_batch_size, world_size, largest)
-    if size < largest:
-        reason += f"; {size} wastes less"
-    return plan_batches(training.global_batch_size, world_size, size, f"auto: {reason}")
-
-
-def _batch_warnings(config: LaunchConfig, batch: BatchPlan, model: ModelFacts) -> list[str]:
+def _batch_warnings(config: LaunchConfig, batch: BatchPlan, model: ModelFacts, per_node: int) -> list[str]:
     warnings = []
     if batch.wasted_share > 0.1:
         better = f"; better: {' or '.join(batch.suggestions)}" if batch.suggestions else ""
@@ -324,43 +324,11 @@ def _batch_warnings(config: LaunchConfig, batch: BatchPlan, model: ModelFacts) -
         warnings.append(
             f"data.sequence_length {length} exceeds the model's max_position_embeddings {model.max_positions}"
         )
+    sharing = config.model.sequence_parallel
+    if per_node % sharing:
+        warnings.append(
+            f"model.sequence_parallel: some groups of {sharing} ranks reach over nodes, whose network is slow"
+        )
     if config.evaluation.interval_steps is not None and not config.data.evaluation:
         warnings.append("evaluation.interval_steps is set, but data.evaluation names no data: nothing is evaluated")
     return warnings
-
-
-def _ways_to_fit(
-    config: LaunchConfig, device: str, micro: int, world_size: int, fits: Callable[..., bool]
-) -> list[str]:
-    """The smallest single changes after which it fits, as `--set` would take them."""
-    ways = []
-    smaller = next((size for size in range(micro - 1, 0, -1) if fits(size)), None)
-    if smaller:
-        ways.append(f"training.micro_batch_size={smaller}")
-    if device == "cuda" and config.deepspeed.offload_optimizer == "none" and fits(micro, world_size, "cpu"):
-        ways.append("deepspeed.offload_optimizer=cpu")
-    if device == "cuda":  # on a CPU, more ranks on the same machine share the same memory
-        ranks = next((n for n in (world_size * factor for factor in range(2, 65)) if fits(micro, n)), None)
-        if ranks and ranks <= config.training.global_batch_size:
-            ways.append(f"{ranks} ranks instead of {world_size}")
-    return ways
-
-
-def _does_not_fit(
-    memory: MemoryEstimate,
-    device: str,
-    device_memory: int | None,
-    host_memory: int | None,
-    per_node: int,
-    ways: list[str],
-) -> str:
-    largest = sorted(memory.components().items(), key=lambda item: -item[1])[:3]
-    parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.1f}" for name, size in largest)
-    if device_memory is not None and memory.total > device_memory:
-        where = "a GPU has" if device == "cuda" else "a rank has (host memory / ranks)"
-        what = f"a rank needs about {memory.total / GIB:.1f} GiB ({parts}), {where} {device_memory / GIB:.1f} GiB"
-    else:
-        needed, there = per_node * memory.host_offload / GIB, (host_memory or 0) / GIB
-        what = f"the offloaded optimizer needs {needed:.1f} GiB of host memory on each node, which has {there:.1f} GiB"
-    change = " or ".join(ways) if ways else "a smaller model, shorter sequences, or more memory"
-    return f"the model does not fit the memory: {what}. It fits with {change}"

@@ -10,7 +10,7 @@ from launcher.console import printable
 from launcher.goodput import account, failure_times
 from launcher.reporting import status, time_line
 from launcher.state import failures
-from launcher.watch import describe_evaluation, duration, number
+from launcher.watch import describe_evaluation, duration, number, size
 from trainer.rundir import Json, RunDirectory
 
 if TYPE_CHECKING:
@@ -38,11 +38,32 @@ def report(run: RunDirectory) -> Json:
         "evaluations": [{"step": line["step"], **line["evaluation"]} for line in evaluations],
         "goodput": account(time_line(run, value["state"], events)),
         "failures": [{**failure, **times.get(failure["attempt"], _NO_TIMES)} for failure in failures(run)],
+        "memory": _memory(events),
         "drills": [event for event in events if event["event"] == "drill"],  # also of those that left no failure
         "checkpoints": run.published_checkpoints(),
         "export": str(run.export_dir) if (run.export_dir / "config.json").is_file() else None,
         "tensorboard": str(run.tensorboard_dir) if run.tensorboard_dir.is_dir() else None,
     }
+
+
+def _memory(events: list[Json]) -> Json | None:
+    """The ranks' peaks in the last attempt that told them, beside the plan; `error` is planned / peak - 1."""
+    told = next((event for event in reversed(events) if event["event"] == "memory"), None)
+    if told is None:
+        return None
+    value = {key: told[key] for key in ("peak_bytes", "rank", "least_bytes", "planned_bytes", "counted")}
+    planned = told["planned_bytes"]
+    return {**value, "error": planned / told["peak_bytes"] - 1 if planned else None}
+
+
+def memory_line(memory: Json) -> str:
+    """`at most 1.4 GiB resident (rank 1), at least 1.3 GiB; planned 1.6 GiB (14 % more)`."""
+    most, least = size(float(memory["peak_bytes"])), size(float(memory["least_bytes"]))
+    text = f"at most {most} {memory['counted']} (rank {memory['rank']}), at least {least}"
+    if memory["error"] is None:
+        return text
+    more = f"{abs(100 * memory['error']):.0f} % {'more' if memory['error'] >= 0 else 'less'}"
+    return f"{text}; planned {size(float(memory['planned_bytes']))} ({more})"
 
 
 def show_report(value: Json) -> None:
@@ -78,6 +99,8 @@ def _facts(value: Json) -> Iterator[tuple[str, Any]]:
         yield "evaluation", describe_evaluation(line)
     if value["goodput"]["ettr"] is not None:
         yield "goodput", goodput_line(value["goodput"])
+    if value["memory"]:
+        yield "memory", memory_line(value["memory"])
     if value["checkpoints"]:
         yield "checkpoints", f"{value['run']}/checkpoints (steps {', '.join(map(str, value['checkpoints']))})"
     for key in ("export", "tensorboard", "html"):

@@ -14,6 +14,7 @@ from trainer.data.sample import PackedSequence, Sample
 from trainer.engine import Engine, whole_shape
 from trainer.failures import UserError
 from trainer.loss import IGNORED, LabelledPositions, cross_entropy_sum
+from trainer.sequence_parallel import SequenceParallel
 from trainer.tasks.base import Predictions
 
 # Tokens. Matrix kernels like multiples of 8, and the CPU's keep a compiled one and its workspace for every shape they
@@ -32,7 +33,8 @@ class LanguageModelBatch:
             causal mask from them, and only where no attention_mask is passed.
         positions: int64 [targets]; where in the flattened rows a label is predicted.
         labels: int64 [targets]; IGNORED where the list is filled up to a round length.
-        padded_tokens: tokens of ``input_ids`` that are padding.
+        padded_tokens: tokens of ``input_ids`` that are padding; of the whole rows in the first of several shards.
+        whole_position_ids: as ``position_ids``; of the whole rows where these are cut into shards.
     """
 
     input_ids: torch.Tensor
@@ -40,12 +42,20 @@ class LanguageModelBatch:
     positions: torch.Tensor
     labels: torch.Tensor
     padded_tokens: int
+    whole_position_ids: torch.Tensor
 
 
 def collate(
-    sequences: Sequence[PackedSequence], pad_id: int, one_row: bool, device: torch.device
+    sequences: Sequence[PackedSequence],
+    pad_id: int,
+    one_row: bool,
+    device: torch.device,
+    shard: int = 0,
+    shards: int = 1,
 ) -> LanguageModelBatch:
     """Rows of a micro-batch, padded to the longest one, or all of it in one row without padding (``one_row``).
+
+    Of several ``shards`` it is number ``shard``: every row is cut into as many equally long pieces.
 
     Padding continues the positions of a row's last sample: it attends backwards only, nothing attends to it, and a row
     with one sample keeps the plain causal mask. Without sequences (a rank with less work than the others) the
@@ -56,39 +66,48 @@ def collate(
         rows = [[sample for row in rows for sample in row]]
     lengths = [sum(len(sample.tokens) for sample in row) for row in rows]
     width = max(lengths, default=0)
+    step = 1
     if not (one_row and width):
         step = 8 * _PAD_TO if width > 8 * _PAD_TO else _PAD_TO
-        width = max(-(-width // step) * step, _PAD_TO)
+    step = math.lcm(step, shards)
+    width = max(-(-width // step), 1) * step
     shape = (max(len(rows), 1), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     position_ids = np.tile(np.arange(width, dtype=np.int64), (shape[0], 1))
-    predicts = np.zeros(shape, dtype=bool)
-    labels = []
+    grid = np.full(shape, IGNORED, dtype=np.int64)  # labels
     for index, row in enumerate(rows):
         start = 0
         for sample in row:
             end = start + len(sample.tokens)
             input_ids[index, start:end] = sample.tokens
             position_ids[index, start:] = np.arange(width - start)
-            predicts[index, start : end - 1] = sample.targets[1:]
-            labels.append(sample.tokens[1:][sample.targets[1:]])
+            grid[index, start : end - 1] = np.where(sample.targets[1:], sample.tokens[1:], IGNORED)
             start = end
-    flat_labels = np.concatenate(labels).astype(np.int64) if labels else np.zeros(0, dtype=np.int64)
-    positions = np.flatnonzero(predicts)
+    piece = slice(shard * width // shards, (shard + 1) * width // shards)
+    labels = grid[:, piece].ravel()
+    positions = np.flatnonzero(labels != IGNORED)
+    labels = labels[positions]
     fill = -len(positions) % TARGETS_TO
     positions = np.concatenate([positions, np.zeros(fill, dtype=np.int64)])
-    flat_labels = np.concatenate([flat_labels, np.full(fill, IGNORED, dtype=np.int64)])
+    labels = np.concatenate([labels, np.full(fill, IGNORED, dtype=np.int64)])
+    whole = torch.from_numpy(position_ids).to(device, non_blocking=True)
     return LanguageModelBatch(
-        torch.from_numpy(input_ids).to(device, non_blocking=True),
-        torch.from_numpy(position_ids).to(device, non_blocking=True),
+        torch.from_numpy(np.ascontiguousarray(input_ids[:, piece])).to(device, non_blocking=True),
+        whole[:, piece].contiguous(),
         torch.from_numpy(positions).to(device, non_blocking=True),
-        torch.from_numpy(flat_labels).to(device, non_blocking=True),
-        shape[0] * width - sum(lengths),
+        torch.from_numpy(labels).to(device, non_blocking=True),
+        shape[0] * width - sum(lengths) if shard == 0 else 0,
+        whole,
     )
 
 
 class LanguageModelLoss:
-    """Runs a causal language model on micro-batches and sums the loss of their target tokens."""
+    """Runs a causal language model on micro-batches and sums the loss of their target tokens.
+
+    With ``parallel`` the ranks of a group are given the same micro-batch, and each sums the loss of its part of it.
+    """
+
+    parallel: SequenceParallel | None = None
 
     def __init__(
         self, model: Any, pad_id: int | None, attention: str, device: torch.device, packing: bool = True
@@ -103,7 +122,10 @@ class LanguageModelLoss:
 
     def __call__(self, forward: Callable[..., Any], sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, int]:
         """(sum of the loss over target tokens, fp32 scalar; padded tokens)."""
-        batch = collate(sequences, self._pad_id, self._one_row, self._device)
+        shard, shards = (0, 1) if self.parallel is None else (self.parallel.shard, self.parallel.shards)
+        batch = collate(sequences, self._pad_id, self._one_row, self._device, shard, shards)
+        if self.parallel is not None:
+            self.parallel.begin(batch.whole_position_ids)
         with self._head.only(batch.positions):
             output = forward(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
         return cross_entropy_sum(output.logits, batch.labels), batch.padded_tokens
@@ -117,9 +139,37 @@ class LanguageModelLoss:
         return []
 
     def check(self, engine: Engine) -> None:
-        """Where samples are packed: that they do not see one another."""
+        """That the ranks of a group compute together what one computes alone, and that packed samples are apart."""
+        if self.parallel is not None:
+            self.check_shards(engine, self.parallel)
         if self._packing:
             self.check_isolation(engine)
+
+    def check_shards(self, engine: Engine, parallel: SequenceParallel) -> None:
+        """Prove on the model itself that slices of a sequence give the loss of the whole.
+
+        Raises:
+            UserError: they do not: the model mixes tokens by other means than attention.
+        """
+        length = 8 * parallel.size
+        samples = [
+            Sample(np.arange(first, first + length, dtype=np.int32) % length, np.arange(length) > 0)
+            for first in (1, 5, 9)
+        ]
+        together = self._probe(engine, samples)
+        with parallel.whole():
+            alone = self._probe(engine, samples)
+        dtype = next(self._model.parameters()).dtype
+        if abs(together - alone) > (1e-4 if dtype == torch.float32 else 2e-2) * abs(alone):
+            raise UserError(
+                f"{type(self._model).__name__} with {self._attention} attention gives another loss ({together:.4f}, "
+                f"not {alone:.4f}) when {parallel.size} ranks share its sequences: leave out model.sequence_parallel"
+            )
+
+    def _probe(self, engine: Engine, samples: Sequence[Sample]) -> float:
+        """The loss of one packed sequence of these samples."""
+        loss = float(self(engine.probe, [PackedSequence(tuple(samples))])[0].detach())
+        return loss if self.parallel is None else self.parallel.sum(loss)
 
     def check_isolation(self, engine: Any) -> None:
         """Prove on the model itself that packed samples do not see one another.
@@ -134,7 +184,7 @@ class LanguageModelLoss:
         losses = []
         for token in (1, 2):
             first = Sample(np.full(7, token, dtype=np.int32), np.zeros(7, dtype=bool))
-            losses.append(float(self(engine.probe, [PackedSequence((first, second))])[0]))
+            losses.append(self._probe(engine, (first, second)))
         if abs(losses[0] - losses[1]) > 1e-6 * abs(losses[0]):
             raise UserError(
                 f"{type(self._model).__name__} with {self._attention} attention lets packed samples attend to one "

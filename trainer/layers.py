@@ -50,6 +50,8 @@ def set_recomputation(model: Any, config: ModelConfig) -> None:
     wanted = config.gradient_checkpointing
     if wanted is False:
         return
+    if wanted == "auto":  # decided by the plan of a run; elsewhere
+        wanted = True
     options: dict[str, Any] = {"use_reentrant": False}
     layers = repeated_layers(model)
     if (wanted is not True or config.activation_offload) and not layers:

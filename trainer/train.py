@@ -22,22 +22,18 @@ from trainer.evaluation import BEST, OVER, evaluate, evaluation_streams, judge
 from trainer.export import export_run
 from trainer.failures import NumericError, StorageError
 from trainer.metrics import MetricsLog
-from trainer.model import (
-    build_model,
-    build_optimizer,
-    choose_attention,
-    quiet_libraries,
-)
+from trainer.model import build_model, build_optimizer, choose_attention, quiet_libraries
 from trainer.origin import find_origin
 from trainer.profiling import Profiler
 from trainer.rollback import roll_back
 from trainer.rundir import RunDirectory, cut_torn_tail
 from trainer.saving import SavePolicy, tell
 from trainer.schedule import learning_rate_factor
+from trainer.sequence_parallel import SequenceParallel, one_of_each_group
 from trainer.spikes import cause_to_go_back, rollbacks_of
 from trainer.stragglers import Probe
 from trainer.tasks import get_task, task_tokenizer
-from trainer.usage import Utilisation, peak_memory
+from trainer.usage import Utilisation, peak_memory, peaks_beside_plan
 
 _MAX_SKIPPED_IN_A_ROW = 3
 _STOP_POLL_SECONDS = 0.5
@@ -77,8 +73,10 @@ class Trainer:
         self.config = self.task.config  # with what the task has found in the data
         import transformers
 
+        planned = {"gradient_checkpointing": self.plan["recompute"]}
+        auto = self.config.model.gradient_checkpointing == "auto"
         model = build_model(
-            self.config.model,
+            self.config.model.model_copy(update=planned if auto else {}),
             getattr(transformers, self.task.auto_class),
             self.plan["deepspeed"],
             choose_attention(self.config.model.attention, self.device),
@@ -88,6 +86,9 @@ class Trainer:
         attention = str(getattr(model.config, "_attn_implementation", "unknown"))
         print(f"{type(model).__name__}, attention: {attention}", flush=True)
         self.loss = self.task.objective(model, attention, self.device)
+        self.sharing = self.config.model.sequence_parallel  # ranks that work on the same micro-batches
+        if self.sharing > 1:
+            self.loss.parallel = SequenceParallel(model, self.sharing)  # type: ignore[attr-defined]
         optimizer = build_optimizer(model, self.config.training.optimizer)
         self.engine = Engine(model, optimizer, self.plan["deepspeed"])
         self.engine.origin = find_origin(self.config.model.path, self.engine, run, self.gather)
@@ -169,7 +170,11 @@ class Trainer:
         learning_rate = self.learning_rate(batch)
         result = self.engine.step(learning_rate)
         total, digest, padded_tokens, request = collectives.sum_step(
-            self.control, float(loss_sum), batch.digest, padded_tokens, self.request()
+            self.control,
+            float(loss_sum),
+            batch.digest if self.rank % self.sharing == 0 else 0,
+            padded_tokens,
+            self.request(),
         )
         loss = total / max(batch.target_tokens, 1)
         self.data_state, self.progress = batch.state, batch.progress
@@ -256,13 +261,19 @@ class Trainer:
         return build_training_stream(
             self.config,
             self.task,
-            rank=self.rank,
-            world_size=self.world_size,
-            micro_batch_size=self.plan["batch"]["micro_batch_size"],
-            gather=self.gather,
+            **self.share(self.gather),
             state=self.data_state,
             limit=None if limit is None else limit - self.step + ahead,
         )
+
+    def share(self, gather: Any) -> dict[str, Any]:
+        """Which part of the data is this rank's: the same for those that share sequences."""
+        return {
+            "rank": self.rank // self.sharing,
+            "world_size": self.world_size // self.sharing,
+            "micro_batch_size": self.plan["batch"]["micro_batch_size"],
+            "gather": one_of_each_group(gather, self.sharing),
+        }
 
     def go_back(self, line: dict[str, Any]) -> bool:
         """After a bad step: load the last checkpoint before it and leave its batches out; False: go on."""
@@ -296,7 +307,8 @@ class Trainer:
 
     def seed_dropout(self, micro_batch: int) -> None:
         """Dropout masks depend on (seed, step, micro-batch) alone: the same at any world size and after a resume."""
-        seeds = np.random.SeedSequence([self.config.training.seed, self.step, micro_batch])
+        slices = [self.rank % self.sharing] if self.sharing > 1 else []
+        seeds = np.random.SeedSequence([self.config.training.seed, self.step, micro_batch, *slices])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
     def request(self) -> int:
@@ -351,10 +363,7 @@ class Trainer:
         return evaluation_streams(
             self.config,
             self.task,
-            rank=self.rank,
-            world_size=self.world_size,
-            micro_batch_size=self.plan["batch"]["micro_batch_size"],
-            gather=self.evaluation_gather,
+            **self.share(self.evaluation_gather),
         )
 
     def save(self) -> None:
@@ -394,11 +403,13 @@ class Trainer:
         if not stopped:
             self.evaluate(metrics)
         self.save_last()
+        peaks = peaks_beside_plan(self.evaluation_gather, self.plan, self.device)
         heartbeat.enter("ending", self.step)
         if metrics:
             metrics.close()
         if not self.is_main:
             return
+        self.events.write("memory", **peaks)
         self.events.write("stopped" if stopped else "trained", step=self.step)
         if not stopped and self.config.export.enabled:
             start = heartbeat.enter("export")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import numpy as np
 import torch
 
 from trainer.planning.flops import peak_flops
@@ -39,3 +42,24 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peaks_beside_plan(
+    gather: Callable[[np.ndarray], list[np.ndarray]], plan: Mapping[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """The ranks' peaks so far and what the plan expected of each, in bytes. Every rank must make the call.
+
+    {"peak_bytes": the largest, "rank": whose, "least_bytes": the smallest, "planned_bytes": None where the plan has no
+    estimate, "counted": ``allocated`` (by torch's allocator, which knows nothing of CUDA's context: neither does
+    planned_bytes then) or ``resident``}.
+    """
+    peaks = [int(part[0]) for part in gather(np.array([peak_memory(device)], dtype=np.int64))]
+    memory = plan["memory"]
+    on_gpu = device.type == "cuda"
+    return {
+        "peak_bytes": max(peaks),
+        "rank": peaks.index(max(peaks)),
+        "least_bytes": min(peaks),
+        "planned_bytes": memory and memory["total"] - (memory["overhead"] if on_gpu else 0),
+        "counted": "allocated" if on_gpu else "resident",
+    }

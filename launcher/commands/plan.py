@@ -118,15 +118,19 @@ def _summary(plan: Plan) -> RenderableType:
     rows.append(
         ("ranks", f"{plan.world_size} = {nodes} x {plan.processes_per_node} on {_escape(device)}, {plan.backend}")
     )
+    shared = plan.sequence_parallel
+    streams = f"groups of {shared} ranks, a slice of each sequence a rank," if shared > 1 else "ranks"
     idle = f", {batch.idle_micro_batches} of them idle" if batch.idle_micro_batches else ""
     rows.append(
         (
             "batch",
-            f"{batch.global_batch} sequences = {plan.world_size} ranks x {batch.micro_batches_per_rank} micro-batches "
-            f"x {batch.micro_batch_size}{idle}; {batch.wasted_share:.0%} wasted",
+            f"{batch.global_batch} sequences = {plan.world_size // shared} {streams} x {batch.micro_batches_per_rank} "
+            f"micro-batches x {batch.micro_batch_size}{idle}; {batch.wasted_share:.0%} wasted",
         )
     )
     rows.append(("", f"[dim]micro-batch size: {batch.reason}[/dim]"))
+    if plan.memory_reason:
+        rows.append(("", f"[dim]{plan.memory_reason}[/dim]"))
     if batch.suggestions:
         rows.append(("", f"[dim]less waste: {' or '.join(batch.suggestions)}[/dim]"))
     if plan.checkpoint_bytes is not None:
@@ -170,6 +174,8 @@ def _memory(plan: Plan) -> RenderableType:
     notes: dict[str, Any] = {
         "step": "after backward",
         "host_offload": "in host memory",
+        "host_staging": "in host memory, of checkpoints",
+        "staging": "copy of the states for checkpoints",
         "logits": "all tokens labelled",
     }
     for name, size in memory.components().items():

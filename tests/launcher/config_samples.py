@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launcher.facts import Facts, Gpu
+from launcher.facts import Facts, Gpu, adapted_facts
 from trainer.config.schema import LaunchConfig
 from trainer.planning.model_facts import model_facts
 
@@ -86,4 +86,4 @@ def runnable(folder: Path, **sections: Any) -> Path:
 
 def facts_of(config: LaunchConfig, gpus: tuple[Gpu, ...] = (), memory: int = 64 * GIB, cores: int = 8) -> Facts:
     """A machine made up for a test, with the real facts of the config's model."""
-    return Facts("node", gpus, cores, memory, memory, 1000 * GIB, model_facts(config.model))
+    return Facts("node", gpus, cores, memory, memory, 1000 * GIB, model_facts(config.model), adapted_facts(config))

@@ -83,12 +83,12 @@ def test_more_ranks_than_sequences(tmp_path):
 
 def test_auto_takes_the_largest_micro_batch_that_fits(tmp_path):
     settings = large("cluster={}", "training.global_batch_size=64", "model.gradient_checkpointing=false")
-    plan = plan_of(tmp_path, *settings, gpus=(H100,) * 8)
-    assert plan.memory.total <= plan.device_memory == H100.memory
+    plan = plan_of(tmp_path, *settings, gpus=(H100,) * 8, memory=1024 * GIB)
+    assert plan.memory.total <= 0.9 * plan.device_memory == 0.9 * H100.memory
     assert "largest that fits" in plan.batch.reason
     chosen = plan.batch.micro_batch_size
     with pytest.raises(UserError, match=f"It fits with training.micro_batch_size={chosen}"):
-        plan_of(tmp_path, *settings, f"training.micro_batch_size={2 * chosen}", gpus=(H100,) * 8)
+        plan_of(tmp_path, *settings, f"training.micro_batch_size={2 * chosen}", gpus=(H100,) * 8, memory=1024 * GIB)
 
 
 def test_a_model_that_does_not_fit_and_what_would(tmp_path):
@@ -96,14 +96,58 @@ def test_a_model_that_does_not_fit_and_what_would(tmp_path):
     with pytest.raises(UserError) as caught:
         plan_of(tmp_path, *large("cluster={}"), gpus=(H100,), memory=512 * GIB)
     assert "a GPU has 80.0 GiB" in str(caught.value)
-    assert "deepspeed.offload_optimizer=cpu or 2 ranks instead of 1" in str(caught.value)
+    assert "deepspeed.offload_optimizer=cpu (209 GiB of each node's memory) or 3 GPUs or model" in str(caught.value)
     offload = large("cluster={}", "deepspeed.offload_optimizer=cpu")
     offloaded = plan_of(tmp_path, *offload, gpus=(H100,), memory=512 * GIB)
     assert offloaded.memory.total < H100.memory
-    with pytest.raises(UserError, match=r"offloaded optimizer needs .* of host memory"):
+    with pytest.raises(UserError, match=r"offloaded optimizer and the copy .* of host memory"):
         plan_of(tmp_path, *offload, gpus=(H100,), memory=64 * GIB)
     with pytest.raises(UserError, match="a smaller model"):
-        plan_of(tmp_path, *large("cluster={}"), memory=32 * GIB)
+        plan_of(tmp_path, *large("cluster={}"), memory=8 * GIB)
+
+
+def test_recomputation_and_offload_are_chosen_by_memory_and_time(tmp_path):
+    auto = ["model.gradient_checkpointing=auto", "deepspeed.offload_optimizer=auto", "cluster={}"]
+    # 8B on one GPU: the optimizer's 120 GiB go to the host
+    plan = plan_of(tmp_path, *large(*auto), gpus=(H100,), memory=512 * GIB)
+    assert plan.offload == plan.deepspeed["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert "the optimizer is offloaded" in plan.memory_reason
+    # 32 GPUs: it stays, and activations are kept
+    plan = plan_of(tmp_path, *large(*auto), "training.global_batch_size=64", gpus=(H100,) * 32, memory=1024 * GIB)
+    assert (plan.offload, plan.recompute) == ("none", False)
+    assert "offload_optimizer" not in plan.deepspeed["zero_optimization"]
+    # of a micro-batch that would not fit without, they are recomputed
+    plan = plan_of(tmp_path, *large(*auto), "training.micro_batch_size=8", gpus=(H100,) * 8, memory=1024 * GIB)
+    assert (plan.offload, plan.recompute) == ("none", True)
+    assert "they would not fit" in plan.memory_reason
+    # nodes that cannot be seen
+    plan = plan_of(tmp_path, *large(*auto[:2]), 'cluster={"backend": "slurm", "gpus_per_node": 8}')
+    assert (plan.offload, plan.recompute) == ("none", True)
+
+
+def test_each_change_proposed_fits(tmp_path):
+    """As `--set` would take them: a config with the change is planned, and no smaller number of nodes is."""
+    cluster = 'cluster={"backend": "slurm", "nodes": 1, "gpus_per_node": 2, "gpu_model": "A100"}'
+    settings = large(cluster, f"model.config={json.dumps(LLAMA_8B | {'num_hidden_layers': 64})}")
+    settings += ["training.global_batch_size=64", "model.gradient_checkpointing=true"]
+    with pytest.raises(UserError) as caught:
+        plan_of(tmp_path, *settings, "training.micro_batch_size=2")
+    ways = str(caught.value).partition("It fits with ")[2].split(" or ")
+    assert [way.partition("=")[0] for way in ways] == [
+        "deepspeed.offload_optimizer",
+        "cluster.nodes",
+        "model.adapter.type",
+    ]
+    for way in ways:
+        assert plan_of(tmp_path, *settings, "training.micro_batch_size=2", way.partition(" (")[0]).memory
+    nodes = int(ways[1].rpartition("=")[2])
+    assert nodes > 1
+    with pytest.raises(UserError, match="does not fit"):
+        plan_of(tmp_path, *settings, "training.micro_batch_size=2", f"cluster.nodes={nodes // 2}")
+    # where no single change is enough, pairs are proposed
+    settings[-1] = "model.gradient_checkpointing=false"
+    with pytest.raises(UserError, match=r"model.gradient_checkpointing=true and deepspeed.offload_optimizer=cpu"):
+        plan_of(tmp_path, *settings, "training.micro_batch_size=8")
 
 
 def test_a_model_that_cannot_be_sized_is_planned_and_said_so(tmp_path):

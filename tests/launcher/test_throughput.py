@@ -83,6 +83,7 @@ def config(folder: Path, **cluster: Any) -> Path:
                 "vocab_size": 128256,
             },
             "tokenizer": str(folder),
+            "gradient_checkpointing": True,
         },
         "data": {"train": [{"path": str(folder)}], "sequence_length": 4096},
         "training": {"global_batch_size": 64, "max_steps": 100},

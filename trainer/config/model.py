@@ -31,12 +31,16 @@ class ModelConfig(Section):
     )
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    gradient_checkpointing: Flag | Literal["selective"] | CheckpointedLayers = Field(
-        True,
+    gradient_checkpointing: Flag | Literal["auto", "selective"] | CheckpointedLayers = Field(
+        "auto",
         description="true: a layer keeps its input and is computed again in the backward pass; selective: it keeps the "
-        'results of matrix products and attention as well; {"every": k}: only every k-th layer is computed again',
+        'results of matrix products and attention as well; {"every": k}: only every k-th layer is computed again; '
+        "auto: no more is computed again than the memory asks for",
     )
     activation_offload: Flag = Field(False, description="Inputs of layers that are computed again lie in host memory")
+    sequence_parallel: PositiveInt = Field(
+        1, description="Ranks that share each sequence, a slice each: for contexts too long for one (Ulysses)"
+    )
     freeze: tuple[str, ...] = Field(
         (), description="Not trained: names of modules or parameters, fnmatch patterns, layers:FIRST-LAST"
     )
@@ -79,5 +83,7 @@ class DeepSpeedConfig(Section):
     """ZeRO. `config` passes through to DeepSpeed for experts; what contradicts the plan is refused."""
 
     zero_stage: Literal[1, 2, 3] = 3
-    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_optimizer: Literal["none", "cpu", "auto"] = Field(
+        "none", description="Where the optimizer's states are; auto: on the device if they fit it"
+    )
     config: dict[str, Any] = Field(default_factory=dict)

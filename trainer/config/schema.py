@@ -352,6 +352,13 @@ class LaunchConfig(Section):
                 raise ValueError("export.adapter: random weights (`model.config`) are in no folder; use merge")
         if self.data.packing and self.task.type not in PACKED_TASKS:
             raise ValueError(f"data.packing: samples of {self.task.type} cannot share a sequence; leave it out")
+        if self.model.sequence_parallel > 1 and (
+            self.task.type != "causal-lm" or getattr(self.task, "generation", None) is not None
+        ):
+            raise ValueError(
+                "model.sequence_parallel: only causal-lm without `generation` can share sequences; leave it out, or "
+                "generate from the finished run with dsft predict"
+            )
         if self.data.prepared is not None and self.task.type not in PACKED_TASKS:
             raise ValueError(f"data.prepared: {self.task.type} cannot be prepared; leave it out")
         return self

@@ -72,7 +72,7 @@ def deepspeed_config(
         }
     else:
         zero["allgather_bucket_size"] = REDUCE_BUCKET
-    if config.offload_optimizer != "none":
+    if config.offload_optimizer not in ("none", "auto"):
         zero["offload_optimizer"] = {"device": config.offload_optimizer, "pin_memory": True}
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,

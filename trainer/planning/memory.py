@@ -48,11 +48,12 @@ def recomputation(model: ModelConfig) -> Recomputation:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one rank, on its device. ``host_offload`` (offloaded states, layers' inputs) lies in host memory
-    instead and is not part of ``total``.
+    """Bytes of one rank, on its device. ``host_offload`` (offloaded states, layers' inputs) and ``host_staging`` lie in
+    host memory instead and are not part of ``total``.
 
     ``total`` counts what lives at the same time at the worst moment: states, overhead, and the larger of the
-    backward pass (gathered parameters, buckets, activations, logits) and the optimizer step (``step``).
+    backward pass (gathered parameters, buckets, activations, logits) and the optimizer step (``step``). Checkpoints are
+    copied into buffers of their own before they are written: ``staging`` on a CPU, ``host_staging`` beside a GPU.
     """
 
     parameters: int
@@ -65,11 +66,14 @@ class MemoryEstimate:
     logits: int
     step: int
     overhead: int
+    staging: int
     host_offload: int
+    host_staging: int
 
     @property
     def total(self) -> int:
-        states = self.parameters + self.gradients + self.master_weights + self.optimizer_states + self.overhead
+        states = self.parameters + self.gradients + self.master_weights + self.optimizer_states
+        states += self.overhead + self.staging
         backward = self.gathered_parameters + self.communication_buffers + self.activations + self.logits
         return states + max(backward, self.step)
 
@@ -91,6 +95,7 @@ def estimate(
     recompute: Recomputation,
     attention: str,
     device: str,
+    sequence_parallel: int = 1,
 ) -> MemoryEstimate | None:
     """The memory of a rank, or None where the model's counts or sizes are not known.
 
@@ -99,6 +104,7 @@ def estimate(
         recompute: what layers keep, and what is computed again in the backward pass.
         attention: ``eager`` keeps the scores, [heads, sequence, sequence] of each sequence; the others do not.
         device: ``cuda`` or ``cpu``. On a CPU host and device are the same memory.
+        sequence_parallel: ranks that share each sequence; around attention they exchange tokens for heads, as many.
     """
     if model.parameters is None or model.trainable_parameters is None or model.hidden_size is None:
         return None
@@ -129,7 +135,8 @@ def estimate(
             gradients, masters, moments, step = 0, 0, 0, 0
         else:
             host = 0
-    tokens = micro_batch_size * sequence_length
+    staging = 12 * share + (0 if model.pinned else math.ceil(width * (everything - trained) / world_size))
+    tokens = math.ceil(micro_batch_size * sequence_length / sequence_parallel)
     activations = activation_bytes(model, tokens, sequence_length, width, recompute, attention)
     if recompute.offload and device == "cuda":
         inputs = layer_input_bytes(model, tokens, width, recompute)
@@ -145,7 +152,9 @@ def estimate(
         logits=logit_bytes(model, tokens, width),
         step=step,
         overhead=CUDA_OVERHEAD if device == "cuda" else CPU_OVERHEAD,
+        staging=staging if device == "cpu" else 0,
         host_offload=host,
+        host_staging=staging if device == "cuda" else 0,
     )
 
 

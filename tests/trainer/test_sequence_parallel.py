@@ -1,0 +1,102 @@
+"""Ranks that share sequences train as one rank does, on packed data, in real ZeRO-3 runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_runs import copy_run, figures, launch, logs, make_run, make_workspace
+
+from trainer.rundir import RunDirectory
+
+MODEL = {
+    "config": {
+        "model_type": "llama",
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "dtype": "float32",
+}
+
+
+def run_of(folder: Path, workspace: Path, ranks: int, sharing: int, model: dict[str, Any] = MODEL) -> RunDirectory:
+    made = {**model, "tokenizer": str(workspace / "tokenizer.json"), "sequence_parallel": sharing}
+    return make_run(folder, workspace, ranks, made, max_steps=6)
+
+
+def assert_same(run: RunDirectory, other: RunDirectory, first: int = 1) -> None:
+    lines = list(zip(figures(run, first), figures(other, first), strict=True))
+    assert len(lines) == 7 - first
+    for (step, loss, norm, *rest), (step_, loss_, norm_, *rest_) in lines:
+        assert (step, *rest) == (step_, *rest_)  # learning rate, digest and targets of the batch
+        assert loss == pytest.approx(loss_, rel=1e-6)
+        assert norm == pytest.approx(norm_, rel=1e-5)
+    scores, others = ([line["evaluation"]["loss"] for line in each.evaluation_lines()] for each in (run, other))
+    assert scores == pytest.approx(others, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture(scope="module")
+def alone(workspace: Path) -> RunDirectory:
+    run = run_of(workspace / "alone", workspace, 1, 1)
+    assert launch(run, 1) == 0, logs(run)
+    return run
+
+
+def test_two_groups_of_two_ranks_train_as_one_rank_does(workspace: Path, alone: RunDirectory) -> None:
+    run = run_of(workspace / "shared", workspace, 4, 2)
+    assert launch(run, 4) == 0, logs(run)
+    assert_same(run, alone)
+    # each rank ran half of every row, and all of it was counted once
+    for line, other in zip(run.step_lines(), alone.step_lines(), strict=True):
+        assert line["tokens"] == other["tokens"]
+        assert line["padded_tokens"] % 8 == (-line["tokens"]) % 8
+
+    # the checkpoint of step 4 knows nothing of groups: one rank goes on from it
+    resumed = copy_run(run, workspace / "resumed")
+    (resumed.checkpoints_dir / "step-00000006" / "manifest.json").unlink()
+    one = run_of(workspace / "other", workspace, 1, 1)
+    for name in ("config.json", "plan.json"):
+        (resumed.path / name).write_bytes((one.path / name).read_bytes())
+    assert launch(resumed, 1, attempt=2) == 0, logs(resumed)
+    assert "resumed from" in logs(resumed)
+    assert_same(resumed, alone, first=5)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("ranks", "sharing"), [(2, 2), (4, 4), (3, 1)])
+def test_other_groups(workspace: Path, alone: RunDirectory, ranks: int, sharing: int) -> None:
+    run = run_of(workspace / f"shared{ranks}-{sharing}", workspace, ranks, sharing)  # 4: more than heads of keys
+    assert launch(run, ranks) == 0, logs(run)
+    assert_same(run, alone)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_sliding_windows(workspace: Path, attention: str) -> None:
+    sizes: dict[str, Any] = {**MODEL["config"], "model_type": "mistral", "sliding_window": 16}  # type: ignore[dict-item]
+    model = {"config": sizes, "dtype": "float32", "attention": attention}
+    runs = []
+    for ranks in (1, 2):
+        runs.append(run_of(workspace / f"{attention}{ranks}", workspace, ranks, ranks, model))
+        assert launch(runs[-1], ranks) == 0, logs(runs[-1])
+    assert_same(*runs)
+
+
+@pytest.mark.matrix
+def test_a_model_that_mixes_tokens_otherwise_is_refused(workspace: Path) -> None:
+    sizes = {"model_type": "lfm2", "vocab_size": 260, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"layer_types": ["conv", "full_attention"], "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    run = run_of(workspace / "lfm2", workspace, 2, 2, {"config": sizes, "dtype": "float32"})
+    assert launch(run, 2) != 0
+    assert "leave out model.sequence_parallel" in logs(run)
