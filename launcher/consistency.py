@@ -16,7 +16,14 @@ from trainer.rundir import RunDirectory, read_json
 _FIXED: dict[str, frozenset[str]] = {
     "task": frozenset(),
     "model": frozenset(
-        {"attention", "gradient_checkpointing", "activation_offload", "sequence_parallel", "trust_remote_code"}
+        {
+            "attention",
+            "gradient_checkpointing",
+            "activation_offload",
+            "compile",
+            "sequence_parallel",
+            "trust_remote_code",
+        }
     ),
     "data": frozenset({"evaluation"}),
     "training": frozenset({"micro_batch_size", "deterministic", "on_nonfinite", "loss_spike", "max_rollbacks"}),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer.attention import VARLEN, sample_bounds, takes_one_row
 from trainer.data.sample import PackedSequence, Sample
 from trainer.engine import Engine, whole_shape
 from trainer.failures import UserError
@@ -35,6 +36,7 @@ class LanguageModelBatch:
         labels: int64 [targets]; IGNORED where the list is filled up to a round length.
         padded_tokens: tokens of ``input_ids`` that are padding; of the whole rows in the first of several shards.
         whole_position_ids: as ``position_ids``; of the whole rows where these are cut into shards.
+        bounds: of the samples, where all are in one row: see `attention.sample_bounds`.
     """
 
     input_ids: torch.Tensor
@@ -43,6 +45,7 @@ class LanguageModelBatch:
     labels: torch.Tensor
     padded_tokens: int
     whole_position_ids: torch.Tensor
+    bounds: dict[str, Any]
 
 
 def collate(
@@ -52,6 +55,7 @@ def collate(
     device: torch.device,
     shard: int = 0,
     shards: int = 1,
+    row_length: int = 1,
 ) -> LanguageModelBatch:
     """Rows of a micro-batch, padded to the longest one, or all of it in one row without padding (``one_row``).
 
@@ -59,7 +63,7 @@ def collate(
 
     Padding continues the positions of a row's last sample: it attends backwards only, nothing attends to it, and a row
     with one sample keeps the plain causal mask. Without sequences (a rank with less work than the others) the
-    batch is one row of padding without labels.
+    batch is one row of padding without labels. The width is a multiple of ``row_length``.
     """
     rows = [list(sequence.samples) for sequence in sequences]
     if one_row:
@@ -69,7 +73,7 @@ def collate(
     step = 1
     if not (one_row and width):
         step = 8 * _PAD_TO if width > 8 * _PAD_TO else _PAD_TO
-    step = math.lcm(step, shards)
+    step = math.lcm(step, shards, row_length)
     width = max(-(-width // step), 1) * step
     shape = (max(len(rows), 1), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
@@ -98,6 +102,7 @@ def collate(
         torch.from_numpy(labels).to(device, non_blocking=True),
         shape[0] * width - sum(lengths) if shard == 0 else 0,
         whole,
+        sample_bounds(position_ids, device) if one_row else {},
     )
 
 
@@ -105,9 +110,11 @@ class LanguageModelLoss:
     """Runs a causal language model on micro-batches and sums the loss of their target tokens.
 
     With ``parallel`` the ranks of a group are given the same micro-batch, and each sums the loss of its part of it.
+    ``row_length`` is what rows are filled up to a multiple of, where shapes had better be constant.
     """
 
     parallel: SequenceParallel | None = None
+    row_length = 1
 
     def __init__(
         self, model: Any, pad_id: int | None, attention: str, device: torch.device, packing: bool = True
@@ -117,17 +124,18 @@ class LanguageModelLoss:
         self._attention = attention
         self._head = LabelledPositions(model)
         self._pad_id = 0 if pad_id is None else pad_id  # never attended to, never a label: any id will do
-        self._one_row = attention.startswith("flash_attention")
+        self._one_row = takes_one_row(attention)
         self._device = device
 
     def __call__(self, forward: Callable[..., Any], sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, int]:
         """(sum of the loss over target tokens, fp32 scalar; padded tokens)."""
         shard, shards = (0, 1) if self.parallel is None else (self.parallel.shard, self.parallel.shards)
-        batch = collate(sequences, self._pad_id, self._one_row, self._device, shard, shards)
+        batch = collate(sequences, self._pad_id, self._one_row, self._device, shard, shards, self.row_length)
         if self.parallel is not None:
             self.parallel.begin(batch.whole_position_ids)
+        bounds = batch.bounds if self._attention == VARLEN else {}
         with self._head.only(batch.positions):
-            output = forward(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+            output = forward(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **bounds)
         return cross_entropy_sum(output.logits, batch.labels), batch.padded_tokens
 
     def predict(self, engine: Engine, sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, Predictions]:

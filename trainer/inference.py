@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from trainer.attention import inference_attention
 from trainer.config.schema import LaunchConfig, ModelConfig
 from trainer.failures import UserError
-from trainer.model import DTYPES, choose_attention, load_model_config, quiet_libraries
+from trainer.model import DTYPES, load_model_config, quiet_libraries
 from trainer.tasks import get_task, task_tokenizer
 from trainer.tasks.base import BaseTask, Objective
 
@@ -76,7 +77,7 @@ def _load(config: ModelConfig, task: BaseTask, device: torch.device) -> Any:
             config.path,
             config=model_config,
             dtype=DTYPES[config.dtype],
-            attn_implementation=choose_attention(config.attention, device),
+            attn_implementation=inference_attention(config.attention, device),
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,  # never a pickle
             output_loading_info=True,

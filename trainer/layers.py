@@ -8,7 +8,10 @@ the first time, which selective recomputation cannot have. DeepSpeed calls such 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 import re
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -96,3 +99,36 @@ def _offloading(checkpointed: Callable[..., Any]) -> Callable[..., Any]:
             return checkpointed(function, *inputs)
 
     return call
+
+
+def compile_layers(model: torch.nn.Module, config: ModelConfig) -> str:
+    """Have torch.compile make one program of each layer, forward and backward, at its first call; what was done.
+
+    Layer by layer: a whole model's graph would keep what ZeRO-3 gathers. Layers of a kind share one compiled program.
+    Where the compiler fails on one, or there is none, that layer runs as it is, and the log says why.
+    """
+    layers = repeated_layers(model)
+    if not layers:
+        return f"not compiled: {type(model).__name__} has no layers that transformers can run one by one"
+    gather_whole(layers)  # on all ranks alike, also where one has no compiler
+    if problem := _no_compiler():
+        return f"not compiled: {problem}"
+    import torch._dynamo
+
+    torch._dynamo.config.suppress_errors = True  # it warns, and runs what it cannot compile
+    mode = "default" if isinstance(config.compile, bool) else config.compile.mode
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, mode=mode)
+    return f"{len(layers)} layers, each compiled at its first call (mode {mode})"
+
+
+def _no_compiler() -> str | None:
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    variable, usual = (
+        ("CC", ("gcc", "cc", "clang")) if torch.cuda.is_available() else ("CXX", ("g++", "c++", "clang++"))
+    )
+    wanted = (os.environ[variable],) if variable in os.environ else usual
+    if not any(map(shutil.which, wanted)):
+        return f"{' or '.join(wanted)} is not on this node; install a compiler, or name it in {variable}"
+    return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import logging
 import re
 import warnings
@@ -18,7 +17,7 @@ from trainer.config.schema import ModelConfig, OptimizerConfig
 from trainer.config.trained import ParameterGroup
 from trainer.engine import whole_shape
 from trainer.failures import UserError
-from trainer.layers import set_recomputation
+from trainer.layers import compile_layers, set_recomputation
 from trainer.selection import depths, select, trained_names
 from trainer.vocabulary import resize_embeddings
 
@@ -26,14 +25,6 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _NORM = re.compile(r"(^|[._])(ln|norm|layernorm|rmsnorm)", re.IGNORECASE)
 _NO_RULE = ParameterGroup(match=("*",), learning_rate_factor=1.0)
-
-
-def choose_attention(requested: str, device: torch.device) -> str | None:
-    """The attention implementation to ask of transformers; None leaves the choice to it (SDPA where the model can)."""
-    if requested != "auto":
-        return requested
-    flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else None
 
 
 @contextmanager
@@ -88,41 +79,50 @@ def build_model(
     partitioning = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config["zero_optimization"]["stage"] == 3 else None
     dtype = DTYPES[config.dtype]
     torch.manual_seed(seed)
-    try:
-        with returning_freed_memory():
-            model_config = load_model_config(config)
-            configure(model_config)
-            if config.config is not None:
-                model = auto_class.from_config(model_config, dtype=dtype, attn_implementation=attention)
-            else:
-                model = auto_class.from_pretrained(
-                    config.path,
-                    config=model_config,
-                    dtype=dtype,
-                    attn_implementation=attention,
-                    trust_remote_code=config.trust_remote_code,
-                    use_safetensors=True,  # never a pickle
-                )
-    except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
-        origin = f"model.path {config.path!r}" if config.path else "model.config"
-        raise UserError(f"{origin}: the model cannot be built: {error}") from error
+    with named_errors(config), returning_freed_memory():
+        model_config = load_model_config(config)
+        configure(model_config)
+        if config.config is not None:
+            model = auto_class.from_config(model_config, dtype=dtype, attn_implementation=attention)
+        else:
+            model = auto_class.from_pretrained(
+                config.path,
+                config=model_config,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=True,  # never a pickle
+            )
     resize_embeddings(model, config)
     choose_trained(model, config, seed)
     del partitioning
     model.config.use_cache = False
     set_recomputation(model, config)
+    if config.compile:
+        print(f"model.compile: {compile_layers(model, config)}", flush=True)
     result: torch.nn.Module = model
     return result
 
 
 def load_model_config(config: ModelConfig) -> Any:
-    """The transformers config of a config's `model` section."""
+    """The transformers config of a config's `model` section. Raises UserError where it is none."""
     import transformers
 
-    if config.config is not None:
-        arguments = dict(config.config)
-        return transformers.AutoConfig.for_model(arguments.pop("model_type"), **arguments)
-    return transformers.AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    with named_errors(config):
+        if config.config is not None:
+            arguments = dict(config.config)
+            return transformers.AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+        return transformers.AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+
+
+@contextmanager
+def named_errors(config: ModelConfig) -> Iterator[None]:
+    """What transformers raises inside becomes a UserError that names the config's key."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
+        origin = f"model.path {config.path!r}" if config.path else "model.config"
+        raise UserError(f"{origin}: the model cannot be built: {error}") from error
 
 
 def choose_trained(model: torch.nn.Module, config: ModelConfig, seed: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from trainer import checkpoint, collectives, heartbeat
+from trainer.attention import choose_attention
 from trainer.checkpoint_files import abandon, damage, exported_step, folder_name, remove_unpublished, retention_of
 from trainer.config.schema import LaunchConfig
 from trainer.data.stream import BatchStream, GlobalBatch, build_training_stream
@@ -22,7 +23,7 @@ from trainer.evaluation import BEST, OVER, evaluate, evaluation_streams, judge
 from trainer.export import export_run
 from trainer.failures import NumericError, StorageError
 from trainer.metrics import MetricsLog
-from trainer.model import build_model, build_optimizer, choose_attention, quiet_libraries
+from trainer.model import build_model, build_optimizer, load_model_config, quiet_libraries
 from trainer.origin import find_origin
 from trainer.profiling import Profiler
 from trainer.rollback import roll_back
@@ -75,16 +76,17 @@ class Trainer:
 
         planned = {"gradient_checkpointing": self.plan["recompute"]}
         auto = self.config.model.gradient_checkpointing == "auto"
+        chosen, why = choose_attention(self.config, load_model_config(self.config.model), self.device)
         model = build_model(
             self.config.model.model_copy(update=planned if auto else {}),
             getattr(transformers, self.task.auto_class),
             self.plan["deepspeed"],
-            choose_attention(self.config.model.attention, self.device),
+            chosen,
             self.config.training.seed,
             self.task.configure,
         )
         attention = str(getattr(model.config, "_attn_implementation", "unknown"))
-        print(f"{type(model).__name__}, attention: {attention}", flush=True)
+        print(f"{type(model).__name__}, attention: {attention} ({why})", flush=True)
         self.loss = self.task.objective(model, attention, self.device)
         self.sharing = self.config.model.sequence_parallel  # ranks that work on the same micro-batches
         if self.sharing > 1:

@@ -115,6 +115,8 @@ def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) 
     if case.get("load"):
         source = RunDirectory(Path(case["load"]))
         checkpoint.load(source.checkpoints_dir / checkpoint.folder_name(case["steps"][0] - 1), engine)
+    if model_config.compile:
+        loss.row_length = 64
     engine.train()
     gathers = count_gathers(engine.model)
     if case.get("probe"):
@@ -142,6 +144,8 @@ def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) 
         saver.save(case["steps"][1], {"data": {}, "progress": 0.0})
         saver.wait()
         assert not collectives.any_rank(group, saver.error is not None), saver.error
+    if model_config.compile:
+        results[-1]["compiled"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     if rank == 0:
         (output / f"{case['name']}.json").write_text(json.dumps(results))
 

@@ -151,6 +151,20 @@ def test_loss_and_gradients_equal_a_plain_loop(world_size: int, model_folder: Pa
 
 
 @pytest.mark.matrix
+def test_compiled_layers_equal_a_plain_loop(model_folder: Path, tmp_path: Path) -> None:
+    """Inductor's programs on two ranks; a few minutes of C++ compiler."""
+    cases = [
+        case(f"compiled-{index}", 3, 2, model={"compile": True, "gradient_checkpointing": recompute})
+        for index, recompute in enumerate((True, False, "selective"))
+    ]
+    results = run_ranks(2, {"model": str(model_folder), "cases": cases}, tmp_path)
+    expected = plain_loop(model_folder)
+    for found in results.values():
+        assert_same(found, expected, 1e-6)
+        assert found[-1]["compiled"] > 0
+
+
+@pytest.mark.matrix
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_adapters_equal_a_plain_loop(world_size: int, model_folder: Path, tmp_path: Path) -> None:
     cases = [

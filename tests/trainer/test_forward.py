@@ -121,3 +121,15 @@ def test_a_model_that_mixes_packed_samples_is_refused() -> None:
     engine.probe = mixing
     with pytest.raises(UserError, match=r"data\.packing"):
         LanguageModelLoss(model, None, "sdpa", CPU).check_isolation(engine)
+
+
+def test_rows_of_constant_length() -> None:
+    for one_row in (False, True):
+        shapes = {collate(some, 0, one_row, CPU, row_length=32).input_ids.shape[1] for some in (SEQUENCES, SEQUENCES[:1], [])}
+        assert shapes == {32}
+    torch.manual_seed(0)
+    model = llama("sdpa")
+    loss = LanguageModelLoss(model, None, "sdpa", CPU)
+    expected = loss(model, SEQUENCES)[0]
+    loss.row_length = 32
+    torch.testing.assert_close(loss(model, SEQUENCES)[0], expected, rtol=1e-6, atol=0)

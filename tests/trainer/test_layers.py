@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.config.schema import ModelConfig
 from trainer.failures import UserError
-from trainer.layers import repeated_layers, set_recomputation
+from trainer.layers import compile_layers, repeated_layers, set_recomputation
 
 LAYERS = 4
 IN_A_LAYER = 7  # products with weights in a Llama layer; each has two more in the backward pass
@@ -106,8 +107,51 @@ def test_models_without_layers_of_their_own_are_refused() -> None:
         {"activation_offload": True, "gradient_checkpointing": "selective"},
         {"activation_offload": True, "gradient_checkpointing": False},
         {"gradient_checkpointing": {"every": 0}},
+        {"activation_offload": True, "compile": True},
+        {"sequence_parallel": 2, "compile": True},
+        {"compile": {"mode": "reduce-overhead"}},
     ],
 )
 def test_combinations_that_cannot_be(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"activation_offload|every"):
+    with pytest.raises(ValueError, match=r"activation_offload|every|mode|sequence_parallel"):
         config_of(**options)
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [True, *(pytest.param(value, marks=pytest.mark.matrix) for value in (False, "selective", {"every": 2}))],
+    ids=["all", "none", "selective", "every"],
+)
+def test_layers_share_whole_compiled_graphs(recompute: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without code generation (that is in the matrix of test_engine.py): no graph breaks, one graph for each kind."""
+    import torch._dynamo
+
+    kinds = 2 if isinstance(recompute, dict) else 1
+    ids = torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(1))
+    compiler = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", lambda function, mode: compiler(function))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    results = []
+    for compiled in (False, True):
+        model = llama()
+        config = config_of(gradient_checkpointing=recompute, compile=compiled)
+        set_recomputation(model, config)
+        if compiled:
+            assert compile_layers(model, config).startswith(f"{LAYERS} layers")
+        loss = model(input_ids=ids, use_cache=False).logits.float().square().mean()
+        loss.backward()
+        results.append((loss.detach(), [parameter.grad for parameter in model.parameters()]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == kinds
+    assert not torch._dynamo.utils.counters["graph_break"]
+    (expected, plain), (found, gradients) = results
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    for gradient, other in zip(gradients, plain, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-5, atol=1e-8)
+
+
+def test_without_a_compiler_layers_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    model = llama()
+    assert "no-such-compiler is not on this node" in compile_layers(model, config_of(compile=True))
+    assert "forward" not in vars(repeated_layers(model)[0])

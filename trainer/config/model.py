@@ -16,6 +16,14 @@ class CheckpointedLayers(Section):
     every: PositiveInt = Field(description="Layers 0, k, 2k, ... are computed again, the others keep everything")
 
 
+class CompileConfig(Section):
+    """How torch.compile goes about it."""
+
+    mode: Literal["default", "max-autotune-no-cudagraphs"] = Field(
+        "default", description="max-autotune-no-cudagraphs: tries out matrix kernels first, for minutes"
+    )
+
+
 class ModelConfig(Section):
     """Which model, and how it is held in memory."""
 
@@ -30,7 +38,9 @@ class ModelConfig(Section):
         None, description="Folder or hub id with the image processor, for tasks with images; default: `path`"
     )
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention", "varlen"] = Field(
+        "auto", description="auto: the fastest that keeps packed samples apart here; the log says which and why"
+    )
     gradient_checkpointing: Flag | Literal["auto", "selective"] | CheckpointedLayers = Field(
         "auto",
         description="true: a layer keeps its input and is computed again in the backward pass; selective: it keeps the "
@@ -41,6 +51,7 @@ class ModelConfig(Section):
     sequence_parallel: PositiveInt = Field(
         1, description="Ranks that share each sequence, a slice each: for contexts too long for one (Ulysses)"
     )
+    compile: Flag | CompileConfig = Field(False, description="torch.compile, layer by layer")
     freeze: tuple[str, ...] = Field(
         (), description="Not trained: names of modules or parameters, fnmatch patterns, layers:FIRST-LAST"
     )
@@ -77,6 +88,10 @@ class ModelConfig(Section):
                 "`activation_offload` moves the inputs of layers that are computed again: it needs "
                 '`gradient_checkpointing` true or {"every": k}'
             )
+        if self.activation_offload and self.compile:
+            raise ValueError("`activation_offload` and `compile` do not go together: leave one of them out")
+        if self.sequence_parallel > 1 and self.compile:
+            raise ValueError("`sequence_parallel` and `compile` do not go together: leave one of them out")
 
 
 class DeepSpeedConfig(Section):

@@ -45,7 +45,10 @@ class CausalLM(BaseTask):
     def objective(self, model: Any, attention: str, device: torch.device) -> LanguageModelLoss:
         from trainer.forward import LanguageModelLoss
 
-        return LanguageModelLoss(model, self.tokenizer.pad_id, attention, device, self._data.packing)
+        loss = LanguageModelLoss(model, self.tokenizer.pad_id, attention, device, self._data.packing)
+        if self.config.model.compile and self._data.packing:  # every further shape would be compiled again
+            loss.row_length = self._data.sequence_length
+        return loss
 
     def scores(self, loss: float, predictions: Predictions) -> dict[str, float]:
         return {"perplexity": math.exp(loss) if loss < 700 else math.inf}

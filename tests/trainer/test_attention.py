@@ -1,0 +1,100 @@
+"""Which attention is chosen, and torch's variable-length one against SDPA in every family that it is chosen for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_forward import CPU, SEQUENCES, SMALL
+
+from trainer import attention
+from trainer.attention import VARLEN_FAMILIES, choose_attention
+from trainer.config.schema import LaunchConfig
+from trainer.failures import UserError
+from trainer.forward import LanguageModelLoss
+
+GPU = torch.device("cuda")
+
+
+def config_of(requested: str, task: str = "causal-lm", **model: Any) -> LaunchConfig:
+    return LaunchConfig.model_validate(
+        {
+            "name": "x",
+            "task": {"type": task},
+            "model": {"path": "/nowhere", "attention": requested, **model},
+            "data": {"train": [{"path": "/nowhere"}], "sequence_length": 64},
+            "training": {"global_batch_size": 1, "max_steps": 1},
+        }
+    )
+
+
+def family(name: str, implementation: str | None = None) -> Any:
+    import transformers
+
+    options = {**SMALL, "num_key_value_heads": 1, "sliding_window": 4, "head_dim": 8, "pad_token_id": 0}
+    if implementation is None:
+        return transformers.AutoConfig.for_model(name, **options)
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name, **options)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).train()
+
+
+@pytest.mark.parametrize("name", sorted(VARLEN_FAMILIES))
+def test_varlen_gives_the_losses_and_gradients_of_sdpa(name: str) -> None:
+    chosen, _ = choose_attention(config_of("varlen"), family(name), CPU)
+    results = []
+    for implementation in ("sdpa", chosen):
+        assert implementation is not None
+        model = family(name, implementation)
+        loss, _ = LanguageModelLoss(model, None, implementation, CPU)(model, SEQUENCES)
+        loss.backward()
+        results.append((loss, [parameter.grad for parameter in model.parameters()]))
+    (expected, gradients), (found, others) = results
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    for other, gradient in zip(others, gradients, strict=True):
+        torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_auto_goes_by_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = family("llama")
+    assert choose_attention(config_of("auto"), llama, CPU) == (None, "no GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    found = {"flash_attn": None}
+    real = attention.importlib.util.find_spec
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda n: found[n] if n in found else real(n))
+    chosen, why = choose_attention(config_of("auto"), llama, GPU)
+    assert (chosen, "torch's own kernel" in why) == ("varlen", True)
+    for options, model, reason in (
+        ({}, family("gemma2"), "model_type gemma2"),
+        ({"dtype": "float32"}, llama, "bfloat16"),
+    ):
+        chosen, why = choose_attention(config_of("auto", **options), model, GPU)
+        assert chosen is None
+        assert reason in why
+    llama.attention_dropout = 0.1
+    assert "dropout" in choose_attention(config_of("auto"), llama, GPU)[1]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert "8.0" in choose_attention(config_of("auto"), family("llama"), GPU)[1]
+    found["flash_attn"] = real("torch")
+    assert choose_attention(config_of("auto"), llama, GPU)[0] == "flash_attention_2"
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match="flex_attention has no backward pass on CPUs"):
+        choose_attention(config_of("flex_attention"), family("llama"), CPU)
+    with pytest.raises(UserError, match="model_type gpt2"):
+        choose_attention(config_of("varlen"), family("gpt2"), CPU)
+    with pytest.raises(UserError, match="only causal-lm"):
+        choose_attention(config_of("varlen", "text-classification"), family("llama"), CPU)
+
+
+@pytest.mark.matrix
+def test_flex_attention_gives_the_loss_of_sdpa() -> None:
+    """Compiled by inductor; forward only, since it has no backward pass on CPUs."""
+    losses = []
+    with torch.no_grad():
+        for implementation in ("sdpa", "flex_attention"):
+            model = family("llama", implementation)
+            losses.append(LanguageModelLoss(model, None, implementation, CPU)(model, SEQUENCES)[0])
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
