@@ -125,7 +125,9 @@ def test_a_model_that_mixes_packed_samples_is_refused() -> None:
 
 def test_rows_of_constant_length() -> None:
     for one_row in (False, True):
-        shapes = {collate(some, 0, one_row, CPU, row_length=32).input_ids.shape[1] for some in (SEQUENCES, SEQUENCES[:1], [])}
+        shapes = {
+            collate(some, 0, one_row, CPU, row_length=32).input_ids.shape[1] for some in (SEQUENCES, SEQUENCES[:1], [])
+        }
         assert shapes == {32}
     torch.manual_seed(0)
     model = llama("sdpa")
