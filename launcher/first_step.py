@@ -13,8 +13,6 @@ from trainer.config.schema import LaunchConfig
 from trainer.failures import DsftError
 from trainer.rundir import RunDirectory
 
-_RULED_OUT = 2  # so many losses rule a node out (`SlurmBackend.exhausted`)
-
 
 def examine_allocation(
     config: LaunchConfig, backend: SlurmBackend, run: RunDirectory, say: Callable[[str], None]
@@ -35,9 +33,10 @@ def examine_allocation(
         say(f"warning: {problem}")
         events.write("warning", message=problem)
     bad = blamed(problems, nodes)
-    backend.suspects += _RULED_OUT * bad
+    for node in bad:
+        backend.pool.lose(node, next(problem for problem in problems if node in blamed([problem], nodes)))
     if bad:
-        enough = len(nodes) - len(bad) >= config.cluster.nodes
+        enough = backend.pool.size(len(nodes) - len(bad)) > 0
         say(f"{', '.join(bad)}: " + ("left out" if enough else "used all the same, since there are no others"))
 
 

@@ -135,7 +135,7 @@ def _at_start(event: Json) -> Json:
 def _by_launcher(event: Json) -> bool:
     kind = event["event"]
     rank_stopped = kind == "stopped" and "step" in event
-    return kind in ("submitted", "launched", "attempt", "failure", *_ENDS) and not rank_stopped
+    return kind in ("submitted", "launched", "attempt", "failure", "restart", *_ENDS) and not rank_stopped
 
 
 def _frame(events: Iterable[Json]) -> Iterator[Json]:
@@ -162,7 +162,7 @@ def _after(event: Json, rest: Sequence[Json], requeued: set[int]) -> Part:
     match event["event"]:
         case "submitted":
             return "queue"
-        case "launched":
+        case "launched" | "restart":
             return "start"
         case "failure":
             return "recovery"

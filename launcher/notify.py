@@ -80,6 +80,9 @@ class Notifier:
             keys = ("class", "rank", "node", "step", "message", "action")
             text = f"{name}: {describe_failure(event)}" + ("; trying again" if event.get("action") == "retry" else "")
             return {"event": "failure", "text": text, **{key: event.get(key) for key in keys}}
+        if kind == "bad_node":
+            text = f"{name}: node {event['node']} is left out for {event['hours']:g} h: {event['why']}"
+            return {"event": "bad_node", "text": text, **{key: event[key] for key in ("node", "why", "hours")}}
         if kind == "first_step" and self._failed is not None:
             seconds = float(event["time"]) - float(self._failed["time"])
             self._failed = None
@@ -116,6 +119,7 @@ class Notifier:
 def _run(command: Sequence[str], message: Json) -> str | None:
     """What went wrong, or None. The command's output goes to the launcher's error stream."""
     names = {"event": "EVENT", "name": "RUN_NAME", "run": "RUN", "attempt": "ATTEMPT", "text": "TEXT", "state": "STATE"}
+    names["node"] = "NODE"
     variables = {f"DSFT_{name}": str(message[key]) for key, name in names.items() if message.get(key) is not None}
     process = subprocess.Popen(
         command,

@@ -10,14 +10,15 @@ import time
 from collections.abc import Sequence
 
 from launcher.backends.slurm import SlurmBackend
+from launcher.nodes import BAD_NODE_HOURS, bad_nodes
 from launcher.state import ledger
-from launcher.supervisor import Supervisor, attempts_of
-from launcher.verdict import Action, bad_nodes
+from launcher.supervisor import Supervisor, progress
+from launcher.verdict import Action, Attempt, Verdict
 from slurm import client
 from slurm.hostlist import expand
 from trainer.config.schema import SlurmCluster
 from trainer.failures import EXIT_FAILED, EXIT_TEMPORARY, DsftError, node_name
-from trainer.rundir import RunDirectory
+from trainer.rundir import RunDirectory, read_json, read_lines, write_json
 
 _ASK_SECONDS = 2.0  # after TERM, everything is killed soon: the verdict cannot wait for long
 
@@ -46,7 +47,38 @@ def continue_job(supervisor: Supervisor, backend: SlurmBackend) -> None:
                     f"an earlier job of this chain has given up: {last[0]['reason']} ({last[0]['message']})"
                 )
             supervisor.history = []  # a person has requeued it
-    backend.suspects += bad_nodes(ledger(run), time.time())
+    backend.pool.remember(ledger(run), time.time(), supervisor.resilience.bad_node_hours)
+
+
+def attempts_of(run: RunDirectory, job_id: str, now: float) -> list[Attempt]:
+    """The attempts that earlier starts of this very job have made; one that left no verdict gets its verdict here.
+
+    The caller holds the lock of the run. now: unix seconds.
+    """
+    ledger = [e for e in read_lines(run.events_dir / "supervisor.jsonl") if e["event"] == "attempt"]
+    mine = [event for event in ledger if event.get("job_id") == job_id]
+    history: list[Attempt] = []
+    for event in mine:
+        attempt = int(event["attempt"])
+        value = read_json(run.verdict_path(attempt))
+        if value is None:
+            step = progress(run)[1] or None
+            if (request := run.stop_request(attempt)) is not None:  # it was stopping, and took longer than it was given
+                message = f"stopped on request ({request.get('reason', 'cancel')})"
+                verdict = Verdict("stopped", message=message, step=step)
+            else:
+                head = event.get("head")
+                message = f"the supervisor on {head} was killed, or its node went down: it left no verdict"
+                verdict = Verdict("failed", "node", message=message, step=step)
+            value = verdict.to_json() | {"action": "retry", "reason": "the job was requeued", "delay_seconds": 0.0}
+            value |= {"requeue": True, "exit_code": EXIT_TEMPORARY, "time": now, "progress": list(progress(run))}
+            write_json(run.verdict_path(attempt), value, indent=1)
+            if verdict.outcome == "failed":
+                fields = {key: value[key] for key in ("class", "rank", "node", "step", "message", "victims", "action")}
+                run.event_writer("supervisor").write("failure", attempt=attempt, **fields)
+        reached = value.get("progress") or (0, 0)
+        history.append(Attempt(Verdict.from_json(value), (int(reached[0]), int(reached[1]))))
+    return history
 
 
 def _explain(reason: str) -> str:
@@ -58,12 +90,12 @@ def _explain(reason: str) -> str:
     return reason
 
 
-def exit_code(action: Action, run: RunDirectory, cluster: SlurmCluster) -> int:
+def exit_code(action: Action, run: RunDirectory, cluster: SlurmCluster, hours: float = BAD_NODE_HOURS) -> int:
     """What the job's script is to end with; 75 has it requeue the job. Nodes that failed are excluded before."""
     if not action.requeue:
         # "worth another try" is for people: the ladder of this job is at its end
         return EXIT_FAILED if action.exit_code == EXIT_TEMPORARY else action.exit_code
-    nodes = bad_nodes(ledger(run), time.time())
+    nodes = bad_nodes(ledger(run), time.time(), hours)
     if nodes and cluster.requeue and os.environ.get("DSFT_REQUEUE") != "0" and "SLURM_ARRAY_JOB_ID" not in os.environ:
         _requeue_without(nodes, cluster)
     return EXIT_TEMPORARY
@@ -71,7 +103,10 @@ def exit_code(action: Action, run: RunDirectory, cluster: SlurmCluster) -> int:
 
 def _requeue_without(nodes: Sequence[str], cluster: SlurmCluster) -> None:
     """Requeue this process's own job so that it starts again on other nodes, if there are enough of them."""
-    options = [f"--nodes={cluster.nodes}", *([f"--constraint={cluster.constraint}"] if cluster.constraint else [])]
+    options = [
+        f"--nodes={cluster.fewest_nodes}",
+        *([f"--constraint={cluster.constraint}"] if cluster.constraint else []),
+    ]
     for option in ("partition", "account"):
         if name := os.environ.get(f"SLURM_JOB_{option.upper()}"):
             options.append(f"--{option}={name}")
@@ -81,6 +116,6 @@ def _requeue_without(nodes: Sequence[str], cluster: SlurmCluster) -> None:
         excluded = sorted({*nodes, *(expand(cluster.exclude) if cluster.exclude else ())})
         client.could_run([*options, f"--exclude={','.join(excluded)}"])
         client.requeue_excluding(os.environ["SLURM_JOB_ID"], excluded)
-        print(f"requeued without {', '.join(nodes)}, which failed within the last day", flush=True)
+        print(f"requeued without {', '.join(nodes)}, which failed lately", flush=True)
     except (DsftError, ValueError) as error:  # then the job's script requeues it as it is
         print(f"warning: nodes that failed cannot be excluded: {error}", file=sys.stderr, flush=True)

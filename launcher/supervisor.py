@@ -13,11 +13,13 @@ from typing import Any, Protocol
 
 from launcher.hangs import with_stack
 from launcher.heartbeats import HeartbeatWatch
-from launcher.verdict import Action, Attempt, Snapshot, Verdict, classify, decide
+from launcher.membership import Membership
+from launcher.stragglers import Straggler
+from launcher.verdict import GROW, PLANNED_STOPS, STRAGGLER, Action, Attempt, Snapshot, Verdict, classify, decide
 from trainer.config.schema import ResilienceConfig
 from trainer.failures import EXIT_TEMPORARY, DsftError
 from trainer.lease import Lease
-from trainer.rundir import EventWriter, RunDirectory, read_json, read_lines, write_json
+from trainer.rundir import EventWriter, RunDirectory, read_json, write_json
 
 _POLL_SECONDS = 0.05
 _FILE_POLL_SECONDS = 0.5  # how often shared storage is asked for a stop request
@@ -112,6 +114,9 @@ class Supervisor:
     exhausted: Callable[[], str | None] = lambda: None
     # The attempts made before a requeue, which count like this launch's own
     history: list[Attempt] = field(default_factory=list)
+    membership: Membership | None = None  # where there is more than one node to choose from
+    _nodes: int | None = None  # of the attempt before
+    _slow: Straggler | None = None  # its node is to be left out
     # The reason of a stop once more is known about it: a preemption can come with the time limit's signal
     explain: Callable[[str], str] = lambda reason: reason
     released: Callable[[], None] = lambda: None  # called once, when everything is checked and the first ranks start
@@ -123,10 +128,11 @@ class Supervisor:
             while True:
                 attempt = self.run.new_attempt()
                 events.write("attempt", attempt=attempt, **self.origin)
-                oom_kills = _oom_kills()
-                verdict, reason = self._attempt(attempt, signals, oom_kills, events)
+                verdict, reason = self._attempt(attempt, signals, events)
                 self.history.append(Attempt(verdict, progress(self.run)))
                 action = decide(self.history, self.resilience.max_restarts, reason)
+                if self.membership is not None:
+                    self.membership.accept()
                 if action.kind == "retry" and (why := self.exhausted()) is not None:
                     action = Action("stop", EXIT_TEMPORARY, reason=why, requeue=True)
                 self._record(attempt, verdict, action, events)
@@ -140,12 +146,11 @@ class Supervisor:
                         events.write("stopped", attempt=attempt, reason=reason)
                     return Result(verdict, action, len(self.history))
 
-    def _attempt(
-        self, attempt: int, signals: StopSignals, oom_kills: int, events: EventWriter
-    ) -> tuple[Verdict, str | None]:
+    def _attempt(self, attempt: int, signals: StopSignals, events: EventWriter) -> tuple[Verdict, str | None]:
         """Run one attempt to its end, whatever that is; nothing of it runs when this returns."""
         gate, self.gate = self.gate, None
         handle = self.backend.start(attempt)
+        self._tell_size(attempt, events)
         watch = self._heartbeats(attempt)
         codes: dict[str, int] | None = None
         reason: str | None = None
@@ -159,6 +164,8 @@ class Supervisor:
             if gate is not None:
                 self.released()
             watch.start()
+            if self.membership is not None:
+                self.membership.begin(attempt)
             codes, reason = self._watch(attempt, handle, signals, watch, events)
             if codes is None and reason is None and watch.hang is not None and not self.lease.lost.is_set():
                 with contextlib.suppress(OSError):
@@ -170,15 +177,21 @@ class Supervisor:
             return Verdict("failed", error.failure_class, message=str(error)), None
         finally:
             watch.stop()
+            if self.membership is not None:
+                self.membership.end()
             if gate is not None:
                 gate.cancel()
             left = handle.kill()
-        snapshot = self._snapshot(attempt, codes, reason, _oom_kills() - oom_kills)
+        if reason in PLANNED_STOPS and (codes is None or any(codes.values())):
+            reason = None  # it went wrong: a failure as any other
+        snapshot = self._snapshot(attempt, codes, reason)
         if codes is None and watch.hang is not None:
             snapshot = replace(snapshot, hang=with_stack(watch.hang, self.run.attempt_dir(attempt) / "stacks"))
         verdict = classify(snapshot)
         if left:
             print(f"warning: processes {left} would not die (stuck in the kernel?)", flush=True)
+        if reason == STRAGGLER and verdict.outcome == "stopped":
+            return self._leave_out(verdict), None
         return verdict, reason
 
     def _watch(
@@ -192,9 +205,9 @@ class Supervisor:
             self.tick()
             if signals.count >= 2 or self.lease.lost.is_set() or time.monotonic() > deadline:
                 return None, reason or signals.reason
-            while watch.stragglers:
-                with contextlib.suppress(OSError):  # no word of it is worth the run
-                    events.write("straggler", attempt=attempt, **asdict(watch.stragglers.popleft()))
+            if (planned := self._planned_stop(attempt, watch, events)) and reason is None and not signals.count:
+                self.run.request_stop(attempt, planned)
+                reason, deadline = planned, time.monotonic() + self.resilience.slow_phase_timeout_seconds
             if watch.hang is not None and reason is None:
                 return None, None
             if signals.reason and reason is None:
@@ -214,10 +227,46 @@ class Supervisor:
             reason = str(request.get("reason", "cancel"))  # the ranks were quicker than the next look
         return codes, reason
 
+    def _planned_stop(self, attempt: int, watch: HeartbeatWatch, events: EventWriter) -> str | None:
+        """Write down who is slow; why the ranks are to save and end now, so that other nodes can go on, or None."""
+        while watch.stragglers:
+            slow = watch.stragglers.popleft()
+            with contextlib.suppress(OSError):  # no word of it is worth the run
+                events.write("straggler", attempt=attempt, **asdict(slow))
+            if self._slow is None and self._may_leave_out(slow):
+                self._slow = slow
+                return STRAGGLER
+        return GROW if self.membership is not None and self.membership.wants_more else None
+
+    def _may_leave_out(self, slow: Straggler) -> bool:
+        """Whether to go on without a slow node; the restart counts, so the last one is kept for a failure."""
+        failed = sum(attempt.verdict.outcome == "failed" for attempt in self.history)
+        if self.membership is None or not self.resilience.exclude_stragglers or failed >= self.resilience.max_restarts:
+            return False
+        return self.membership.does_better_without(slow.node, slow.ratio)
+
+    def _leave_out(self, verdict: Verdict) -> Verdict:
+        """The ranks have saved and ended because of a slow node: it counts as one that has failed."""
+        assert self._slow is not None
+        assert self.membership is not None
+        slow, self._slow = self._slow, None
+        why = f"straggler: rank {slow.rank} took {slow.ratio:.1f} times the median of all ranks ({slow.kind})"
+        self.membership.nodes.pool.lose(slow.node, why)
+        return replace(verdict, outcome="failed", failure_class="node", rank=slow.rank, node=slow.node, message=why)
+
     def _heartbeats(self, attempt: int) -> HeartbeatWatch:
         plan = read_json(self.run.plan_path) or {}
         folder = self.run.heartbeat_path(attempt, 0).parent
         return HeartbeatWatch(folder, int(plan.get("world_size", 0)), self.resilience)
+
+    def _tell_size(self, attempt: int, events: EventWriter) -> None:
+        """Into the ledger, where the number of nodes is not what it was."""
+        plan = read_json(self.run.plan_path) or {}
+        nodes, before = plan.get("nodes"), self._nodes
+        self._nodes = nodes
+        planned = max(self.membership.plans) if self.membership is not None else nodes
+        if nodes != (planned if before is None else before):
+            events.write("resized", attempt=attempt, nodes=nodes, ranks=plan.get("world_size"), planned_nodes=planned)
 
     def _wait_for_stacks(self, attempt: int, watch: HeartbeatWatch) -> None:
         """Until every rank that still can has written its stacks."""
@@ -233,6 +282,8 @@ class Supervisor:
             request = self.run.stop_request(attempt)
             if self.lease.lost.is_set():
                 return "another launch has taken over"
+            if request is not None and request.get("reason") in PLANNED_STOPS:
+                request = None
             if signals.reason or request:
                 return signals.reason or str((request or {}).get("reason", "cancel"))
             if time.monotonic() >= deadline:
@@ -246,7 +297,7 @@ class Supervisor:
             event["event"] == "first_step" and event.get("attempt") == attempt for event in self.run.merged_events()
         )
 
-    def _snapshot(self, attempt: int, codes: dict[str, int] | None, reason: str | None, oom_kills: int) -> Snapshot:
+    def _snapshot(self, attempt: int, codes: dict[str, int] | None, reason: str | None) -> Snapshot:
         reports = self.run.agent_reports(attempt)
         events = self.run.merged_events()
         return Snapshot(
@@ -262,7 +313,6 @@ class Supervisor:
             step=progress(self.run)[1] or None,
             stop_reason=reason,
             trained=any(event["event"] == "trained" and event.get("attempt") == attempt for event in events),
-            oom_kills=oom_kills,
             lease_lost=self.lease.lost.is_set(),
         )
 
@@ -283,6 +333,11 @@ class Supervisor:
         if verdict.outcome == "failed":
             fields = {key: value[key] for key in ("class", "rank", "node", "step", "message", "victims", "action")}
             events.write("failure", attempt=attempt, **fields)
+        elif action.kind == "retry":
+            events.write("restart", attempt=attempt, reason=action.reason)
+        for node, why in self.membership.nodes.pool.news() if self.membership is not None else ():
+            why = why or verdict.message
+            events.write("bad_node", attempt=attempt, node=node, why=why, hours=self.resilience.bad_node_hours)
         if action.kind != "retry":
             state = verdict.outcome
             events.write(state, attempt=attempt, exit_code=action.exit_code, reason=action.reason)
@@ -292,37 +347,6 @@ def progress(run: RunDirectory) -> tuple[int, int]:
     """The steps of the newest published checkpoint and of the newest logged step; 0 without one."""
     checkpoints, lines = run.published_checkpoints(), run.step_lines()
     return (checkpoints[-1] if checkpoints else 0, int(lines[-1]["step"]) if lines else 0)
-
-
-def attempts_of(run: RunDirectory, job_id: str, now: float) -> list[Attempt]:
-    """The attempts that earlier starts of this very job have made; one that left no verdict gets its verdict here.
-
-    The caller holds the lock of the run. now: unix seconds.
-    """
-    ledger = [e for e in read_lines(run.events_dir / "supervisor.jsonl") if e["event"] == "attempt"]
-    mine = [event for event in ledger if event.get("job_id") == job_id]
-    history: list[Attempt] = []
-    for event in mine:
-        attempt = int(event["attempt"])
-        value = read_json(run.verdict_path(attempt))
-        if value is None:
-            step = progress(run)[1] or None
-            if (request := run.stop_request(attempt)) is not None:  # it was stopping, and took longer than it was given
-                message = f"stopped on request ({request.get('reason', 'cancel')})"
-                verdict = Verdict("stopped", message=message, step=step)
-            else:
-                head = event.get("head")
-                message = f"the supervisor on {head} was killed, or its node went down: it left no verdict"
-                verdict = Verdict("failed", "node", message=message, step=step)
-            value = verdict.to_json() | {"action": "retry", "reason": "the job was requeued", "delay_seconds": 0.0}
-            value |= {"requeue": True, "exit_code": EXIT_TEMPORARY, "time": now, "progress": list(progress(run))}
-            write_json(run.verdict_path(attempt), value, indent=1)
-            if verdict.outcome == "failed":
-                fields = {key: value[key] for key in ("class", "rank", "node", "step", "message", "victims", "action")}
-                run.event_writer("supervisor").write("failure", attempt=attempt, **fields)
-        reached = value.get("progress") or (0, 0)
-        history.append(Attempt(Verdict.from_json(value), (int(reached[0]), int(reached[1]))))
-    return history
 
 
 def _tail(path: Path) -> str:
@@ -335,12 +359,3 @@ def _tail(path: Path) -> str:
     except OSError:
         return ""
     return " | ".join(lines[-_TAIL_LINES:])
-
-
-def _oom_kills() -> int:
-    """Processes that this machine's kernel has killed for memory since boot; 0 where it does not say."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0

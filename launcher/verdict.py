@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, cast, get_args
 
@@ -19,11 +19,12 @@ from trainer.failures import (
 )
 
 Outcome = Literal["finished", "stopped", "failed"]
+# The supervisor's own reasons to have the ranks save and end; another attempt follows at once
+GROW, STRAGGLER = "grow", "straggler"
+PLANNED_STOPS = frozenset({GROW, STRAGGLER})
 
 # In place of an agent's exit code: the link to its node ended without a word
 NODE_LOST = -1000
-# A node that has failed is kept out of requeued jobs, and comes last in an allocation, for so long
-BAD_NODE_SECONDS = 24 * 3600.0
 
 # Attempts in a row that may end no further than the best before them
 MAX_WITHOUT_PROGRESS = 3
@@ -56,7 +57,6 @@ class Snapshot:
     step: int | None = None  # last completed optimizer step that was logged
     stop_reason: str | None = None  # of the stop request, if there was one
     trained: bool = False  # the last step was done in this attempt
-    oom_kills: int = 0  # processes that the kernel killed for memory during the attempt
     lease_lost: bool = False
     hang: Hang | None = None
 
@@ -194,10 +194,10 @@ def _from_exit(snapshot: Snapshot, report: dict[str, Any], rank: int, code: int)
     failure_class: FailureClass = "unknown"
     evidence: tuple[str, ...] = ()
     tail = snapshot.log_tails.get(rank, "").strip()
-    if code == -signal.SIGKILL and snapshot.oom_kills:
+    if code == -signal.SIGKILL and (kills := report.get("oom_kills")):
         failure_class = "out_of_memory"
-        evidence = (f"the kernel killed {snapshot.oom_kills} process(es) for memory during this attempt",)
-        message = f"rank {rank} was killed by the kernel: the host's memory was full"
+        evidence = (f"the kernel killed {kills} process(es) for memory on {report['node']} during this attempt",)
+        message = f"rank {rank} was killed by the kernel: the memory of {report['node']}, or of the job there, was full"
     elif code < 0:
         message = f"rank {rank} was killed by {_signal_name(-code)}"
         if -code == signal.SIGBUS:
@@ -240,20 +240,13 @@ class Action:
     requeue: bool = False  # the scheduler is to run this launch again
 
 
-def bad_nodes(events: Iterable[Mapping[str, Any]], now: float) -> list[str]:
-    """Nodes that have failed within BAD_NODE_SECONDS, from the failures of a run's ledger; not those of a drill."""
-    events = list(events)
-    drilled = {event.get("attempt") for event in events if event["event"] == "drill"}
-    failed = (e for e in events if e["event"] == "failure" and e.get("class") == "node" and e.get("node"))
-    failed = (event for event in failed if event.get("attempt") not in drilled)
-    return sorted({str(event["node"]) for event in failed if now - float(event["time"]) < BAD_NODE_SECONDS})
-
-
 def decide(history: Sequence[Attempt], max_restarts: int, stop_reason: str | None = None) -> Action:
     """The action after the last attempt of `history`: those of this launch, and of the job before its requeues."""
     verdict = history[-1].verdict
     if verdict.outcome == "finished":
         return Action("done")
+    if verdict.outcome == "stopped" and stop_reason in PLANNED_STOPS:
+        return Action("retry", reason="nodes that were lost are back")
     if verdict.outcome == "stopped":
         code = _EXIT_OF_STOP.get(stop_reason or "", EXIT_TEMPORARY)
         requeue = stop_reason in ("preemption", "time_limit")

@@ -198,6 +198,12 @@ def describe(event: Json) -> str | None:
             return f"drill: {event['fault']} at step {event['step']}"
         case "warning":
             return f"warning: {event['message']}"
+        case "resized":
+            return f"{event['nodes']} of {event['planned_nodes']} nodes ({event['ranks']} ranks), the same global batch"
+        case "restart":
+            return f"attempt {event['attempt']} has ended after a checkpoint: {event['reason']}"
+        case "bad_node":
+            return f"node {event['node']} is left out for {event['hours']:g} h: {event['why']}"
         case "exported":
             return f"model exported to {event.get('path', 'export/')} in {event.get('seconds', 0.0):.1f} s"
         case "failure":

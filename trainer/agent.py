@@ -22,7 +22,7 @@ from typing import Any
 from trainer.binding import divide_node
 from trainer.failures import EXIT_DONE, EXIT_FAILED, EXIT_TERMINATED, classify, exit_code_of, node_name
 from trainer.heartbeat import STACK_SIGNAL
-from trainer.processes import RUN_VARIABLE, die_with_parent
+from trainer.processes import RUN_VARIABLE, die_with_parent, oom_kills
 from trainer.rundir import RunDirectory, write_json
 from trainer.worker import AGENT_PID_VARIABLE, write_output_to
 
@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in divide_node(ranks.nproc_per_node, os.environ).items():
         os.environ.setdefault(name, value)
     report = Report()
+    oom_kills_before = oom_kills()
     try:
         from trainer.elastic import run_ranks
 
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
     if (first := report.first_failed()) is not None:
         print(f"rank {first} failed first, with exit code {report.exit_codes[first]}; killed: {sorted(report.killed)}")
+    report.oom_kills = oom_kills() - oom_kills_before
     report.write(run.agent_report_path(options.attempt, node_name()))
     return code
 
@@ -100,6 +102,7 @@ class Report:
     killed: list[int] = field(default_factory=list)
     message: str | None = None
     failure_class: str | None = None
+    oom_kills: int = 0  # by the kernel, for memory, while they ran
 
     def note(self, rank: int, code: int) -> None:
         """Rank `rank` has been seen to have ended by itself."""
@@ -126,6 +129,7 @@ class Report:
             "ended": {str(rank): when for rank, when in sorted(self.ended.items())},
             "killed_ranks": sorted(self.killed),
             "first_failed_rank": self.first_failed(),
+            "oom_kills": self.oom_kills,
             "class": self.failure_class,
             "message": self.message,
             "time": time.time(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -90,3 +91,12 @@ def kill_run(run_dir: Path, seconds: float = 5.0) -> list[int]:
         kill_all(left)
         time.sleep(0.02)
     return left
+
+
+def oom_kills() -> int:
+    """Processes that this machine's kernel has killed for memory since boot, in whichever control group; 0: unknown."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0

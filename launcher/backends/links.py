@@ -15,9 +15,10 @@ import json
 import secrets
 import selectors
 import socket
+import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -236,6 +237,18 @@ class Ends:
     def _codes(self) -> dict[str, int]:
         # an agent that had to be killed is no cause of anything: 0
         return {node.name: NODE_LOST if node.lost else node.code or 0 for node in self.links.nodes.values()}
+
+
+def answered(processes: Mapping[str, subprocess.Popen[bytes]], seconds: float) -> list[str]:
+    """Those of the nodes whose process ends with 0 within so many seconds; the others' processes are ended."""
+    deadline = time.monotonic() + seconds
+    for process in processes.values():
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    return [node for node, process in processes.items() if process.returncode == 0]
 
 
 def _blame(code: int | None, late: bool) -> int:

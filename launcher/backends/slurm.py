@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.backends.links import END_SECONDS, START_SECONDS, Ends, Links, address_towards
+from launcher.backends.links import END_SECONDS, START_SECONDS, Ends, Links, address_towards, answered
 from launcher.backends.local import added_root, child_environment
 from launcher.backends.node import INTERFACE_VARIABLE, LINK_VARIABLE
+from launcher.nodes import NodePool
 from slurm import client
 from slurm.containers import contained
 from slurm.hostlist import expand
@@ -35,6 +38,7 @@ _OF_JOBS_TASKS = {
     *(f"SLURM_NTASKS_PER_{word}" for word in ("CORE", "GPU", "NODE", "SOCKET", "TRES")),
 }
 _IMAGE_SECONDS = 1800.0  # for nodes to come that pull and unpack an image first
+_PROBE_SECONDS = 15.0  # for a node that was lost to start a process
 
 
 # -- before the job ----------------------------------------------------------------------------------------------------
@@ -155,15 +159,21 @@ class SlurmBackend:
     processes: int
     environment: Mapping[str, str]
     worker_module: str = "trainer.worker"
-    suspects: list[str] = field(default_factory=list)  # nodes that have failed lately, once for each time
+    pool: NodePool = field(default_factory=lambda: NodePool(()))
+    resize: Callable[[int], None] = lambda nodes: None  # told how many nodes an attempt is about to have
     _last: SlurmAttempt | None = None
 
+    def __post_init__(self) -> None:
+        self.pool.sizes = self.pool.sizes or (self.cluster.nodes,)
+
     def start(self, attempt: int) -> SlurmAttempt:
-        """Start a held agent on each of `cluster.nodes` nodes, on spares rather than on nodes lost before."""
+        """Start a held agent on each of the attempt's nodes: spares rather than nodes lost before."""
         allocated = expand(os.environ["SLURM_JOB_NODELIST"])
-        if len(allocated) < self.cluster.nodes:
+        usable = self._usable(allocated) if self._last is not None else allocated
+        nodes = self.pool.choose(usable) or self.pool.choose(allocated)
+        if not nodes:
             raise UserError(
-                f"the allocation has {len(allocated)} node(s), cluster.nodes asks for {self.cluster.nodes}: "
+                f"the allocation has {len(allocated)} node(s), the run needs {min(self.pool.sizes)}: "
                 f"allocate more, or launch with --set cluster.nodes={len(allocated)}"
             )
         here = os.environ.get("SLURM_GPUS_ON_NODE", "")  # of the first node
@@ -172,9 +182,7 @@ class SlurmBackend:
                 f"the allocation has {here} GPU(s) on a node, cluster.gpus_per_node is {self.cluster.gpus_per_node}: "
                 f"ask for more, or launch with --set cluster.gpus_per_node={here}"
             )
-        if self._last is not None:
-            allocated = self._usable(allocated) or allocated
-        nodes = choose_nodes(allocated, self.cluster.nodes, self.suspects)
+        self.resize(len(nodes))
         arguments = ["--run-dir", str(self.run.path), "--attempt", str(attempt)]
         arguments += ["--worker-module", self.worker_module, "--", "--nproc-per-node", str(self.processes)]
         links = Links(nodes, arguments, dict(self.environment))
@@ -196,17 +204,43 @@ class SlurmBackend:
         """Why this allocation cannot carry another attempt; None while it can. Call it after a failed one."""
         allocated = expand(os.environ["SLURM_JOB_NODELIST"])
         if self._last is not None:
-            links = self._last.links.nodes.values()
-            self.suspects += [node.name for node in links if node.lost or not node.started]
-        # one loss may have been its processes' or the network's: only the second rules a node out
-        usable = [node for node in self._usable(allocated) if self.suspects.count(node) < 2]
-        if len(usable) >= self.cluster.nodes:
+            for node in self._last.links.nodes.values():
+                if node.lost or not node.address:
+                    self.pool.lose(node.name)
+        usable = [node for node in self._usable(allocated) if not self.pool.is_ruled_out(node)]
+        if self.pool.size(len(usable)):
             return None
         lost = sorted(set(allocated) - set(usable))
         return (
-            f"{', '.join(lost)} failed, and {len(usable)} node(s) of the allocation are left for {self.cluster.nodes}: "
-            "the job has to be requeued; with `cluster.spare_nodes` it goes on in the same allocation"
+            f"{', '.join(lost)} failed, and {len(usable)} node(s) of the allocation are left for "
+            f"{min(self.pool.sizes)}: the job has to be requeued; with `cluster.spare_nodes` or `cluster.min_nodes` it "
+            "goes on in the same allocation"
         )
+
+    def candidates(self) -> list[str]:
+        """The nodes of the allocation that are up, as far as SLURM knows: it learns late of those that are not."""
+        return self._usable(expand(os.environ["SLURM_JOB_NODELIST"]))
+
+    def answering(self, nodes: Sequence[str]) -> list[str]:
+        """Those of the allocation's nodes on which a step can be started now."""
+        shape = ["srun", "--job-name=dsft-probe", "--overlap", "--nodes=1", "--ntasks=1", "--mpi=none", "--input=none"]
+        steps = {
+            node: subprocess.Popen(
+                [*shape, f"--nodelist={node}", "true"],
+                env=child_environment({}),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            for node in nodes
+        }
+        return answered(steps, _PROBE_SECONDS)
+
+    def seconds_left(self) -> float:
+        """Until the ranks are told that the time limit is near."""
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        return float(end) - self.cluster.grace_seconds - time.time() if end.isdecimal() else math.inf
 
     def _usable(self, allocated: list[str]) -> list[str]:
         """SLURM takes nodes that are down out of a running job, and marks those that do not answer."""
@@ -221,13 +255,6 @@ class SlurmBackend:
 def _is_down(state: str) -> bool:
     """From sinfo's words; a star: it does not answer."""
     return state.endswith("*") or state.startswith(("down", "fail", "drain"))
-
-
-def choose_nodes(allocated: Sequence[str], count: int, suspects: Sequence[str]) -> list[str]:
-    """`count` of the allocated nodes, in their order; nodes that were lost before only where there are no others."""
-    by_trust = sorted(allocated, key=lambda node: suspects.count(node))
-    chosen = set(by_trust[:count])
-    return [node for node in allocated if node in chosen]
 
 
 def step_command(

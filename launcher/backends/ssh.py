@@ -7,21 +7,22 @@ where neither `ps` nor the remote login shell sees it.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import site
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from launcher.backends.links import END_SECONDS, Ends, Links
+from launcher.backends.links import END_SECONDS, Ends, Links, answered
 from launcher.backends.local import package_root
 from launcher.backends.node import INTERFACE_VARIABLE, LINK_VARIABLE
-from launcher.backends.slurm import choose_nodes
+from launcher.nodes import NodePool
 from trainer.config.schema import SshCluster
 from trainer.failures import NODE_VARIABLE, UserError
 from trainer.rundir import RunDirectory, write_json
@@ -29,6 +30,7 @@ from trainer.rundir import RunDirectory, write_json
 # Any login shell takes this. -l: /etc/profile is where sites define `module`
 _BOOTSTRAP = """exec bash -lc 'IFS= read -rd "" script; eval "$script"'"""
 _TAIL_CHARACTERS = 300
+_PROBE_SECONDS = 10.0  # besides connecting: for a login shell on a host that was lost
 
 
 def host_name(host: str) -> str:
@@ -168,16 +170,44 @@ class SshBackend:
     environment: Mapping[str, str]
     address: str
     worker_module: str = "trainer.worker"
-    _suspects: list[str] = field(default_factory=list)
+    pool: NodePool = field(default_factory=lambda: NodePool(()))
+    resize: Callable[[int], None] = lambda nodes: None  # told how many hosts an attempt is about to have
     _last: SshAttempt | None = None
 
-    def start(self, attempt: int) -> SshAttempt:
-        """Start a held agent on each of `cluster.nodes` hosts, on spares rather than on hosts lost before."""
+    def __post_init__(self) -> None:
+        self.pool.sizes = self.pool.sizes or (self.cluster.nodes,)
+
+    def exhausted(self) -> str | None:
+        """Call it after a failed attempt: its lost hosts come last from now on. There is always another attempt."""
         if self._last is not None:
-            nodes = self._last.links.nodes.values()
-            self._suspects += [node.name for node in nodes if node.lost or not node.address]
+            for node in self._last.links.nodes.values():
+                if node.lost or not node.address:
+                    self.pool.lose(node.name)
+        return None
+
+    def candidates(self) -> list[str]:
+        """All hosts: there is no scheduler that knows better."""
+        return [host_name(host) for host in self.cluster.hosts]
+
+    def answering(self, nodes: Sequence[str]) -> list[str]:
+        """Those of the hosts that ssh reaches and that see the run directory."""
+        script = f"test -e {shlex.quote(str(self.run.plan_path))}\n"
         hosts = {host_name(host): host for host in self.cluster.hosts}
-        names = choose_nodes(list(hosts), self.cluster.nodes, self._suspects)
+        with open(os.devnull, "wb") as output:
+            processes = {name: start_on(self.cluster, hosts[name], script, output) for name in nodes}
+        found = answered(processes, self.cluster.connect_seconds + _PROBE_SECONDS)
+        end_processes(list(processes.values()), 0.0)
+        return found
+
+    def seconds_left(self) -> float:
+        """Nobody ends the run but its user."""
+        return math.inf
+
+    def start(self, attempt: int) -> SshAttempt:
+        """Start a held agent on each of the attempt's hosts: spares rather than hosts lost before."""
+        hosts = {host_name(host): host for host in self.cluster.hosts}
+        names = self.pool.choose(list(hosts))
+        self.resize(len(names))
         arguments = ["--run-dir", str(self.run.path), "--attempt", str(attempt)]
         arguments += ["--worker-module", self.worker_module, "--", "--nproc-per-node", str(self.processes)]
         links = Links(names, arguments, dict(self.environment) | passed_environment(self.cluster))

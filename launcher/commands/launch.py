@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from typing import TextIO
 
     from launcher.gate import CheckProcess
-    from launcher.supervisor import Backend, Result
-    from trainer.config.schema import LaunchConfig, ResilienceConfig, SlurmCluster
+    from launcher.supervisor import Result
+    from trainer.config.schema import LaunchConfig, SlurmCluster
     from trainer.failures import UserError
     from trainer.lease import Holder, Lease
     from trainer.rundir import RunDirectory
@@ -138,7 +138,7 @@ def launch(
     if config.cluster.backend == "slurm":
         from launcher.requeue import exit_code
 
-        return exit_code(result.action, target, config.cluster)
+        return exit_code(result.action, target, config.cluster, config.resilience.bad_node_hours)
     return result.action.exit_code
 
 
@@ -159,6 +159,7 @@ def _submit(
     from launcher.grace import grace_problem
     from launcher.jobs import base_id, refuse_second_job, waiting_job
     from launcher.permissions import make_run_directory
+    from launcher.place import sizes_of
     from trainer.config.loading import redacted
     from trainer.failures import EXIT_DONE
 
@@ -183,7 +184,10 @@ def _submit(
     for warning in (*gate.result.get("warnings", ()), *([problem] if problem else [])):
         print(f"warning: {warning}", file=sys.stderr)
     job = job_of(target, config.name, cluster)
-    job_id = submit(job, cluster)
+    sizes, shortfall = sizes_of(config, plan)
+    if shortfall:
+        print(f"warning: {shortfall}", file=sys.stderr)
+    job_id = submit(job, cluster.model_copy(update={"min_nodes": min(sizes)}))
     target.event_writer("submission").write("submitted", job_id=job_id, backend="slurm")
     value = {"run": str(target.path), "job_id": job_id, "script": str(job.script_path), "log": str(job.log_path)}
     text = f"submitted job {job_id}: {job.script_path}, output in {job.log_path}"
@@ -239,12 +243,13 @@ def _supervise(
 ) -> Result:
     """The run itself, with its progress and its end told on `stream`."""
     from launcher.notify import Notifier
+    from launcher.place import open_place
     from launcher.supervisor import Supervisor
     from launcher.watch import Watch
 
     watch = Watch(target, stream, config.training.epochs)
     notifier = Notifier(target, config.resilience.notify)
-    backend, resilience = _backend(config, plan, target, environment)
+    place = open_place(config, plan, target, environment)
     watch.say(f"run {target.path}: {plan['world_size']} rank(s), checking data and tokenizer")
     warned = False
     check_grace = _grace_check(config, target)
@@ -265,18 +270,21 @@ def _supervise(
 
             tell_ready(ready_fd)
 
-    supervisor = Supervisor(target, backend, resilience, lease, gate, tick, released=released)
+    supervisor = Supervisor(target, place.backend, place.resilience, lease, gate, tick, released=released)
+    supervisor.membership = place.membership
     try:
         if config.cluster.backend == "slurm":
             from launcher.backends.slurm import SlurmBackend
             from launcher.requeue import continue_job
 
-            assert isinstance(backend, SlurmBackend)
-            continue_job(supervisor, backend)
+            assert isinstance(place.backend, SlurmBackend)
+            continue_job(supervisor, place.backend)
             if config.cluster.doctor:
                 from launcher.first_step import examine_allocation
 
-                examine_allocation(config, backend, target, watch.say)
+                examine_allocation(config, place.backend, target, watch.say)
+        elif place.exhausted is not None:
+            supervisor.exhausted = place.exhausted
         result = supervisor.supervise()
     finally:
         if not lease.lost.is_set():  # else another launch tells
@@ -304,26 +312,6 @@ def _grace_check(config: LaunchConfig, target: RunDirectory) -> Callable[[], Non
                 target.event_writer("launch").write("warning", message=problem)
 
     return check
-
-
-def _backend(
-    config: LaunchConfig, plan: dict[str, Any], target: RunDirectory, environment: dict[str, str]
-) -> tuple[Backend, ResilienceConfig]:
-    """Where the attempts run, and the resilience settings there."""
-    if config.cluster.backend == "slurm":
-        from launcher.backends.slurm import SlurmBackend, resilience_in_job
-
-        backend = SlurmBackend(target, config.cluster, plan["processes_per_node"], environment)
-        return backend, resilience_in_job(config.resilience, config.cluster)
-    if config.cluster.backend == "ssh":
-        from launcher.backends.ssh import SshBackend
-        from launcher.ssh_preflight import check_hosts
-
-        address = check_hosts(config, config.cluster, target)
-        return SshBackend(target, config.cluster, plan["processes_per_node"], environment, address), config.resilience
-    from launcher.backends.local import LocalBackend
-
-    return LocalBackend(target, plan["processes_per_node"], environment), config.resilience
 
 
 def _cannot_write(target: RunDirectory, error: OSError) -> UserError:

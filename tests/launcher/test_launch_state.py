@@ -13,8 +13,8 @@ from launcher.consistency import refuse_changes
 from launcher.grace import grace_problem
 from launcher.registry import find_run, known_runs, register
 from launcher.report import report
+from launcher.requeue import attempts_of
 from launcher.state import CUT_SHORT, run_state
-from launcher.supervisor import attempts_of
 from launcher.verdict import Verdict, decide
 from trainer.config.schema import SlurmCluster
 from trainer.failures import UserError

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.verdict import BAD_NODE_SECONDS, NODE_LOST, Attempt, Snapshot, Verdict, bad_nodes, classify, decide
+from launcher.verdict import GROW, NODE_LOST, Attempt, Snapshot, Verdict, classify, decide
 from trainer.failures import FailureClass
 
 
@@ -69,7 +69,7 @@ def test_an_abort_follows_from_what_was_told() -> None:
 def test_a_kill_is_out_of_memory_only_with_the_kernels_word() -> None:
     reports = [agent("n0", {0: -9, 1: -9}, {0: 9.0}, killed=(1,))]
     assert classify(Snapshot({"n0": 137}, reports)).failure_class == "unknown"
-    verdict = classify(Snapshot({"n0": 137}, reports, oom_kills=1))
+    verdict = classify(Snapshot({"n0": 137}, [reports[0] | {"oom_kills": 1}]))
     assert (verdict.failure_class, verdict.rank) == ("out_of_memory", 0)
     assert verdict.evidence
 
@@ -91,15 +91,12 @@ def test_a_verdict_comes_back_from_its_record() -> None:
     assert Verdict.from_json(json.loads(json.dumps(verdict.to_json() | {"action": "retry"}))) == verdict
 
 
-def test_nodes_are_bad_for_a_day() -> None:
-    def failure(time: float, node: str, failure_class: str = "node") -> dict[str, Any]:
-        return {"event": "failure", "time": time, "node": node, "class": failure_class}
-
-    events = [failure(0.0, "n1"), failure(5000.0, "n2"), failure(5000.0, "n3", "numeric"), {"event": "x", "time": 1.0}]
-    assert bad_nodes(events, 6000.0) == ["n1", "n2"]
-    assert bad_nodes(events, BAD_NODE_SECONDS + 1000.0) == ["n2"]
-    drilled = [{"event": "drill", "time": 4999.0, "attempt": 7}, failure(5000.0, "n4") | {"attempt": 7}]
-    assert bad_nodes([*events, *drilled], 6000.0) == ["n1", "n2"]
+def test_a_stop_for_more_nodes_is_followed_by_an_attempt_and_costs_no_restart() -> None:
+    grown = Attempt(Verdict("stopped", step=9), (9, 9))
+    failed = Attempt(Verdict("failed", "node", node="n1", step=12), (9, 12))
+    assert decide([grown], 0, GROW).kind == "retry"
+    action = decide([grown, failed], 1)
+    assert (action.kind, action.reason) == ("retry", "restart 1 of 1")
 
 
 @pytest.mark.parametrize(("reason", "requeue"), [("time_limit", True), ("preemption", True), ("cancel", False)])

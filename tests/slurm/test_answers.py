@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from launcher.backends.slurm import choose_nodes
 from slurm import client
 from slurm.hostlist import expand
 from slurm.states import job_state
@@ -111,9 +110,3 @@ def test_variables_that_would_win_over_the_script_are_hidden(monkeypatch: pytest
         monkeypatch.setenv(name, "1")
     left = client.submission_environment(["time", "partition"])
     assert {name for name in left if name.startswith(("SBATCH_", "SLURM_"))} == {"SBATCH_ACCOUNT", "SLURM_CONF"}
-
-
-def test_spares_come_before_nodes_that_were_lost() -> None:
-    assert choose_nodes(["a", "b", "c", "d"], 3, []) == ["a", "b", "c"]
-    assert choose_nodes(["a", "b", "c", "d"], 3, ["b"]) == ["a", "c", "d"]
-    assert choose_nodes(["a", "b", "c"], 3, ["b"]) == ["a", "b", "c"]

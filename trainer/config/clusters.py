@@ -12,6 +12,9 @@ from trainer.config.errors import is_secret_name
 from trainer.config.hostfile import with_hostfile
 from trainer.config.section import Flag, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
+_MIN_NODES = (
+    "Without a spare for a lost node, go on with as few as this, same global batch; default: all it was planned for"
+)
 # user@name; never an option, and safe as the name of a folder
 _HOST = r"^([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.:%-]*$"
 
@@ -20,6 +23,11 @@ def _check_names(variables: Iterable[str]) -> None:
     for name in variables:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError(f"{name!r} cannot be the name of an environment variable; use letters, digits and _")
+
+
+def _check_min_nodes(least: int | None, nodes: int) -> None:
+    if least is not None and least > nodes:
+        raise ValueError(f"min_nodes is {least}, but the run is planned for {nodes} nodes: give at most {nodes}")
 
 
 class ClusterSection(Section):
@@ -76,6 +84,7 @@ class SlurmCluster(ClusterSection):
     backend: Literal["slurm"]
     nodes: PositiveInt = 1
     spare_nodes: NonNegativeInt = Field(0, description="Asked for in addition, taken when a node fails")
+    min_nodes: PositiveInt | None = Field(None, description=_MIN_NODES)
     gpus_per_node: NonNegativeInt = 0
     gpu_model: str | None = Field(
         None, description='Of the nodes, as nvidia-smi names it ("H100"): the plan then knows their memory and speed'
@@ -130,6 +139,16 @@ class SlurmCluster(ClusterSection):
         default_factory=dict, description='Further sbatch options: {"switches": 1, "contiguous": true}'
     )
 
+    @property
+    def fewest_nodes(self) -> int:
+        """How many nodes an attempt may do with."""
+        return self.min_nodes or self.nodes
+
+    @model_validator(mode="after")
+    def _sizes(self) -> SlurmCluster:
+        _check_min_nodes(self.min_nodes, self.nodes)
+        return self
+
     @model_validator(mode="after")
     def _names_of_variables(self) -> SlurmCluster:
         _check_names((*self.environment, *self.pass_environment))
@@ -152,6 +171,7 @@ class SshCluster(ClusterSection):
         None, description="Instead of `hosts`: a file with a line `name slots=8` for each, as DeepSpeed and Open MPI"
     )
     spare_nodes: NonNegativeInt = Field(0, description="So many of the hosts are taken only when others are lost")
+    min_nodes: PositiveInt | None = Field(None, description=_MIN_NODES)
     processes_per_node: PositiveInt | None = Field(None, description="Default: slots, else `gpus_per_node`, else 1")
     gpus_per_node: NonNegativeInt | None = Field(None, description="0: train on CPUs")
     gpu_model: str | None = Field(
@@ -178,6 +198,11 @@ class SshCluster(ClusterSection):
         """How many hosts an attempt runs on."""
         return len(self.hosts) - self.spare_nodes
 
+    @property
+    def fewest_nodes(self) -> int:
+        """How many hosts an attempt may do with."""
+        return self.min_nodes or self.nodes
+
     @model_validator(mode="before")
     @classmethod
     def _read_hostfile(cls, value: Any) -> Any:
@@ -190,6 +215,7 @@ class SshCluster(ClusterSection):
             raise ValueError(f"{twice} is among the hosts twice; one agent runs all ranks of a host")
         if self.spare_nodes >= len(self.hosts):
             raise ValueError(f"spare_nodes is {self.spare_nodes} of {len(self.hosts)} hosts: none is left to train on")
+        _check_min_nodes(self.min_nodes, self.nodes)
         _check_names((*self.environment, *self.pass_environment))
         return self
 

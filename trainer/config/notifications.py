@@ -22,7 +22,7 @@ class Notification(Section):
         None,
         description="URL that takes a POST of JSON, or $NAME: the environment variable that holds a secret one",
     )
-    events: tuple[Literal["failure", "recovery", "end"], ...] = ("failure", "recovery", "end")
+    events: tuple[Literal["failure", "recovery", "bad_node", "end"], ...] = ("failure", "recovery", "bad_node", "end")
 
     @field_validator("webhook")
     @classmethod

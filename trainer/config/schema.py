@@ -311,6 +311,12 @@ class ResilienceConfig(Section):
     stop_grace_seconds: NonNegativeFloat = Field(
         10.0, description="After a stop request: time for a last checkpoint before processes are killed"
     )
+    exclude_stragglers: Flag = Field(
+        False, description="Go on without a node that slows the others down, on a spare or on fewer nodes"
+    )
+    bad_node_hours: PositiveFloat = Field(
+        24.0, description="A node that failed comes last, and stays out of requeued jobs, for so long"
+    )
     notify: tuple[Notification, ...] = Field((), description="Told of failures, recoveries and the end of the run")
 
 

@@ -1,0 +1,108 @@
+"""Which nodes an attempt gets, what is held against them, and when a restart with more of them pays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from config_samples import runnable
+
+from launcher.facts import gather_facts
+from launcher.nodes import NodePool, bad_nodes
+from launcher.plan import make_plan
+from launcher.sizes import shortfall, smaller_plans, worth_growing
+from trainer.config.loading import load_config
+from trainer.config.schema import SlurmCluster
+from trainer.failures import UserError
+
+FOUR = ["a", "b", "c", "d"]
+DAY = 24 * 3600.0
+
+
+def pool(*sizes: int, away: str = "", ruled_out: str = "") -> NodePool:
+    made = NodePool(sizes)
+    for node in away:
+        made.lose(node)
+    for node in ruled_out:
+        made.lose(node, "it is slow")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("made", "there", "chosen"),
+    [
+        (pool(3), FOUR, "abc"),
+        (pool(3, away="b"), FOUR, "acd"),  # the spare
+        (pool(3, away="b"), FOUR[:3], "abc"),  # no other: one loss may have been its network's
+        (pool(2, 3, away="b"), FOUR[:3], "ac"),
+        (pool(2, 3, away="abb"), FOUR[:3], "ac"),  # of those that are away, the one that failed less
+        (pool(2, 4), FOUR[:3], "ab"),  # three are no size of this run
+        (pool(3), FOUR[:2], ""),
+    ],
+)
+def test_nodes_of_an_attempt(made: NodePool, there: list[str], chosen: str) -> None:
+    assert "".join(made.choose(there)) == chosen
+
+
+def test_a_node_comes_back_once() -> None:
+    made = pool(2, 3, away="b", ruled_out="c")
+    assert made.news() == [("c", "it is slow")]
+    assert made.returning(FOUR) == ["b"]
+    made.back(["b", "c"])
+    assert made.choose(FOUR) == ["a", "b", "d"]
+    made.lose("b")
+    assert made.news() == [("b", "")]
+    assert made.returning(FOUR) == []
+    assert made.choose(FOUR[:3]) == ["a", "b"]  # two of three are out: the less bad one, rather than nothing
+
+
+def test_the_ledger_forgets_after_a_while_and_leaves_drills_out() -> None:
+    def failure(time: float, node: str, failure_class: str = "node") -> dict[str, Any]:
+        return {"event": "failure", "time": time, "node": node, "class": failure_class}
+
+    events = [failure(0.0, "n1"), failure(5000.0, "n2"), failure(5000.0, "n3", "numeric"), {"event": "x", "time": 1.0}]
+    events += [{"event": "bad_node", "time": 4000.0, "node": "n5", "why": "slow"}]
+    events += [{"event": "drill", "time": 4999.0, "attempt": 7}, failure(5000.0, "n4") | {"attempt": 7}]
+    assert bad_nodes(events, 6000.0) == ["n1", "n2", "n5"]
+    assert bad_nodes(events, DAY + 1000.0) == ["n2", "n5"]
+    assert bad_nodes(events, 6000.0, hours=0.5) == ["n2"]
+    remembered = NodePool((2, 3))
+    remembered.remember(events, 6000.0)
+    assert remembered.choose(["n1", "n2", "n5"]) == ["n1", "n2"]
+    assert remembered.choose(["n1", "n2", "n5", "n6"]) == ["n1", "n2", "n6"]
+
+
+def test_fewer_nodes_have_a_plan_of_their_own_with_the_same_global_batch(tmp_path: Path) -> None:
+    cluster = {"backend": "slurm", "nodes": 6, "min_nodes": 2, "processes_per_node": 2}
+    training = {"global_batch_size": 24, "micro_batch_size": 2, "max_steps": 10}
+    config = load_config(runnable(tmp_path, cluster=cluster, training=training))
+    facts = gather_facts(config)
+    plans = smaller_plans(config, facts, make_plan(config, facts).batch.micro_batch_size)
+    assert sorted(plans) == [2, 3, 4, 5]
+    assert {nodes: (p.world_size, p.batch.micro_batches_per_rank) for nodes, p in plans.items()} == {
+        5: (10, 2),
+        4: (8, 2),
+        3: (6, 2),
+        2: (4, 3),
+    }
+    assert {plan.batch.global_batch for plan in plans.values()} == {24}
+    assert shortfall(config, [2, 3, 6]) is None
+    assert "fewer than 3 nodes" in (shortfall(config, [3, 4, 5, 6]) or "")
+
+
+def test_min_nodes_are_at_most_all() -> None:
+    with pytest.raises((UserError, ValueError), match="give at most 2"):
+        SlurmCluster(backend="slurm", nodes=2, min_nodes=3)
+
+
+def test_a_restart_with_more_nodes_has_to_gain_twice_what_it_costs() -> None:
+    plans = {nodes: {"batch": {"micro_batches_per_rank": 12 // nodes}} for nodes in (2, 3, 4)}
+    assert worth_growing(plans, 2, 3, seconds_left=3600.0, restart_seconds=60.0)
+    # a third of the rest is saved: 120 s of 360 s are twice a restart, of which 60 s come off first
+    assert not worth_growing(plans, 2, 3, seconds_left=419.0, restart_seconds=60.0)
+    assert worth_growing(plans, 2, 3, seconds_left=421.0, restart_seconds=60.0)
+    assert not worth_growing(plans, 2, 3, seconds_left=1e9, restart_seconds=float("inf"))
+    # steps that do not get shorter are no reason
+    same = {nodes: {"batch": {"micro_batches_per_rank": 2}} for nodes in (2, 3)}
+    assert not worth_growing(same, 2, 3, seconds_left=1e9, restart_seconds=1.0)
