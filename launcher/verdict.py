@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, cast, get_args
 
 from launcher.hangs import Hang
@@ -17,6 +17,7 @@ from trainer.failures import (
     EXIT_USER,
     FailureClass,
 )
+from trainer.kernel_log import broken_device
 
 Outcome = Literal["finished", "stopped", "failed"]
 # The supervisor's own reasons to have the ranks save and end; another attempt follows at once
@@ -118,7 +119,7 @@ def classify(snapshot: Snapshot) -> Verdict:
         codes = ", ".join(f"{node}: {code}" for node, code in snapshot.agents.items()) or "none"
         message = f"nobody reported an error, nor that the training is done (exit codes of the agents: {codes})"
         return Verdict("failed", "unknown", step=snapshot.step, message=message)
-    cause = min(candidates, key=lambda candidate: (_echo(candidate), candidate.time))
+    cause = _with_kernel(min(candidates, key=lambda candidate: (_echo(candidate), candidate.time)), snapshot)
     others = {c.rank for c in candidates if c.rank is not None and c.rank != cause.rank}
     killed = {int(rank) for report in snapshot.reports for rank in report.get("killed_ranks", ())}
     return Verdict(
@@ -132,6 +133,24 @@ def classify(snapshot: Snapshot) -> Verdict:
         victims=tuple(sorted(others | killed)),
         evidence=cause.evidence,
     )
+
+
+def _with_kernel(cause: _Candidate, snapshot: Snapshot) -> _Candidate:
+    """`cause` with what the kernel of its node said meanwhile; a GPU that broke makes it the node's failure.
+
+    Where peers lost connections alone, the node of a broken GPU is the cause.
+    """
+    said = {report["node"]: report.get("kernel") or [] for report in snapshot.reports}
+    broken = {node: line for node, lines in said.items() if (line := broken_device(lines))}
+    node = cause.node
+    if node not in broken and cause.failure_class == "communication":
+        node = next(iter(broken), node)
+    evidence = (*cause.evidence, *(f"kernel of {node}: {line}" for line in said.get(node or "", ())))
+    if node not in broken or cause.failure_class in _NEVER_RETRIED:
+        return replace(cause, evidence=evidence)
+    message = f"a GPU of {node} is broken ({broken[node]}); {cause.message}"
+    rank = cause.rank if node == cause.node else None
+    return replace(cause, failure_class="node", node=node, rank=rank, message=message, evidence=evidence)
 
 
 def _of_hang(hang: Hang) -> Verdict:

@@ -22,6 +22,7 @@ from typing import Any
 from trainer.binding import divide_node
 from trainer.failures import EXIT_DONE, EXIT_FAILED, EXIT_TERMINATED, classify, exit_code_of, node_name
 from trainer.heartbeat import STACK_SIGNAL
+from trainer.kernel_log import read_kernel_log, since_boot, telling
 from trainer.processes import RUN_VARIABLE, die_with_parent, oom_kills
 from trainer.rundir import RunDirectory, write_json
 from trainer.worker import AGENT_PID_VARIABLE, write_output_to
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in divide_node(ranks.nproc_per_node, os.environ).items():
         os.environ.setdefault(name, value)
     report = Report()
-    oom_kills_before = oom_kills()
+    oom_kills_before, began = oom_kills(), since_boot()
     try:
         from trainer.elastic import run_ranks
 
@@ -76,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (first := report.first_failed()) is not None:
         print(f"rank {first} failed first, with exit code {report.exit_codes[first]}; killed: {sorted(report.killed)}")
     report.oom_kills = oom_kills() - oom_kills_before
+    if report.first_failed() is not None:
+        report.kernel = telling(read_kernel_log(), began)
     report.write(run.agent_report_path(options.attempt, node_name()))
     return code
 
@@ -103,6 +106,7 @@ class Report:
     message: str | None = None
     failure_class: str | None = None
     oom_kills: int = 0  # by the kernel, for memory, while they ran
+    kernel: list[str] = field(default_factory=list)  # its messages about GPUs and memory meanwhile
 
     def note(self, rank: int, code: int) -> None:
         """Rank `rank` has been seen to have ended by itself."""
@@ -130,6 +134,7 @@ class Report:
             "killed_ranks": sorted(self.killed),
             "first_failed_rank": self.first_failed(),
             "oom_kills": self.oom_kills,
+            "kernel": self.kernel,
             "class": self.failure_class,
             "message": self.message,
             "time": time.time(),

@@ -74,6 +74,26 @@ def test_a_kill_is_out_of_memory_only_with_the_kernels_word() -> None:
     assert verdict.evidence
 
 
+def test_a_broken_gpu_is_its_nodes_failure() -> None:
+    xid = "NVRM: Xid (PCI:0000:3b:00): 79, pid=1, name=python, GPU has fallen off the bus."
+    records = [record(1, "unknown", 9.0, "CUDA error: unspecified launch failure"), record(0, "communication", 8.0)]
+    n1 = agent("n1", {1: 1}) | {"kernel": [xid]}
+    records[0]["node"] = "n1"
+    verdict = classify(Snapshot({"n0": 1, "n1": 1}, [agent("n0", {0: 1}), n1], records))
+    assert (verdict.failure_class, verdict.rank, verdict.node) == ("node", 1, "n1")
+    assert xid in verdict.message
+    assert verdict.evidence == (f"kernel of n1: {xid}",)
+    # the program's own fault (31) is evidence, no more
+    n1 = agent("n1", {1: 1}) | {"kernel": ["NVRM: Xid (PCI:0000:3b:00): 31, pid=1, name=python, MMU Fault"]}
+    verdict = classify(Snapshot({"n1": 1}, [n1], records[:1]))
+    assert (verdict.failure_class, len(verdict.evidence)) == ("unknown", 1)
+    # its rank was killed before it could say a word: the peers alone told
+    verdict = classify(
+        Snapshot({"n0": 1, "n1": 1}, [agent("n0", {0: 1}), agent("n1", {}) | {"kernel": [xid]}], records[1:])
+    )
+    assert (verdict.failure_class, verdict.rank, verdict.node) == ("node", None, "n1")
+
+
 def test_an_agent_that_is_gone_without_a_report_is_its_nodes_failure() -> None:
     verdict = classify(Snapshot({"n0": 1, "n1": -9}, [agent("n0", {0: 1})], [record(0, "communication", 9.0)]))
     assert (verdict.failure_class, verdict.node, verdict.rank, verdict.victims) == ("node", "n1", None, (0,))
