@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
+from trainer import flight_recorder
 from trainer.heartbeat import STACK_SIGNAL
 
 RENDEZVOUS_TIMEOUT_SECONDS = 600
@@ -101,7 +102,9 @@ class Agent(LocalElasticAgent):
 
     def ask_for_stacks(self) -> None:
         """Have every rank of this node write the stacks of its threads; one that is suspended will not."""
-        for process in self._ranks().values():
+        ranks = self._ranks()
+        flight_recorder.ask(os.getpid(), ranks)
+        for process in ranks.values():
             process.send_signal(STACK_SIGNAL)
 
     def _note_ended(self) -> bool:
@@ -125,6 +128,7 @@ class Agent(LocalElasticAgent):
             if rank not in self._log.exit_codes:
                 self._log.killed.append(rank)
                 self._log.note(rank, process.wait())
+        flight_recorder.clear(os.getpid(), ranks)
 
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:
         # Ranks do nothing on SIGTERM but die, and one that is suspended or stuck would not even do that

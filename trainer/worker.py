@@ -18,11 +18,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import trainer
-from trainer import heartbeat
+from trainer import flight_recorder, heartbeat
 from trainer.binding import CPUS_VARIABLE, bind
 from trainer.failures import DsftError, UserError, exit_code_of, node_name, write_failure
 from trainer.processes import die_with_parent
-from trainer.rundir import RunDirectory
+from trainer.rundir import RunDirectory, read_json
 
 AGENT_PID_VARIABLE = "DSFT_AGENT_PID"
 
@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None, train: Train | None = None) -> 
         with contextlib.suppress(OSError):
             heartbeat.write_stacks_on_signal(run.stack_path(options.attempt, rank))
         heartbeat.start(run.heartbeat_path(options.attempt, rank), rank)
+        if (read_json(run.plan_path) or {}).get("device") == "cuda":
+            flight_recorder.begin(run.attempt_dir(options.attempt), int(agent or 0))
         check_packages()
         if train is None:
             from trainer.train import train as default_train
