@@ -66,9 +66,11 @@ class Membership:
         """Whether a restart with more nodes is worth its time."""
         return self._wants_more and not self._over.is_set()
 
-    def accept(self) -> None:
-        """An attempt follows: it may have the nodes that answered."""
+    def accept(self, unfit: str | None, why: str) -> None:
+        """An attempt follows: it may have the nodes that answered, but for one that is `unfit`."""
         self.nodes.pool.back(self._found)
+        if unfit is not None:
+            self.nodes.pool.lose(unfit, why)
         self._found = []
 
     def does_better_without(self, node: str, ratio: float) -> bool:

@@ -132,7 +132,7 @@ class Supervisor:
                 self.history.append(Attempt(verdict, progress(self.run)))
                 action = decide(self.history, self.resilience.max_restarts, reason)
                 if self.membership is not None:
-                    self.membership.accept()
+                    self.membership.accept(verdict.node if verdict.unfit else None, verdict.message)
                 if action.kind == "retry" and (why := self.exhausted()) is not None:
                     action = Action("stop", EXIT_TEMPORARY, reason=why, requeue=True)
                 self._record(attempt, verdict, action, events)

@@ -75,6 +75,7 @@ class Verdict:
     traceback: str | None = None
     victims: tuple[int, ...] = ()
     evidence: tuple[str, ...] = ()
+    unfit: bool = False  # the node itself is broken: this one failure is enough to leave it out
 
     def to_json(self) -> dict[str, Any]:
         value = asdict(self)
@@ -102,6 +103,7 @@ class _Candidate:
     traceback: str | None = None
     told: bool = True  # it left a record of its own
     evidence: tuple[str, ...] = ()
+    unfit: bool = False
 
 
 def classify(snapshot: Snapshot) -> Verdict:
@@ -132,6 +134,7 @@ def classify(snapshot: Snapshot) -> Verdict:
         traceback=cause.traceback,
         victims=tuple(sorted(others | killed)),
         evidence=cause.evidence,
+        unfit=cause.unfit,
     )
 
 
@@ -150,7 +153,7 @@ def _with_kernel(cause: _Candidate, snapshot: Snapshot) -> _Candidate:
         return replace(cause, evidence=evidence)
     message = f"a GPU of {node} is broken ({broken[node]}); {cause.message}"
     rank = cause.rank if node == cause.node else None
-    return replace(cause, failure_class="node", node=node, rank=rank, message=message, evidence=evidence)
+    return replace(cause, failure_class="node", node=node, rank=rank, message=message, evidence=evidence, unfit=True)
 
 
 def _of_hang(hang: Hang) -> Verdict:
@@ -183,7 +186,8 @@ def _candidates(snapshot: Snapshot) -> list[_Candidate]:
             if code != 0 and rank not in told and rank not in report.get("killed_ranks", ()):
                 found.append(_from_exit(snapshot, report, rank, code))
         if report.get("class"):
-            found.append(_of_agent(report["node"], report["class"], f"agent: {report['message']}", report["time"]))
+            own_word = _of_agent(report["node"], report["class"], f"agent: {report['message']}", report["time"])
+            found.append(replace(own_word, unfit=bool(report.get("unfit"))))
     reported = {report["node"] for report in snapshot.reports}
     for node, code in snapshot.agents.items():
         if code == NODE_LOST:  # whatever it managed to report

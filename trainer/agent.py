@@ -21,10 +21,11 @@ from typing import Any
 
 from trainer.binding import divide_node
 from trainer.failures import EXIT_DONE, EXIT_FAILED, EXIT_TERMINATED, classify, exit_code_of, node_name
+from trainer.health import UnfitNodeError, check_node
 from trainer.heartbeat import STACK_SIGNAL
 from trainer.kernel_log import read_kernel_log, since_boot, telling
 from trainer.processes import RUN_VARIABLE, die_with_parent, oom_kills
-from trainer.rundir import RunDirectory, write_json
+from trainer.rundir import RunDirectory, read_json, write_json
 from trainer.worker import AGENT_PID_VARIABLE, write_output_to
 
 UMASK_VARIABLE = "DSFT_UMASK"  # of the agent and its ranks, in octal digits
@@ -60,6 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from trainer.elastic import run_ranks
 
+        check_node(
+            read_json(run.config_path) or {},
+            (read_json(run.plan_path) or {}).get("device", "cpu"),
+            ranks.nproc_per_node,
+        )
         if options.hold and sys.stdin.readline().strip() != "go":
             return EXIT_DONE
         worker = ["-P", "-m", options.worker_module, "--run-dir", str(run.path), "--attempt", str(options.attempt)]
@@ -69,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stopped = type(error).__name__ == "SignalException"  # how torch says that this process was told to stop
         report.message = f"stopped by {signal.Signals(error.sigval).name}" if stopped else str(error)  # type: ignore[attr-defined]
         report.failure_class = None if stopped else classify(error)
+        report.unfit = isinstance(error, UnfitNodeError)
         code = EXIT_TERMINATED if stopped else exit_code_of(error)
         if not stopped:
             import traceback
@@ -105,6 +112,7 @@ class Report:
     killed: list[int] = field(default_factory=list)
     message: str | None = None
     failure_class: str | None = None
+    unfit: bool = False  # the node should not have ranks before somebody has looked at it
     oom_kills: int = 0  # by the kernel, for memory, while they ran
     kernel: list[str] = field(default_factory=list)  # its messages about GPUs and memory meanwhile
 
@@ -136,6 +144,7 @@ class Report:
             "oom_kills": self.oom_kills,
             "kernel": self.kernel,
             "class": self.failure_class,
+            "unfit": self.unfit,
             "message": self.message,
             "time": time.time(),
         }

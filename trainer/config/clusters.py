@@ -42,6 +42,11 @@ class ClusterSection(Section):
         pattern=r"^0?0[0-7]{2}$",
         description='Of all processes: "0027", "0002"; default: the launching shell\'s',
     )
+    health_check: tuple[str, ...] = Field(
+        (),
+        description='Program run on each node before every attempt, without a shell: ["/usr/sbin/nhc"]; not 0: unfit',
+    )
+    health_check_seconds: PositiveFloat = Field(60.0, description="After which a node that has not answered is unfit")
     group: str | None = Field(None, description="The group that run directories belong to, with all that is in them")
 
 

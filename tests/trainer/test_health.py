@@ -1,0 +1,58 @@
+"""Nodes that are not fit: what nvidia-smi and the site's own check say, and what the agent makes of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.verdict import Snapshot, classify
+from trainer.health import UnfitNodeError, check_node, gpu_problems
+from trainer.rundir import RunDirectory, write_json
+
+
+def test_gpus_are_counted_and_their_memory_is_asked_for() -> None:
+    """nvidia-smi's csv,noheader,nounits: A100 and H100 count errors, others say [N/A]."""
+    rows = "00000000:3B:00.0, 0\n00000000:5E:00.0, 0\n"
+    assert list(gpu_problems("0, 0\n1, 0\n", rows, 2)) == []
+    assert list(gpu_problems("0, [N/A]\n1, [N/A]\n", "", 2)) == []
+    assert list(gpu_problems("0, 0\n", rows, 2)) == ["nvidia-smi sees 1 working GPU(s), 2 ranks need one each"]
+    lost = "Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost."
+    assert "sees 1 working" in next(gpu_problems(f"{lost}\n1, 0\n", "", 2))
+    assert list(gpu_problems("0, 0\n1, 3\n", "", 2)) == [
+        "GPU 1 has had 3 uncorrectable memory error(s) since it was reset"
+    ]
+    assert "00000000:5E:00.0 could not remap" in next(
+        gpu_problems("0, 0\n1, 0\n", rows.replace("E:00.0, 0", "E:00.0, 1"), 2)
+    )
+
+
+def test_a_site_check_has_the_last_word_within_its_time() -> None:
+    def run(*code: str, seconds: float = 30.0) -> None:
+        cluster = {"health_check": [*code], "health_check_seconds": seconds}
+        check_node({"cluster": cluster}, "cpu", 2)
+
+    run("true")
+    with pytest.raises(UnfitNodeError, match="ended with exit code 3: the fan is off"):
+        run("sh", "-c", "echo checking; echo the fan is off; exit 3")
+    with pytest.raises(UnfitNodeError, match="did not end within 1 s"):
+        run("sh", "-c", "sleep 30 & sleep 30", seconds=1.0)
+    with pytest.raises(UnfitNodeError, match="cannot be run: /no/such/check"):
+        run("/no/such/check")
+
+
+def test_the_agent_of_an_unfit_node_starts_no_rank(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    write_json(run.config_path, {"cluster": {"health_check": ["sh", "-c", "echo too hot; exit 1"]}})
+    command = [sys.executable, "-P", "-m", "trainer.agent", "--run-dir", str(tmp_path), "--attempt", "1", "--"]
+    code = subprocess.run([*command, "--nproc-per-node", "1"], timeout=300).returncode
+    assert code == 75
+    (report,) = run.agent_reports(1)
+    verdict = classify(Snapshot({report["node"]: code}, [report]))
+    assert (verdict.failure_class, verdict.node, verdict.unfit) == ("node", report["node"], True)
+    assert "too hot" in verdict.message
+    assert not list((tmp_path / "attempts/0001/logs").glob("*/rank*"))
+    assert json.loads(json.dumps(verdict.to_json()))["unfit"] is True
