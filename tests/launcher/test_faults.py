@@ -209,7 +209,8 @@ def test_the_useful_share_of_a_run_under_fire(folder: Path) -> None:  # noqa: F8
     bound = 1 - (detection + 1.5 * cold + 0.5 * interval * step) / between
     print(
         f"ETTR {goodput['ettr']:.3f} >= {bound:.3f}: {len(faults)} faults, one every {between:.0f} s; "
-        f"detection {detection:.1f} s, cold start {cold:.1f} s, recovery at most {recovery:.1f} s, {interval} steps between checkpoints take "
+        f"detection {detection:.1f} s, cold start {cold:.1f} s, recovery at most {recovery:.1f} s, "
+        f"{interval} steps between checkpoints take "
         f"{interval * step:.1f} s; wall {goodput['wall_seconds']:.1f} s of {outside:.1f} s outside"
     )
     assert goodput["ettr"] >= bound > 0
