@@ -148,7 +148,7 @@ class Supervisor:
 
     def _attempt(self, attempt: int, signals: StopSignals, events: EventWriter) -> tuple[Verdict, str | None]:
         """Run one attempt to its end, whatever that is; nothing of it runs when this returns."""
-        gate, self.gate = self.gate, None
+        gate, self.gate, self._slow = self.gate, None, None
         handle = self.backend.start(attempt)
         self._tell_size(attempt, events)
         watch = self._heartbeats(attempt)
@@ -206,8 +206,9 @@ class Supervisor:
             if signals.count >= 2 or self.lease.lost.is_set() or time.monotonic() > deadline:
                 return None, reason or signals.reason
             if (planned := self._planned_stop(attempt, watch, events)) and reason is None and not signals.count:
-                self.run.request_stop(attempt, planned)
-                reason, deadline = planned, time.monotonic() + self.resilience.slow_phase_timeout_seconds
+                with contextlib.suppress(OSError):  # no storage, no checkpoint: not now
+                    self.run.request_stop(attempt, planned)
+                    reason, deadline = planned, time.monotonic() + self.resilience.slow_phase_timeout_seconds
             if watch.hang is not None and reason is None:
                 return None, None
             if signals.reason and reason is None:
