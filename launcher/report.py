@@ -40,6 +40,8 @@ def report(run: RunDirectory) -> Json:
         "failures": [{**failure, **times.get(failure["attempt"], _NO_TIMES)} for failure in failures(run)],
         "memory": _memory(events),
         "drills": [event for event in events if event["event"] == "drill"],  # also of those that left no failure
+        "sizes": [event for event in events if event["event"] == "resized"],
+        "bad_nodes": [event for event in events if event["event"] == "bad_node"],
         "checkpoints": run.published_checkpoints(),
         "export": str(run.export_dir) if (run.export_dir / "config.json").is_file() else None,
         "tensorboard": str(run.tensorboard_dir) if run.tensorboard_dir.is_dir() else None,
@@ -101,6 +103,11 @@ def _facts(value: Json) -> Iterator[tuple[str, Any]]:
         yield "goodput", goodput_line(value["goodput"])
     if value["memory"]:
         yield "memory", memory_line(value["memory"])
+    if value["sizes"]:
+        told = (f"{e['nodes']} of {e['planned_nodes']} from attempt {e['attempt']}" for e in value["sizes"])
+        yield "nodes", ", ".join(told)
+    for bad in value["bad_nodes"]:
+        yield "bad node", f"{bad['node']}: {bad['why']}"
     if value["checkpoints"]:
         yield "checkpoints", f"{value['run']}/checkpoints (steps {', '.join(map(str, value['checkpoints']))})"
     for key in ("export", "tensorboard", "html"):

@@ -27,9 +27,8 @@ def smaller_plans(config: LaunchConfig, facts: Facts, micro_batch_size: int) -> 
         smaller = _plan_for(config, facts, nodes, micro_batch_size)
         if smaller is None and config.training.micro_batch_size == "auto":
             smaller = _plan_for(config, facts, nodes, "auto")
-        if smaller is None:
-            break
-        found[nodes] = smaller
+        if smaller is not None:
+            found[nodes] = smaller
     return found
 
 

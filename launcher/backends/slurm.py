@@ -227,7 +227,7 @@ class SlurmBackend:
         steps = {
             node: subprocess.Popen(
                 [*shape, f"--nodelist={node}", "true"],
-                env=child_environment({}),
+                env=step_environment({}),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
