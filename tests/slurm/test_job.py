@@ -62,6 +62,21 @@ def test_script_is_the_golden_one() -> None:
     assert render(JOB, full()) == GOLDEN.read_text()
 
 
+@pytest.mark.parametrize(
+    ("values", "nodes", "no_kill"),
+    [
+        ({"nodes": 4}, "4", False),
+        ({"nodes": 4, "min_nodes": 4}, "4", False),
+        ({"nodes": 4, "min_nodes": 2}, "2-4", True),
+        ({"nodes": 4, "min_nodes": 2, "spare_nodes": 1}, "2-5", True),
+    ],
+)
+def test_a_job_asks_for_what_it_can_use(values: dict[str, object], nodes: str, no_kill: bool) -> None:
+    """And outlives the loss of a node only where it can go on without."""
+    options = sbatch_options(JOB, cluster(**values))
+    assert (options["nodes"], "no-kill" in options) == (nodes, no_kill)
+
+
 @pytest.mark.parametrize("values", [{}, {"setup": ["true"]}, full().model_dump()])
 def test_scripts_pass_bash_and_shellcheck(values: dict[str, object], tmp_path: Path) -> None:
     script = tmp_path / "job.sbatch"
