@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Show the plan; exit code 2 where it could not be launched as it is."""
     from launcher.facts import gather_facts
+    from launcher.place import sizes_of
     from launcher.plan import make_plan
     from launcher.preflight import preflight_problems
     from launcher.what_if import compare_nodes, show_nodes
@@ -52,8 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
         return EXIT_DONE if any(choice.plan for choice in choices) else EXIT_USER
     plan = make_plan(config, facts)
     problems = preflight_problems(config, plan, facts)
+    sizes, shortfall = sizes_of(config, plan.to_json())
+    if shortfall:
+        plan = replace(plan, warnings=(*plan.warnings, shortfall))
     if arguments.json:
-        print(json.dumps({**plan.to_json(), "problems": problems}, indent=2))
+        print(json.dumps({**plan.to_json(), "sizes": sizes, "problems": problems}, indent=2))
     else:
         show(plan, problems)
     return EXIT_USER if problems else EXIT_DONE
