@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 from config_samples import runnable
 
+from launcher.backends.ssh import SshBackend
 from launcher.facts import gather_facts
+from launcher.membership import Membership
 from launcher.nodes import NodePool, bad_nodes
 from launcher.plan import make_plan
 from launcher.sizes import shortfall, smaller_plans, worth_growing
 from trainer.config.loading import load_config
-from trainer.config.schema import SlurmCluster
+from trainer.config.schema import SlurmCluster, SshCluster
 from trainer.failures import UserError
+from trainer.rundir import RunDirectory
 
 FOUR = ["a", "b", "c", "d"]
 DAY = 24 * 3600.0
@@ -106,3 +109,25 @@ def test_a_restart_with_more_nodes_has_to_gain_twice_what_it_costs() -> None:
     # steps that do not get shorter are no reason
     same = {nodes: {"batch": {"micro_batches_per_rank": 2}} for nodes in (2, 3)}
     assert not worth_growing(same, 2, 3, seconds_left=1e9, restart_seconds=1.0)
+
+
+@pytest.mark.parametrize(
+    ("spares", "least", "ratio", "better"),
+    [
+        (1, 3, 1.6, True),  # the spare takes its place
+        (0, 4, 9.0, False),  # fewer are not allowed
+        (0, 3, 1.6, True),  # three ranks with four micro-batches each instead of four that wait for the slow one
+        (0, 3, 1.3, False),
+    ],
+)
+def test_a_slow_node_is_left_out_only_where_that_pays(
+    tmp_path: Path, spares: int, least: int, ratio: float, better: bool
+) -> None:
+    run = RunDirectory(tmp_path)
+    cluster = SshCluster(backend="ssh", hosts=FOUR, spare_nodes=spares, min_nodes=min(least, 4 - spares))
+    plans = {nodes: {"nodes": nodes, "batch": {"micro_batches_per_rank": 12 // nodes}} for nodes in (3, 4)}
+    plans = {nodes: plan for nodes, plan in plans.items() if cluster.fewest_nodes <= nodes <= cluster.nodes}
+    backend = SshBackend(run, cluster, 1, {}, "127.0.0.1", pool=NodePool(sorted(plans)))
+    membership = Membership(run, backend, plans)
+    membership.take(cluster.nodes)
+    assert membership.does_better_without("b", ratio) is better
