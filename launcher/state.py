@@ -39,7 +39,7 @@ def run_state(run: RunDirectory, events: Sequence[Mapping[str, Any]] | None = No
     """Derive the state, from `events` if the ledger was read already. A launcher that was killed leaves `failed`."""
     told = ("submitted", "attempt", "finished", "failed", "stopped", "reopened")
     events = ledger(run) if events is None else events
-    last = next((event for event in reversed(events) if event["event"] in told), {"event": "submitted"})
+    last = next((event for event in reversed(events) if event["event"] in told), {"event": "none"})
     if last["event"] == "finished":
         return RunState("finished")
     holder = read_holder(run.lock_dir)
@@ -55,6 +55,8 @@ def run_state(run: RunDirectory, events: Sequence[Mapping[str, Any]] | None = No
         case "attempt":
             stopping = run.stop_request(int(last["attempt"])) is not None
             return RunState("stopped", CUT_SHORT) if stopping else RunState("failed", DIED)
+        case "none":
+            return RunState("pending", "never started: its launch was refused, or goes on just now")
     return RunState("pending")
 
 

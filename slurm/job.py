@@ -152,10 +152,11 @@ def option_value(value: str, option: str) -> str:
     """A value as it has to be written in an #SBATCH line, which knows quotes but expands nothing."""
     if _PLAIN.fullmatch(value):
         return value
+    where = f" (see {_RESERVED[option]})" if option in _RESERVED else ""
     if not value or not value.isprintable() or "\\" in value or ('"' in value and "'" in value):
         raise UserError(
-            f"{value!r} cannot be given to sbatch as --{option}: line breaks, control characters, backslashes and "
-            "both kinds of quotes in one value would be misread. Choose another value."
+            f"{value!r} cannot be given to sbatch as --{option}{where}: line breaks, control characters, backslashes "
+            "and both kinds of quotes in one value would be misread. Choose another value."
         )
     return f"'{value}'" if '"' in value else f'"{value}"'
 

@@ -26,9 +26,9 @@ RECIPES = {
         "srun --ntasks=$SLURM_NNODES --ntasks-per-node=1 tar -xf {local}/env.tar -C {local}",
     ],
     "squashfs": [
-        ON_EACH + ' sh -c \'trap "" TERM; fusermount -uqz {local}/env; mkdir -p {local}/env;'
+        ON_EACH + ' sh -c \'trap "" TERM; fusermount -uz {local}/env 2> /dev/null; mkdir -p {local}/env;'
         " exec squashfuse -f {shared}/env.sqsh {local}/env' &",
-        "trap 'kill $!' EXIT",
+        'trap "kill $!" EXIT',
         ON_EACH + " sh -c 'until [ -x {local}/env/bin/python ]; do sleep 0.2; done'",
     ],
 }

@@ -173,7 +173,7 @@ def translate(error: ValidationError, schema: type[BaseModel]) -> Iterator[tuple
 def _closest(value: Any, allowed: str) -> str:
     if not isinstance(value, str):
         return ""
-    close = difflib.get_close_matches(value, re.findall(r"[\"']([^\"']+)[\"']", allowed), 1)
+    close = difflib.get_close_matches(value, re.findall(r"[\"']([^\"']{2,})[\"']", allowed), 1)
     return f" (did you mean {json.dumps(close[0])}?)" if close else ""
 
 
