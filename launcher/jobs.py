@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+import fcntl
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,16 @@ def waiting_job(run: RunDirectory) -> client.Job | None:
     jobs = list(client.queued([submitted]).values()) if submitted else []
     job = current(jobs) if jobs else None
     return job if job is not None and job.state in ("pending", "running") else None
+
+
+@contextlib.contextmanager
+def one_at_a_time(run: RunDirectory) -> Iterator[None]:
+    """Let one launch at a time look for a job of this run, and submit one; storage without locks makes none wait."""
+    run.events_dir.mkdir(exist_ok=True)
+    with open(run.events_dir / "submission.jsonl", "ab") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def refuse_second_job(run: RunDirectory) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from launcher.gate import CheckProcess
     from launcher.supervisor import Result
+    from slurm.job import Job
     from trainer.config.schema import LaunchConfig, SlurmCluster
     from trainer.failures import UserError
     from trainer.lease import Holder, Lease
@@ -154,12 +155,8 @@ def _submit(
 
     `watch`: follow it then, or the run's job that is in the queue already.
     """
-    from launcher.backends.slurm import job_of, submit
-    from launcher.gate import CheckProcess
-    from launcher.grace import grace_problem
-    from launcher.jobs import base_id, refuse_second_job, waiting_job
+    from launcher.jobs import base_id, one_at_a_time, waiting_job
     from launcher.permissions import make_run_directory
-    from launcher.place import sizes_of
     from trainer.config.loading import redacted
     from trainer.failures import EXIT_DONE
 
@@ -168,12 +165,32 @@ def _submit(
         return EXIT_DONE
     if watch and (job_there := waiting_job(target)) is not None:
         return _follow(config, target, base_id(job_there), as_json)
-    refuse_second_job(target)
     try:
         make_run_directory(target.path, cluster)
-        _write_records(target, resolved, plan)
+        with one_at_a_time(target):
+            job_id, job = _submitted(config, cluster, plan, target, resolved)
     except OSError as error:
         raise _cannot_write(target, error) from error
+    value = {"run": str(target.path), "job_id": job_id, "script": str(job.script_path), "log": str(job.log_path)}
+    text = f"submitted job {job_id}: {job.script_path}, output in {job.log_path}"
+    if watch:
+        print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
+        return _follow(config, target, job_id, as_json)
+    print(json.dumps(value) if as_json else text)
+    return EXIT_DONE
+
+
+def _submitted(
+    config: LaunchConfig, cluster: SlurmCluster, plan: dict[str, Any], target: RunDirectory, resolved: dict[str, Any]
+) -> tuple[str, Job]:
+    """Check data and tokenizer, and submit; returns the job's id, and what was submitted."""
+    from launcher.backends.slurm import job_of, submit
+    from launcher.gate import CheckProcess
+    from launcher.grace import grace_problem
+    from launcher.jobs import refuse_second_job
+
+    refuse_second_job(target)
+    _write_records(target, resolved, plan)
     gate = CheckProcess(target.config_path)
     try:
         while not gate.poll():
@@ -184,18 +201,9 @@ def _submit(
     for warning in (*gate.result.get("warnings", ()), *([problem] if problem else [])):
         print(f"warning: {warning}", file=sys.stderr)
     job = job_of(target, config.name, cluster)
-    sizes, shortfall = sizes_of(config, plan)
-    if shortfall:
-        print(f"warning: {shortfall}", file=sys.stderr)
-    job_id = submit(job, cluster.model_copy(update={"min_nodes": min(sizes)}))
+    job_id = submit(job, cluster)
     target.event_writer("submission").write("submitted", job_id=job_id, backend="slurm")
-    value = {"run": str(target.path), "job_id": job_id, "script": str(job.script_path), "log": str(job.log_path)}
-    text = f"submitted job {job_id}: {job.script_path}, output in {job.log_path}"
-    if watch:
-        print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
-        return _follow(config, target, job_id, as_json)
-    print(json.dumps(value) if as_json else text)
-    return EXIT_DONE
+    return job_id, job
 
 
 def _follow(config: LaunchConfig, target: RunDirectory, job_id: str, as_json: bool) -> int:

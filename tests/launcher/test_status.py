@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,36 @@ def test_a_job_in_the_queue_forbids_another_only_while_it_is_there(slurm: Path, 
     program(slurm, "squeue", DOWN)
     with pytest.raises(client.SlurmUnavailable):
         jobs.refuse_second_job(run)
+
+
+def test_two_launches_at_once_submit_one_job(slurm: Path, tmp_path: Path) -> None:
+    """The second waits, sees the first one's job, and says so."""
+    run = make_run(tmp_path, "a")
+    program(slurm, "squeue", "echo '7|PENDING|None||1:00|N/A'")
+    refused = threading.Event()
+
+    def second() -> None:
+        with jobs.one_at_a_time(run):
+            try:
+                jobs.refuse_second_job(run)
+            except UserError:
+                refused.set()
+
+    other = threading.Thread(target=second)
+    with jobs.one_at_a_time(run):
+        jobs.refuse_second_job(run)
+        other.start()
+        other.join(0.3)
+        assert other.is_alive()
+        run.event_writer("submission").write("submitted", job_id="7", backend="slurm")
+    other.join(30)
+    assert refused.is_set()
+
+
+def test_a_run_whose_launch_was_refused_says_so(tmp_path: Path) -> None:
+    shown = render_status(status(make_run(tmp_path, "a")))
+    assert "pending" in shown
+    assert "never started" in shown
 
 
 def test_a_thousand_runs_take_half_a_second(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
