@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.config.schema import ResilienceConfig
-from trainer.heartbeat import INTERVAL_SECONDS, PHASES_OF_STEPS, Heartbeat, Phase
+from trainer.heartbeat import PHASES_OF_STEPS, Heartbeat, Phase, interval_seconds
 
 FLOOR_SECONDS = 60.0
 STEP_FACTOR = 5.0
@@ -90,7 +90,7 @@ def find_hang(watched: Sequence[Watched], world_size: int, resilience: Resilienc
     if missing:
         limit = max(limit, resilience.slow_phase_timeout_seconds)
     watched = [w for w in watched if w.beat.phase != "ended"]
-    stale = [w for w in watched if w.stale_seconds > max(_STALE_SHARE * limit, 2 * INTERVAL_SECONDS)]
+    stale = [w for w in watched if w.stale_seconds > max(_STALE_SHARE * limit, 2 * interval_seconds(world_size))]
     if len(stale) == len(watched) > 1:  # rather the storage between us and them; their training may go on
         limit = max(limit, resilience.slow_phase_timeout_seconds)
     quiet = min((w.quiet_seconds for w in watched), default=0.0)

@@ -80,3 +80,43 @@ def test_data_memory(tmp_path):
     value = run("data_memory", tmp_path, "--megabytes", 1, 10, "--batches", 5)
     assert value["runs"][1]["records"] >= 3 * value["runs"][0]["records"]
     assert 0.5 < value["ratio"] < 1.5
+
+
+def test_gpu(tmp_path):
+    value = run("gpu", tmp_path, "--small")
+    ours, theirs = value["runs"].values()
+    assert len(ours["losses"]) == len(theirs["losses"]) == 3
+    # the same sequences in the same order from the same kind of weights
+    assert value["curve_distance"] < 0.05
+    assert value["ratio"] > 0
+    assert ours["planned"] > 0
+
+
+def test_scale(tmp_path):
+    value = run("scale", tmp_path, "--sizes", 64, 512, "--processes", 2, 8)
+    small, large = (value["pieces"][str(size)] for size in (64, 512))
+    # files that a rank opens to load do not depend on the number of ranks, nor what all of them write in a second
+    assert large["files opened to load at 3/4 of the ranks"] <= 3
+    assert large["heartbeats a second, all ranks"] == 256
+    assert large["plan.json bytes"] < 8 * small["plan.json bytes"]
+    # connections of a rank: of a full mesh as many as there are ranks, else a handful
+    mesh, needed = (value["groups"][mode]["8"]["sockets"] for mode in ("full mesh", "as needed"))
+    assert mesh >= 4 * 7
+    assert needed < mesh / 2
+
+
+@pytest.mark.matrix
+def test_plan_error(tmp_path):
+    value = run("plan_error", tmp_path, "--cases", 6)
+    (told,) = value["runs"]
+    assert abs(told["error"]) < 1
+    assert told["per_rank"][0]["resident"] > told["per_rank"][0]["peak"] > 0
+
+
+@pytest.mark.matrix
+def test_peer_runs(tmp_path):
+    small = ["--hidden", 64, "--layers", 1, "--vocabulary", 2048, "--steps", 6, "--save-at", 3, "--warm-up", 1]
+    value = run("peer_runs", tmp_path, "--sides", "dsft", "bare", "hf", *small)
+    assert list(value["table"]) == ["dsft", "bare", "hf"]
+    for figures in value["table"].values():
+        assert all(figure > 0 for figure in figures.values())

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from trainer.origin import Origin
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_FULL_MESH_RANKS = 64
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ def init_distributed(device: str, timeout_seconds: float) -> torch.device:
     # On CPUs DeepSpeed would compile a shared-memory all-reduce at start: a minute of g++, and a process killed in
     # it leaves a lock that hangs every later start. Gloo does the job.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # A gloo group connects every rank with every other when it is made; a ring needs a handful of these connections.
+    if int(os.environ.get("WORLD_SIZE", "1")) > _FULL_MESH_RANKS:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda":
         torch.cuda.set_device(local_rank)

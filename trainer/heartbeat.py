@@ -31,12 +31,18 @@ R = TypeVar("R")
 Phase = Literal["setup", "data", "step", "checkpoint", "evaluation", "export", "ending", "ended"]
 
 INTERVAL_SECONDS = 2.0
+_WRITES_PER_SECOND = 256  # of all ranks together: a shared file system has one metadata server for everybody
 PHASES_OF_STEPS: frozenset[Phase] = frozenset({"data", "step"})  # all others may take long
 # On this signal a rank writes the stack of each of its threads, and its agent passes it on to all ranks of the node
 STACK_SIGNAL = signal.SIGUSR2
 _RECENT_STEPS = 100
 _MAX_GROUPS = 32
 _BYTES = 2048
+
+
+def interval_seconds(world_size: int) -> float:
+    """How often a rank writes: every 2 s in runs of up to 512 ranks, less often in larger ones."""
+    return max(INTERVAL_SECONDS, world_size / _WRITES_PER_SECOND)
 
 
 @dataclass(frozen=True)
@@ -130,10 +136,12 @@ def noting_own_time(gather: Callable[[T], R]) -> Callable[[T], R]:
     return noting
 
 
-def start(path: Path, rank: int) -> None:
+def start(path: Path, rank: int, world_size: int = 1) -> None:
     """Publish this process's marks in `path` from now on until it ends."""
     global _publisher
-    _publisher = threading.Thread(target=_publish, args=(path, rank), name="heartbeat", daemon=True)
+    _publisher = threading.Thread(
+        target=_publish, args=(path, rank, interval_seconds(world_size)), name="heartbeat", daemon=True
+    )
     _publisher.start()
 
 
@@ -163,7 +171,7 @@ def read(path: Path) -> Heartbeat | None:
         return None
 
 
-def _publish(path: Path, rank: int) -> None:
+def _publish(path: Path, rank: int, interval: float) -> None:
     node, beats = node_name(), 0
     last = False
     while not last:
@@ -182,7 +190,7 @@ def _publish(path: Path, rank: int) -> None:
         with contextlib.suppress(OSError):  # no storage: nothing is known of this rank meanwhile, and it trains on
             _write(path, beat)
             _flush_stacks()
-        _publish_now.wait(INTERVAL_SECONDS)
+        _publish_now.wait(interval)
 
 
 _FIELDS = {field.name for field in fields(Heartbeat)}

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None, train: Train | None = None) -> 
         write_output_to(run.log_path(options.attempt, node_name(), rank))
         with contextlib.suppress(OSError):
             heartbeat.write_stacks_on_signal(run.stack_path(options.attempt, rank))
-        heartbeat.start(run.heartbeat_path(options.attempt, rank), rank)
+        heartbeat.start(run.heartbeat_path(options.attempt, rank), rank, int(os.environ.get("WORLD_SIZE", "1")))
         if (read_json(run.plan_path) or {}).get("device") == "cuda":
             flight_recorder.begin(run.attempt_dir(options.attempt), int(agent or 0))
         check_packages()
