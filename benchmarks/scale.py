@@ -105,7 +105,7 @@ def checkpoints(folder: Path, ranks: int) -> dict[str, Any]:
         (folder / f"report-{rank:05d}.json").write_text(json.dumps({"files": {path.name: files[path.name]}}))
 
     class Collector:
-        class _engine:  # noqa: N801
+        class _engine:
             world_size = ranks
 
     def collect() -> None:

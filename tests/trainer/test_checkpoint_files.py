@@ -17,6 +17,8 @@ from trainer.checkpoint_files import (
     Checkpoint,
     Retention,
     abandon_after,
+    checksum,
+    damage,
     differences,
     folder_name,
     list_checkpoints,
@@ -37,6 +39,22 @@ ROOT = Path(__file__).parents[2]
 
 def checkpoint(step: int, loss: float | None = None, status: str = "published") -> Checkpoint:
     return Checkpoint(Path(folder_name(step)), step, status, 0, 1, {} if loss is None else {"loss": loss})
+
+
+def test_a_share_of_the_files_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"f{number}" for number in range(4)]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    files = {name: {"bytes": 2, "xxh3_128": checksum(tmp_path / name)} for name in names}
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
+    looked = []
+    monkeypatch.setattr("trainer.checkpoint_files.checksum", lambda path: looked.append(path.name) or checksum(path))
+    assert [damage(tmp_path, lambda index, rank=rank: index % 2 == rank) for rank in (0, 1)] == [None, None]
+    assert looked == ["f0", "f2", "f1", "f3"]
+    (tmp_path / "f1").unlink()
+    assert damage(tmp_path, lambda index: index % 2 == 0) is None
+    assert "f1 is missing" in str(damage(tmp_path, lambda index: index % 2 == 1))
+    assert "f1 is missing" in str(damage(tmp_path))
 
 
 def kept(checkpoints: list[Checkpoint], retention: Retention) -> list[int]:
