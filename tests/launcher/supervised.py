@@ -34,7 +34,10 @@ def train(run: RunDirectory, attempt: int) -> None:
             os._exit(7)
         case "flaky" if attempt == 1 and rank == 1:
             os.kill(os.getpid(), signal.SIGSEGV)
-        case "done" | "flaky" if mode == "done" or attempt == 2:
+        case "hungry" if attempt == 1 and rank == 1:
+            Path(os.environ["MEMORY_GROUP"]).write_text(str(os.getpid()))
+            print(len(b"\1" * (64 << 20)))
+        case "done" | "flaky" | "hungry" if mode == "done" or attempt == 2:
             if rank == 0:
                 run.event_writer("rank0", attempt).write("trained", step=3)
             return

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import subprocess
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 from test_launch import config_file, dsft, folder, start, wait_for  # noqa: F401
+from test_supervisor import memory_group
 
 from launcher.drill import inject
 from trainer.processes import processes_of_run
@@ -57,24 +57,6 @@ def process_of(run: RunDirectory, rank: int) -> int:
             if f"RANK={rank}".encode() in lines and b"trainer.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 return pid
     raise AssertionError(f"rank {rank} does not run")
-
-
-@contextlib.contextmanager
-def memory_group(limit: str) -> Iterator[Path]:
-    """A control group with so much memory; its file of processes. Skips where none can be made."""
-    version1 = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
-    base = version1.parent if version1.exists() else Path("/sys/fs/cgroup")
-    group = base / f"dsft-drill-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"no control groups here: {error}")
-    try:
-        (group / ("memory.limit_in_bytes" if version1.exists() else "memory.max")).write_text(limit)
-        yield group / "cgroup.procs"
-    finally:
-        wait_for(lambda: not (group / "cgroup.procs").read_text().strip(), 30)
-        group.rmdir()
 
 
 def test_the_kernel_kills_a_rank_for_memory(folder: Path, undisturbed: RunDirectory) -> None:  # noqa: F811

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -103,6 +104,36 @@ def test_a_transient_crash_is_retried_and_told(run: RunDirectory) -> None:
     assert (first["class"], first["rank"], first["action"]) == ("unknown", 1, "retry")
     assert "SIGSEGV" in first["message"]
     assert told(run) == ["attempt", "failure", "attempt", "trained", "finished"]
+
+
+@contextlib.contextmanager
+def memory_group(limit: str) -> Iterator[Path]:
+    """A control group with so much memory; its file of processes. Skips where none can be made."""
+    version1 = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+    base = version1.parent if version1.exists() else Path("/sys/fs/cgroup")
+    group = base / f"dsft-drill-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control groups here: {error}")
+    try:
+        (group / ("memory.limit_in_bytes" if version1.exists() else "memory.max")).write_text(limit)
+        yield group / "cgroup.procs"
+    finally:
+        deadline = time.monotonic() + 30
+        while (group / "cgroup.procs").read_text().strip() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        group.rmdir()
+
+
+def test_a_rank_that_the_kernel_kills_for_memory_is_told_so(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    with memory_group("24M") as group:
+        monkeypatch.setenv("MEMORY_GROUP", str(group))
+        code, _ = Launch(run, "hungry").end()
+    first, second = run.verdicts()
+    assert (first["class"], first["rank"], first["action"]) == ("out_of_memory", 1, "retry")
+    assert any("for memory on" in text for text in first["evidence"])
+    assert (code, second["outcome"]) == (0, "finished")
 
 
 def test_a_rank_that_is_killed_is_named_not_the_one_that_waited_for_it(run: RunDirectory) -> None:
