@@ -1,7 +1,7 @@
 """A job for the tests: the supervisor over SLURM's backend, with ranks that all-reduce in place of training.
 
-`python reduced.py RUN_DIR NODES PROCESSES [SECONDS]` supervises; as `trainer.agent --worker-module reduced` it is a
-rank, which adds up the ranks' numbers over gloo, once and then every 50 ms until SECONDS (over all
+`python reduced.py RUN_DIR NODES PROCESSES [SECONDS [MIN_NODES]]` supervises; as `trainer.agent --worker-module reduced` it
+is a rank, which adds up the ranks' numbers over gloo, once and then every 50 ms until SECONDS (over all
 starts) have passed or a stop request.
 """
 
@@ -13,11 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+from trainer import heartbeat
 from trainer.processes import kill_all
-from trainer.rundir import RunDirectory, append_line
+from trainer.rundir import RunDirectory, append_line, write_json
 
 
-def supervise(folder: str, nodes: str, processes: str, seconds: str = "0") -> int:
+def supervise(folder: str, nodes: str, processes: str, seconds: str = "0", min_nodes: str = "") -> int:
+    from launcher import membership
     from launcher.backends.slurm import SlurmBackend
     from launcher.requeue import continue_job, exit_code
     from launcher.supervisor import Supervisor
@@ -31,7 +33,14 @@ def supervise(folder: str, nodes: str, processes: str, seconds: str = "0") -> in
     environment = {"REDUCED_SECONDS": seconds, "OMP_NUM_THREADS": "1"}
     backend = SlurmBackend(run, cluster, int(processes), environment, worker_module="reduced")
     with acquire(run.lock_dir) as lease:
-        supervisor = Supervisor(run, backend, ResilienceConfig(max_restarts=2), lease)
+        supervisor = Supervisor(run, backend, ResilienceConfig(max_restarts=2, exclude_stragglers=True), lease)
+        if min_nodes:
+            membership._LOOK_SECONDS = 2.0
+            sizes = range(int(min_nodes), int(nodes) + 1)
+            plans = {n: {"nodes": n, "world_size": n, "batch": {"micro_batches_per_rank": 12 // n}} for n in sizes}
+            write_json(run.plan_path, plans[int(nodes)])
+            supervisor.membership = membership.Membership(run, backend, plans)
+            backend.pool.sizes, backend.resize = sizes, supervisor.membership.take
         continue_job(supervisor, backend)
         action = supervisor.supervise().action
     return exit_code(action, run, cluster)
@@ -58,8 +67,13 @@ def train(run: RunDirectory, attempt: int) -> None:
         value = torch.tensor([rank + 1.0, float(ends), float(time.monotonic() > deadline)])
         dist.all_reduce(value)
         assert value[0].item() == world_size * (world_size + 1) / 2
-        if step == 0 and rank == 0:
-            events.write("first_step", step=1)
+        if rank == 0:
+            if step == int(rounds):
+                events.write("first_step", step=step + 1)
+            line = {"step": step + 1, "loss": 1.0, "time": time.time(), "step_seconds": 0.05, "total_steps": 1_000_000}
+            append_line(run.metrics_path, line)
+        if step % 100 == 0:  # what trainer.stragglers would measure
+            heartbeat.note_probe(0.05 if os.environ["SLURMD_NODENAME"] == os.environ.get("REDUCED_SLOW_NODE") else 0.01)
         if os.environ["SLURMD_NODENAME"] == os.environ.get("REDUCED_BAD_NODE"):
             kill_all([parent_of(os.getppid())])  # the node's end of the link, which takes its agent and ranks along
         if value[1] or value[2]:
