@@ -1,7 +1,7 @@
 """A job for the tests: the supervisor over SLURM's backend, with ranks that all-reduce in place of training.
 
-`python reduced.py RUN_DIR NODES PROCESSES [SECONDS [MIN_NODES]]` supervises; as `trainer.agent --worker-module reduced` it
-is a rank, which adds up the ranks' numbers over gloo, once and then every 50 ms until SECONDS (over all
+`python reduced.py RUN_DIR NODES PROCESSES [SECONDS [MIN_NODES]]` supervises; as `trainer.agent --worker-module reduced`
+it is a rank, which adds up the ranks' numbers over gloo, once and then every 50 ms until SECONDS (over all
 starts) have passed or a stop request.
 """
 
