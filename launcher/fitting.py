@@ -14,6 +14,7 @@ from trainer.config.model import CheckpointedLayers
 from trainer.config.schema import LaunchConfig
 from trainer.failures import UserError
 from trainer.planning.batches import BatchPlan, choose_micro_batch, plan_batches
+from trainer.planning.communication import USUAL, Communication
 from trainer.planning.deepspeed_config import deepspeed_config
 from trainer.planning.memory import MemoryEstimate, Recomputation, estimate, recomputation
 from trainer.planning.model_facts import ModelFacts
@@ -51,12 +52,16 @@ class Setup:
 
 @dataclass(frozen=True)
 class Room:
-    """The memory that there is, in bytes; None: not known. ``per_node``: ranks of a node."""
+    """The memory that there is, in bytes; None: not known.
+
+    ``per_node``: ranks of a node. ``communication``: how much they send at a time, in buffers.
+    """
 
     device: str
     device_memory: int | None
     host_memory: int | None
     per_node: int
+    communication: Communication = USUAL
 
     def holds(self, memory: MemoryEstimate | None, share: float = 1.0) -> bool:
         """Whether it fits into this share of it; True where nothing is known."""
@@ -70,7 +75,8 @@ class Room:
 def memory_of(config: LaunchConfig, setup: Setup, room: Room) -> MemoryEstimate | None:
     """The estimate for a rank."""
     section = config.deepspeed.model_copy(update={"offload_optimizer": setup.offload})
-    settings = deepspeed_config(section, config.model.dtype, setup.micro_batch_size, 1, config.training.max_grad_norm)
+    clip = config.training.max_grad_norm
+    settings = deepspeed_config(section, config.model.dtype, setup.micro_batch_size, 1, clip, room.communication)
     return estimate(
         setup.model,
         settings["zero_optimization"],

@@ -13,6 +13,7 @@ from trainer.config.loading import config_hash
 from trainer.config.schema import LaunchConfig
 from trainer.failures import UserError
 from trainer.planning.batches import BatchPlan
+from trainer.planning.communication import Communication, plan_communication
 from trainer.planning.deepspeed_config import deepspeed_config
 from trainer.planning.flops import FORMULA, flops_per_token, peak_flops
 from trainer.planning.memory import MemoryEstimate
@@ -62,6 +63,7 @@ class Plan:
     memory_reason: str
     threads_per_rank: int
     deepspeed: dict[str, Any]
+    communication: Communication
     warnings: tuple[str, ...]
     max_steps: int | None
     sequence_length: int
@@ -124,6 +126,7 @@ class Plan:
             "recompute": self.recompute,
             "memory_reason": self.memory_reason,
             "deepspeed": self.deepspeed,
+            "communication": asdict(self.communication),
             "commands": self.commands(),
             "warnings": list(self.warnings),
         }
@@ -167,7 +170,8 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
         device_memory = host_memory // per_node if host_memory else None
 
     _check_sharing(config, facts.model, config.cluster.nodes * per_node)
-    room = Room(device, device_memory, host_memory, per_node)
+    communication = _communication(config, facts.model, device, per_node, figures, device_memory)
+    room = Room(device, device_memory, host_memory, per_node, communication)
     flops = _flops(config, facts.model)
     peak = peak_flops(gpu_name) if gpu_name and config.model.dtype == "bfloat16" else None
 
@@ -215,7 +219,9 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
             batch.micro_batch_size,
             batch.micro_batches_per_rank,
             config.training.max_grad_norm,
+            communication,
         ),
+        communication=communication,
         warnings=tuple(warnings),
         max_steps=config.training.max_steps,
         sequence_length=config.data.sequence_length,
@@ -225,6 +231,33 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
 def _gpu_model(config: LaunchConfig) -> str | None:
     """The GPUs of nodes that cannot be seen from here, as the config names them."""
     return None if config.cluster.backend == "local" else config.cluster.gpu_model
+
+
+def _network(config: LaunchConfig) -> float | None:
+    """Bytes/s of a node to the others, one direction; None: not known."""
+    gigabits = None if config.cluster.backend == "local" else config.cluster.network_gigabits
+    return None if gigabits is None else gigabits * 1e9 / 8
+
+
+def _communication(
+    config: LaunchConfig,
+    model: ModelFacts,
+    device: str,
+    per_node: int,
+    figures: Device | None,
+    device_memory: int | None,
+) -> Communication:
+    if device == "cpu":
+        return Communication(reason="on CPUs nothing overlaps: common sizes")
+    return plan_communication(
+        model,
+        nodes=config.cluster.nodes,
+        gpus_per_node=per_node,
+        link=figures.link if figures else None,
+        network=_network(config),
+        parameter_bytes=2 if config.model.dtype == "bfloat16" else 4,
+        device_memory=device_memory,
+    )
 
 
 def _check_sharing(config: LaunchConfig, model: ModelFacts, world_size: int) -> None:
@@ -266,7 +299,6 @@ def _step_time(
     model = setup.model
     if flops is None or peak is None or figures is None or model.parameters is None:
         return None
-    gigabits = None if config.cluster.backend == "local" else config.cluster.network_gigabits
     return step_time(
         flops_per_token=flops,
         tokens_per_rank=batch.micro_batches_per_rank
@@ -284,7 +316,7 @@ def _step_time(
         nodes=config.cluster.nodes,
         gpus_per_node=per_node,
         link=figures.link,
-        network=None if gigabits is None else gigabits * 1e9 / 8,
+        network=_network(config),
     )
 
 

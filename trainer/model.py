@@ -17,6 +17,7 @@ from trainer.config.schema import ModelConfig, OptimizerConfig
 from trainer.config.trained import ParameterGroup
 from trainer.engine import whole_shape
 from trainer.failures import UserError
+from trainer.kernels import fuse_kernels
 from trainer.layers import compile_layers, set_recomputation
 from trainer.selection import depths, select, trained_names
 from trainer.vocabulary import resize_embeddings
@@ -97,6 +98,7 @@ def build_model(
     choose_trained(model, config, seed)
     del partitioning
     model.config.use_cache = False
+    print(f"model.kernels: {fuse_kernels(model, config)}", flush=True)
     set_recomputation(model, config)
     if config.compile:
         print(f"model.compile: {compile_layers(model, config)}", flush=True)

@@ -138,6 +138,9 @@ def _summary(plan: Plan) -> RenderableType:
         rows.append(("", f"[dim]{plan.memory_reason}[/dim]"))
     if batch.suggestions:
         rows.append(("", f"[dim]less waste: {' or '.join(batch.suggestions)}[/dim]"))
+    sizes = plan.communication
+    rows.append(("buckets", f"{count(sizes.reduce_bucket)} gradients, {count(sizes.prefetch_bucket)} parameters ahead"))
+    rows.append(("", f"[dim]{sizes.reason}[/dim]"))
     if plan.checkpoint_bytes is not None:
         rows.append(("checkpoint", gib(plan.checkpoint_bytes)))
     if plan.flops_per_token is not None:

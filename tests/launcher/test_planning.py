@@ -10,12 +10,21 @@ from hypothesis import strategies as st
 from trainer.config.schema import DeepSpeedConfig, ModelConfig
 from trainer.failures import UserError
 from trainer.planning.batches import choose_micro_batch, cut, plan_batches
+from trainer.planning.communication import (
+    DEFAULT_BUCKET,
+    LARGEST_PREFETCH,
+    LARGEST_REDUCE,
+    SMALLEST,
+    layer_parameters,
+    plan_communication,
+)
 from trainer.planning.deepspeed_config import deepspeed_config
 from trainer.planning.flops import flops_per_token, peak_flops
 from trainer.planning.memory import CUDA_OVERHEAD, Recomputation, estimate, recomputation
 from trainer.planning.model_facts import facts_of_config
 
 LLAMA = facts_of_config(LLAMA_8B)
+LAYER_8B = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
 
 
 @given(st.integers(1, 500), st.integers(1, 64), st.integers(1, 64))
@@ -100,6 +109,37 @@ def test_raw_deepspeed_config_is_merged():
     assert config["zero_optimization"]["sub_group_size"] == 5
     assert config["zero_optimization"]["reduce_bucket_size"] > 0
     assert config["comms_logger"] == {"enabled": True}
+
+
+def buckets(nodes, gpus=8, link=450e9, network=50e9, model=LLAMA, memory=80 << 30):
+    options = {"link": link, "network": network, "parameter_bytes": 2, "device_memory": memory}
+    return plan_communication(model, nodes=nodes, gpus_per_node=gpus, **options)
+
+
+def test_buckets_follow_latency_and_bandwidth():
+    # 0.9 of the bandwidth: n = 9 a W B. Eight H100s: 9 x 5 us x 8 x 450 GB/s = 162 MB
+    one = buckets(1)
+    assert (one.reduce_bucket, one.prefetch_bucket) == (162_000_000 // 4, LAYER_8B)  # 81M elements would do
+    assert "gathered ahead: one layer" in buckets(1, link=200e9).reason
+    # eight nodes of 400 Gbit/s: a GPU has 6.25 GB/s; 9 x 15 us x 64 x 6.25 GB/s = 54 MB
+    assert buckets(8).reduce_bucket == 54_000_000 // 4
+    assert buckets(32).reduce_bucket == 54_000_000
+    assert buckets(512).reduce_bucket == LARGEST_REDUCE
+    assert buckets(8, network=5e9).reduce_bucket == SMALLEST  # a slow network is soon busy
+    assert buckets(8, network=None).reduce_bucket == DEFAULT_BUCKET
+    assert "network_gigabits" in buckets(8, network=None).reason
+    assert buckets(1, link=None).reduce_bucket == DEFAULT_BUCKET
+    assert buckets(1, gpus=1).reduce_bucket == SMALLEST
+
+
+def test_a_layer_is_gathered_ahead_and_small_gpus_hold_less():
+    assert layer_parameters(LLAMA) == LAYER_8B
+    assert buckets(8).prefetch_bucket == LAYER_8B < LARGEST_PREFETCH
+    small = facts_of_config({**LLAMA_8B, "hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 8192})
+    assert buckets(8, model=small).prefetch_bucket == layer_parameters(small) < LAYER_8B
+    assert buckets(1).max_live == 1_000_000_000
+    assert buckets(1, memory=16 << 30).max_live == (1 << 30) // 2
+    assert buckets(1, model=facts_of_config({"model_type": "rwkv9"})).prefetch_bucket == 81_000_000
 
 
 def test_what_contradicts_the_plan_is_refused_all_at_once():

@@ -63,6 +63,7 @@ def deepspeed_config(case: dict[str, Any], world_size: int) -> dict[str, Any]:
             "stage": case["stage"],
             "overlap_comm": False,
             "stage3_param_persistence_threshold": case.get("persistence_threshold", 0),
+            **case.get("zero", {}),
         },
     }
     if case.get("offload"):

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainer import kernels
 from trainer.config.schema import ModelConfig
 from trainer.failures import UserError
+from trainer.kernels import fuse_kernels
 from trainer.layers import compile_layers, repeated_layers, set_recomputation
 
 LAYERS = 4
@@ -109,11 +111,12 @@ def test_models_without_layers_of_their_own_are_refused() -> None:
         {"gradient_checkpointing": {"every": 0}},
         {"activation_offload": True, "compile": True},
         {"sequence_parallel": 2, "compile": True},
+        {"kernels": "liger", "compile": True},
         {"compile": {"mode": "reduce-overhead"}},
     ],
 )
 def test_combinations_that_cannot_be(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"activation_offload|every|mode|sequence_parallel"):
+    with pytest.raises(ValueError, match=r"activation_offload|every|mode|sequence_parallel|kernels"):
         config_of(**options)
 
 
@@ -155,3 +158,18 @@ def test_without_a_compiler_layers_run_as_they_are(monkeypatch: pytest.MonkeyPat
     model = llama()
     assert "no-such-compiler is not on this node" in compile_layers(model, config_of(compile=True))
     assert "forward" not in vars(repeated_layers(model)[0])
+
+
+def test_fused_kernels_go_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger's kernels run on GPUs alone; here is what decides about them."""
+    model, liger = llama(), config_of(kernels="liger")
+    assert fuse_kernels(model, config_of(kernels="none")) == "the model's own, as configured"
+    assert fuse_kernels(model, config_of()) == "the model's own: its kernels want a GPU"
+    with pytest.raises(UserError, match=r"model\.kernels: liger does not go here: its kernels want a GPU"):
+        fuse_kernels(model, liger)
+    monkeypatch.setattr(kernels, "on_gpu", lambda: True)
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None if name == "liger_kernel" else name)
+    with pytest.raises(UserError, match="liger-kernel is not installed"):
+        fuse_kernels(model, liger)
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name)
+    assert "torch.compile fuses them itself" in fuse_kernels(model, config_of(compile=True))

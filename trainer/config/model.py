@@ -52,6 +52,9 @@ class ModelConfig(Section):
         1, description="Ranks that share each sequence, a slice each: for contexts too long for one (Ulysses)"
     )
     compile: Flag | CompileConfig = Field(False, description="torch.compile, layer by layer")
+    kernels: Literal["auto", "liger", "none"] = Field(
+        "auto", description="Fused norms, MLP and rotary embedding; auto: Liger's on GPUs, where it is installed"
+    )
     freeze: tuple[str, ...] = Field(
         (), description="Not trained: names of modules or parameters, fnmatch patterns, layers:FIRST-LAST"
     )
@@ -90,6 +93,8 @@ class ModelConfig(Section):
             )
         if self.activation_offload and self.compile:
             raise ValueError("`activation_offload` and `compile` do not go together: leave one of them out")
+        if self.kernels == "liger" and self.compile:
+            raise ValueError("`kernels` and `compile` do not go together: torch.compile fuses norms and MLP itself")
         if self.sequence_parallel > 1 and self.compile:
             raise ValueError("`sequence_parallel` and `compile` do not go together: leave one of them out")
 

@@ -7,14 +7,10 @@ from typing import Any
 
 from trainer.config.schema import DeepSpeedConfig
 from trainer.failures import UserError
+from trainer.planning.communication import USUAL, Communication
 
-# Elements, not bytes. Smaller than DeepSpeed's defaults (5e8, 5e8, 1e9), which cost 4 GB for buckets alone; buckets of
-# 5e7 elements already keep NCCL at full bandwidth.
-REDUCE_BUCKET = 50_000_000
-PREFETCH_BUCKET = 50_000_000
-PERSISTENCE_THRESHOLD = 100_000
-MAX_LIVE_PARAMETERS = 1_000_000_000
-SUB_GROUP = 1_000_000_000
+PERSISTENCE_THRESHOLD = 100_000  # elements: norms and biases, whose gathering would cost latency alone
+SUB_GROUP = 1_000_000_000  # elements
 
 _INSTEAD = {
     "train_batch_size": "training.global_batch_size",
@@ -41,7 +37,12 @@ _INSTEAD = {
 
 
 def deepspeed_config(
-    config: DeepSpeedConfig, dtype: str, micro_batch_size: int, micro_batches_per_rank: int, max_grad_norm: float
+    config: DeepSpeedConfig,
+    dtype: str,
+    micro_batch_size: int,
+    micro_batches_per_rank: int,
+    max_grad_norm: float,
+    communication: Communication = USUAL,
 ) -> dict[str, Any]:
     """The complete DeepSpeed JSON. It has no optimizer or scheduler: dsft builds AdamW and sets the learning rate.
 
@@ -51,6 +52,7 @@ def deepspeed_config(
         micro_batch_size: sequences.
         micro_batches_per_rank: becomes ``gradient_accumulation_steps``.
         max_grad_norm: 0 turns clipping off.
+        communication: sizes of buckets, by model and network.
 
     Raises:
         UserError: a key of ``deepspeed.config`` contradicts the plan.
@@ -60,18 +62,18 @@ def deepspeed_config(
         "contiguous_gradients": True,
         "overlap_comm": config.zero_stage == 3,
         "reduce_scatter": True,
-        "reduce_bucket_size": REDUCE_BUCKET,
+        "reduce_bucket_size": communication.reduce_bucket,
     }
     if config.zero_stage == 3:
         zero |= {
-            "stage3_prefetch_bucket_size": PREFETCH_BUCKET,
+            "stage3_prefetch_bucket_size": communication.prefetch_bucket,
             "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
-            "stage3_max_live_parameters": MAX_LIVE_PARAMETERS,
-            "stage3_max_reuse_distance": MAX_LIVE_PARAMETERS,
+            "stage3_max_live_parameters": communication.max_live,
+            "stage3_max_reuse_distance": communication.max_live,
             "sub_group_size": SUB_GROUP,
         }
     else:
-        zero["allgather_bucket_size"] = REDUCE_BUCKET
+        zero["allgather_bucket_size"] = communication.reduce_bucket
     if config.offload_optimizer not in ("none", "auto"):
         zero["offload_optimizer"] = {"device": config.offload_optimizer, "pin_memory": True}
     result: dict[str, Any] = {
