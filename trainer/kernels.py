@@ -1,8 +1,8 @@
 """Liger's fused Triton kernels (Hsu et al. 2024, arXiv 2410.10989) in the place of a model's norms, MLP and rotary
 embedding.
 
-Its fused linear cross-entropy is left out: it takes the hidden state of every position, where dsft runs the head only at
-those with a label, and multiplies with the head's weight outside of its module, before ZeRO-3 has gathered it.
+Its fused linear cross-entropy is left out: it takes the hidden state of every position, where dsft runs the head only
+at those with a label, and multiplies with the head's weight outside of its module, before ZeRO-3 has gathered it.
 """
 
 from __future__ import annotations
