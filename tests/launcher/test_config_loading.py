@@ -113,6 +113,15 @@ def test_keys_in_the_wrong_section_are_pointed_to_the_right_one(tmp_path):
     assert errors["sequence_length"].message == "unknown key; did you mean `data.sequence_length`?"
 
 
+def test_keys_of_another_backend_are_said_to_be_that(tmp_path):
+    """As they come with `extends`, whose objects are merged."""
+    (tmp_path / "base.json").write_text(json.dumps({"cluster": {"backend": "slurm", "nodes": 2, "time": "10"}}))
+    cluster = {"backend": "ssh", "hosts": ["n1"]}
+    errors = errors_of(write(tmp_path / "c.json", changed(extends="base.json", cluster=cluster)))
+    assert "belongs to another kind of `cluster`" in errors["cluster.nodes"].message
+    assert "belongs to another kind of `cluster`" in errors["cluster.time"].message
+
+
 def test_contradictions(tmp_path):
     config = changed(training__epochs=2.0, model__path="gpt2")
     errors = errors_of(write(tmp_path / "c.json", config))

@@ -249,11 +249,13 @@ def suggestion(path: Path, owner: type[BaseModel], schema: type[BaseModel]) -> s
     """What was probably meant by an unknown key."""
     key = str(path[-1])
     siblings = [*owner.model_fields, *(["extends"] if owner is schema else [])]
+    everywhere = list(known_paths(schema))
+    if path in everywhere:  # of a union: a base file's cluster of another backend
+        return f", for it belongs to another kind of `{dotted(path[:-1])}`; remove it"
     close = difflib.get_close_matches(key.lower(), siblings, 1, 0.6)
     close = close or [name for name in siblings if len(key) > 2 and (key.lower() in name or name in key.lower())]
     if close:
         return f"; did you mean `{dotted((*path[:-1], close[0]))}`?"
-    everywhere = list(known_paths(schema))
     names = difflib.get_close_matches(key.lower(), {item[-1] for item in everywhere}, 1, 0.8)
     if names:
         return f"; did you mean `{dotted(next(item for item in everywhere if item[-1] == names[0]))}`?"
