@@ -40,7 +40,7 @@ def nlvr_colours(data: Path, folder: Path) -> Recipe:
         [{"path": str(write(folder / "test.jsonl", files["test"]))}],
         65,
         32,
-        300,
+        120,
         1e-3,
         "accuracy",
         {f"always {best}": {"accuracy": share}},
@@ -64,14 +64,14 @@ def nlvr_questions(data: Path, folder: Path) -> Recipe:
                         continue
                     question, answer = f"which box has most {COLOURS[colour]} ?", str(most[0])
                 files[name].append({"image": made["image"], "prompt": question, "completion": answer})
-    files["test"] = files["test"][:500]
+    files["test"] = files["test"][:400]
     by_question: dict[str, Counter[str]] = {}
     for record in files["dev"]:
         by_question.setdefault(record["prompt"], Counter())[record["completion"]] += 1
     right = [by_question[r["prompt"]].most_common(1)[0][0] == r["completion"] for r in files["test"]]
     baseline = {"the most frequent answer to each question": {"exact_match": sum(right) / len(right)}}
     words = ["is", "in", "box", "which", "has", "most", "?", "yes", "no", "1", "2", "3", *COLOURS.values()]
-    return _llava(folder, words, files["dev"], files["test"], 400, baseline)
+    return _llava(folder, words, files["dev"], files["test"], 160, baseline)
 
 
 def nlvr_statements(data: Path, folder: Path) -> Recipe:
@@ -85,7 +85,7 @@ def nlvr_statements(data: Path, folder: Path) -> Recipe:
     best = Counter(r["completion"] for r in files["dev"]).most_common(1)[0][0]
     share = sum(r["completion"] == best for r in files["test"]) / len(files["test"])
     words = sorted({word for r in files["dev"] for word in r["prompt"].split()} | {"true", "false"})
-    made = _llava(folder, words, files["dev"], files["test"], 250, {f"always {best}": {"exact_match": share}})
+    made = _llava(folder, words, files["dev"], files["test"], 160, {f"always {best}": {"exact_match": share}})
     learned = {"path": str(write(folder / "learned.jsonl", files["dev"][:200])), "name": "learned"}
     named = [{**made.evaluation[0], "name": "held_out"}, learned]
     return replace(made, evaluation=named, judged="held_out/exact_match", beats=False)

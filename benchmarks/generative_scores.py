@@ -149,7 +149,7 @@ def measure(name: str, data: Path, ranks: list[int], steps: int | None) -> dict[
     beaten = {
         rival: sign * (last[ranks[0]][recipe.judged] - scores[recipe.judged]) > 0
         for rival, scores in baselines.items()
-        if recipe.judged in scores
+        if recipe.judged in scores and rival != "bigrams"  # no trivial rival: it is shown for comparison
     }
     return {
         "task": recipe.task["type"],

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from common import math_records  # noqa: E402
 
 
 def run(name, folder, *arguments):
@@ -74,6 +76,18 @@ def test_peers(tmp_path):
     (told,) = value["rounds"]["hf"]
     assert len(told["step_seconds"]) == 3
     assert value["ratios"]["hf"][0] > 0
+
+
+@pytest.mark.matrix
+def test_generative_scores(tmp_path):
+    (tmp_path / "gsm8k-test").mkdir()
+    records = math_records(600)
+    (tmp_path / "gsm8k-test" / "test.json").write_text("".join(json.dumps(record) + "\n" for record in records))
+    value = run("generative_scores", tmp_path, "--data", tmp_path, "--task", "gsm8k", "--steps", 30)
+    told = value["tasks"]["gsm8k"]
+    assert told["untrained"]["loss"] > told["baselines"]["unigrams"]["loss"] > told["baselines"]["bigrams"]["loss"] > 0
+    assert told["beaten"]["unigrams"]
+    assert len(told["runs"]["2"]["losses"]) == 30
 
 
 def test_data_memory(tmp_path):

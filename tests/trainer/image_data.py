@@ -143,12 +143,12 @@ def tiny_llava(words: list[str], family: str = "llava") -> dict[str, Any]:
     return {"model_type": family, "text_config": text, "vision_config": vision, **more}
 
 
-def predictions_of(run: Path, records: Path, output: Path) -> list[dict[str, Any]]:
+def predictions_of(run: Path, records: Path, output: Path, processes: int = 1) -> list[dict[str, Any]]:
     """What `dsft predict` answers for a file of records."""
     command = [sys.executable, "-P", "-m", "launcher", "predict", str(run), "--input", str(records)]
     environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "XDG_STATE_HOME": str(output.parent)}
     done = subprocess.run(
-        [*command, "--output", str(output), "--processes", "1"],
+        [*command, "--output", str(output), "--processes", str(processes)],
         env=os.environ | environment | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -180,17 +180,63 @@ def test_runs_learn_alike_at_one_and_two_ranks(
     state = json.loads((next(two.checkpoints_dir.iterdir()) / "state.json").read_text())
     assert {trained for name, _, trained in state["parameters"] if "vision" in name} == {not frozen}
 
-    processor = transformers.AutoProcessor.from_pretrained(two.export_dir)
-    model = transformers.AutoModelForImageTextToText.from_pretrained(two.export_dir, dtype=torch.float32).eval()
-    right = 0
+    texts = plain_texts(two.export_dir, folder)
+    records = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    right = sum(text == record["completion"] for text, record in zip(texts, records, strict=True))
+    assert right / 30 == pytest.approx(last_scores(two)["exact_match"])
+    answers = predictions_of(two.path, folder / "test.jsonl", tmp_path / "answers.jsonl", processes=2)
+    assert [answer["text"] for answer in answers] == texts
+
+
+def plain_texts(export: Path, folder: Path) -> list[str]:
+    """What plain transformers writes for the records of test.jsonl."""
+    processor = transformers.AutoProcessor.from_pretrained(export)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(export, dtype=torch.float32).eval()
+    texts = []
     for line in (folder / "test.jsonl").read_text().splitlines():
         record = json.loads(line)
         images = [Image.open(folder / path).convert("RGB") for path in record.get("image", [])]
         shown = {"images": [images]} if images else {}
         inputs = processor(text=["<image>" * len(images) + record["prompt"]], **shown, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        right += processor.decode(output, skip_special_tokens=True).strip() == record["completion"]
-    assert right / 30 == pytest.approx(last_scores(two)["exact_match"])
-    answers = predictions_of(two.path, folder / "test.jsonl", tmp_path / "answers.jsonl")
+        texts.append(processor.decode(output, skip_special_tokens=True).strip())
+    return texts
+
+
+@pytest.mark.matrix
+def test_records_without_any_image(folder: Path, tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        records = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        write(tmp_path / f"{name}.jsonl", [record for record in records if "image" not in record])
+    sources = {
+        "train": [{"path": str(tmp_path / "train.jsonl")}],
+        "evaluation": [{"path": str(tmp_path / "test.jsonl")}],
+    }
+    config = config_of(folder, "llava", task={"generation": {"max_new_tokens": 3, "batch_size": 4}}, data=sources)
+    one, two = run_at(tmp_path / "one", config, 1, 12), run_at(tmp_path / "two", config, 2, 3)
+    same_runs(one, two)
+    assert last_scores(two)["exact_match"] > 0.5
+
+
+@pytest.mark.matrix
+def test_an_adapter_of_a_model_that_sees(folder: Path, tmp_path: Path) -> None:
+    """LoRA on the language model of a LLaVA that has learned a little: nothing else changes."""
+    from safetensors.torch import load_file
+
+    task = {"generation": {"max_new_tokens": 3, "batch_size": 4}}
+    base = run_at(tmp_path / "base", config_of(folder, "llava", task=task, training={"max_steps": 20}), 1, 12)
+    model = {"path": str(base.export_dir), "config": None, "processor": None}
+    model |= {"adapter": {"rank": 4, "targets": ["*language_model*.q_proj", "*language_model*.down_proj"]}}
+    config = config_of(folder, "llava", task=task, model=model)
+    one, two = run_at(tmp_path / "one", config, 1, 12), run_at(tmp_path / "two", config, 2, 3)
+    same_runs(one, two)
+    assert last_scores(two)["loss"] < last_scores(base)["loss"]
+    before, after = (load_file(run.export_dir / "model.safetensors") for run in (base, two))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert len(changed) == 4  # of two layers
+    assert all("language_model" in name and name.split(".")[-2] in ("q_proj", "down_proj") for name in changed)
     records = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
-    assert sum(a["text"] == r["completion"] for a, r in zip(answers, records, strict=True)) == right
+    answers = predictions_of(two.path, folder / "test.jsonl", tmp_path / "answers.jsonl", processes=2)
+    assert [answer["text"] for answer in answers] == plain_texts(two.export_dir, folder)
+    right = sum(a["text"] == r["completion"] for a, r in zip(answers, records, strict=True))
+    assert right / 30 == pytest.approx(last_scores(two)["exact_match"])
