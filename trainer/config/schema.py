@@ -11,7 +11,7 @@ import re
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from trainer.config.clusters import Cluster as Cluster
 from trainer.config.clusters import LocalCluster as LocalCluster
@@ -36,8 +36,15 @@ from trainer.config.trained import ParameterGroup
 from trainer.config.tuning import TuneConfig
 
 
+def _path_or_two(schema: dict[str, Any]) -> None:
+    schema["required"].remove("path")
+    schema["anyOf"] = [{"required": ["path"]}, {"required": ["source_path", "target_path"]}]
+
+
 class DataSource(Section):
     """One source of records: files, folders or globs, here or remote, or a Hugging Face dataset. See docs/data.md."""
+
+    model_config = ConfigDict(json_schema_extra=_path_or_two)
 
     name: str | None = Field(
         None,
@@ -93,13 +100,12 @@ class DataSource(Section):
     @model_validator(mode="before")
     @classmethod
     def _parallel(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or not (value.keys() & {"source_path", "target_path"} or _is_parallel(value)):
+        if not isinstance(value, dict):
             return value
-        value = {name: given for name, given in value.items() if given is not None or not name.endswith("_path")}
-        both = [name for name in ("source_path", "target_path") if name in value]
-        if not both and not _is_parallel(value):
+        given = [name for name in ("source_path", "target_path") if value.get(name) is not None]
+        if not given and value.get("format") != "parallel":
             return value
-        if len(both) < 2 or not _is_parallel({"format": "parallel", **value}):
+        if len(given) < 2 or value.get("format", "parallel") != "parallel":
             raise ValueError('`source_path` and `target_path` are given together, with the format "parallel"')
         return {**value, "format": "parallel", "path": value["source_path"]}  # what is told of a source by its path
 
@@ -120,10 +126,6 @@ class DataSource(Section):
         if self.template and self.columns:
             raise ValueError("give `columns` or `template`, not both: placeholders name the columns of the file")
         return self
-
-
-def _is_parallel(source: dict[str, Any]) -> bool:
-    return source.get("format") == "parallel"
 
 
 class DataConfig(Section):
