@@ -40,7 +40,7 @@ def nlvr_colours(data: Path, folder: Path) -> Recipe:
         [{"path": str(write(folder / "test.jsonl", files["test"]))}],
         65,
         32,
-        120,
+        300,
         1e-3,
         "accuracy",
         {f"always {best}": {"accuracy": share}},

@@ -22,7 +22,7 @@ SIZES |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
 BART_LIKE = {**SIZES, "dropout": 0.0, "max_position_embeddings": 64, "init_std": 0.1, "forced_eos_token_id": None}
 GREEDY = {"max_new_tokens": 20, "batch_size": 2, "shown": 100}
 BEAMS = {**GREEDY, "num_beams": 3, "length_penalty": 0.5}
-TEMPLATE = {"prompt": "{source} =", "completion": " {target}"}
+TEMPLATE = {"prompt": "{source}", "completion": "{target}"}
 
 
 @pytest.fixture(scope="module")
