@@ -215,7 +215,8 @@ class Saver:
             raise StorageError(f"{folder} is there already; a published checkpoint is never overwritten")
         folder.mkdir(parents=True, exist_ok=True)
         self._at("write")
-        save_file(tensors, partial, metadata={"DCP_SHARDING_INFO": json.dumps(sharding), "DCP_VERSION": "1.0"})
+        # one entry: safetensors writes several in any order, and equal slices are to be equal files
+        save_file(tensors, partial, metadata={"DCP_SHARDING_INFO": json.dumps(sharding)})
         partial.chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read, whatever the umask
         self._at("sync")
         _fsync(partial)

@@ -36,9 +36,17 @@ def make_workspace(folder: Path) -> Path:
 
 
 def make_run(
-    folder: Path, workspace: Path, ranks: int, model: dict[str, Any] | None = None, **training: Any
+    folder: Path,
+    workspace: Path,
+    ranks: int,
+    model: dict[str, Any] | None = None,
+    sections: dict[str, Any] | None = None,
+    **training: Any,
 ) -> RunDirectory:
-    """A run directory with config and plan, as the launcher leaves it; ``model`` instead of a small random one."""
+    """A run directory with config and plan, as the launcher leaves it.
+
+    ``model`` instead of a small random one; ``sections`` instead of those here; ``training`` over what it is here.
+    """
     config = LaunchConfig.model_validate(
         {
             "name": folder.name,
@@ -79,6 +87,7 @@ def make_run(
             "export": {"max_shard_size_gib": 3e-5},
             "logging": {"tensorboard": False},
             "cluster": {"processes_per_node": ranks, "environment": {"DS_ACCELERATOR": "cpu"}},
+            **(sections or {}),
         }
     )
     run = RunDirectory(folder)
@@ -95,8 +104,13 @@ def launch(
     run.attempt_dir(attempt).mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     arguments = ["--run-dir", str(run.path), "--attempt", str(attempt)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **more}
-    return subprocess.run([*command, *worker, *arguments], env=environment, capture_output=True, timeout=600).returncode
+    command += [*worker, *arguments]
+    return subprocess.run(command, env=rank_environment(**more), capture_output=True, timeout=600).returncode
+
+
+def rank_environment(**more: str) -> dict[str, str]:
+    """Of ranks that find this checkout and its tests; ``more`` goes over it."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **more}
 
 
 def copy_run(source: RunDirectory, target: Path) -> RunDirectory:
