@@ -86,10 +86,11 @@ class Saver:
         self._engine = engine
         self._retention = retention
         self._tell = tell
-        self._at = at_point
+        self.at_point = at_point
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
-        self.error: str | None = None  # of the latest save
+        self.step: int | None = None  # of the latest save
+        self.error: str | None = None  # of that save
         self.seconds = 0.0  # of the latest save, from its start to its publication
 
     def save(self, step: int, state: dict[str, Any]) -> float:
@@ -111,7 +112,7 @@ class Saver:
             **({"origin": self._engine.origin.to_json()} if self._engine.origin else {}),
             **state,
         }
-        self.error = None
+        self.step, self.error = step, None
         self._thread = threading.Thread(target=self._write, args=(step, tensors, offsets, state), name="checkpoint")
         self._thread.start()
         return time.monotonic() - start
@@ -199,7 +200,7 @@ class Saver:
             return
         if rank == 0:
             with suppress(OSError):  # tried again after the next save
-                self._at("retain")
+                self.at_point("retain")
                 for leftover in folder.glob("report-*"):
                     leftover.unlink(missing_ok=True)
                 for checkpoint in superfluous(list_checkpoints(self._run), self._retention):
@@ -210,38 +211,38 @@ class Saver:
         name = rank_file(rank, self._engine.world_size)
         sharding = {key: {"saved_offsets": [offset]} for key, offset in offsets.items()}
         partial = folder / f"{name}.partial"
-        self._at("folder")
+        self.at_point("folder")
         if (folder / "manifest.json").exists():
             raise StorageError(f"{folder} is there already; a published checkpoint is never overwritten")
         folder.mkdir(parents=True, exist_ok=True)
-        self._at("write")
+        self.at_point("write")
         # one entry: safetensors writes several in any order, and equal slices are to be equal files
         save_file(tensors, partial, metadata={"DCP_SHARDING_INFO": json.dumps(sharding)})
         partial.chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read, whatever the umask
-        self._at("sync")
+        self.at_point("sync")
         _fsync(partial)
-        self._at("rename")
+        self.at_point("rename")
         partial.replace(folder / name)
         _fsync(folder)
-        self._at("report")
+        self.at_point("report")
         entry = {"bytes": (folder / name).stat().st_size, "xxh3_128": checksum(folder / name)}
         write_json(folder / _report(rank), {"files": {name: entry}})
 
     def _publish(self, folder: Path, step: int, state: dict[str, Any]) -> int:
         """Rank 0: wait for all ranks, then make their files a checkpoint; its bytes."""
-        self._at("collect")
+        self.at_point("collect")
         files = self._collect(folder)
-        self._at("state")
+        self.at_point("state")
         state_file = folder / "state.json"
         write_json(state_file, state)
         files["state.json"] = {"bytes": state_file.stat().st_size, "xxh3_128": checksum(state_file)}
         manifest = {"format": FORMAT, "step": step, "world_size": self._engine.world_size, "files": files}
         manifest["evaluation"] = state.get("evaluation")
-        self._at("manifest")
+        self.at_point("manifest")
         _fsync(folder)
         write_json(folder / "manifest.json", manifest)
         with suppress(OSError):  # it is published; a power failure now could still undo that
-            self._at("published")
+            self.at_point("published")
             _fsync(folder)
             _fsync(self._checkpoints)
         return sum(int(entry["bytes"]) for entry in files.values())

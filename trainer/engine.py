@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,6 +118,27 @@ def chunked_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_ind
 
     loss: torch.Tensor = implementation(logits, labels, ignore_index=ignore_index, reduction="sum")
     return loss
+
+
+def deepspeed_weights(folder: Path, tag: str) -> dict[str, torch.Tensor]:
+    """fp32 weights and buffers of a checkpoint that plain DeepSpeed has written; all of them in memory.
+
+    DeepSpeed's own reader would unpickle anything, and so run code of whoever has written the files. Here torch refuses
+    all but tensors and the few classes of DeepSpeed that such checkpoints hold.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # over the `weights_only=False` in that reader
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
+    finally:
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+    return weights
 
 
 class Engine:

@@ -1,9 +1,10 @@
-"""`dsft checkpoint list|verify|diff|gc|save RUN`: a run's checkpoints, without torch."""
+"""`dsft checkpoint list|verify|diff|gc|save RUN`: a run's checkpoints, without torch; `import` for DeepSpeed's own."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint_files import (
@@ -41,12 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if action == "gc":
             subparser.add_argument("--dry-run", action="store_true", help="show what would be removed; remove nothing")
         subparser.add_argument("--json", action="store_true", help="print JSON")
+    text = "make a Hugging Face folder of a checkpoint that plain DeepSpeed has written, for `model.path`"
+    subparser = actions.add_parser("import", help=text, description=text[0].upper() + text[1:] + ".")
+    subparser.add_argument("checkpoint", metavar="FOLDER", type=Path, help="as given to save_checkpoint, or universal")
+    subparser.add_argument("--model", required=True, help="Hugging Face folder or hub id: its config and tokenizer")
+    subparser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the new folder")
+    subparser.add_argument("--tag", help="which checkpoint in FOLDER; default: the one in `latest`")
+    subparser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
+    subparser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> int:
     """Do it; `verify` ends with 1 where something is damaged, `diff` where something differs."""
     from launcher.registry import find_run
 
+    if options.action == "import":
+        return _import(options)
     found = find_run(options.run)
     actions = {"list": _list, "verify": _verify, "diff": _diff, "gc": _gc, "save": _save}
     return actions[options.action](found, options)
@@ -137,3 +148,21 @@ def _save(target: RunDirectory, options: argparse.Namespace) -> int:
     write_json(target.save_request_path(attempt), {})
     _show(options, [{"attempt": attempt}], ["asked for: `dsft checkpoint list` shows it when it is written"], "")
     return EXIT_DONE
+
+
+def _import(options: argparse.Namespace) -> int:
+    """In a process of its own: torch is no part of the launcher."""
+    import subprocess
+    import sys
+
+    from launcher.backends.local import child_environment
+
+    output = str(options.output.absolute())
+    command = [sys.executable, "-P", "-m", "trainer.deepspeed_import", str(options.checkpoint), options.model]
+    command += [output, options.dtype, *([options.tag] if options.tag else [])]
+    done = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, text=True)
+    if done.returncode == EXIT_DONE:
+        report = json.loads(done.stdout.splitlines()[-1])
+        line = f'{report["parameters"]} parameters in {report["path"]}; use it: "model": {{"path": "{report["path"]}"}}'
+        print(json.dumps(report) if options.json else line)
+    return done.returncode

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import STEPS, copy_run, figures, launch, logs, make_run, make_workspace
+from training_runs import STEPS, copy_run, figures, launch, launch_and_kill, logs, make_run, make_workspace
 
+from trainer.checkpoint_files import differences
 from trainer.rundir import RunDirectory
 
 
@@ -95,6 +96,32 @@ def test_resume_at_another_world_size_differs_by_rounding(
     for line, other in zip(figures(run, 9), figures(finished, 9), strict=True):
         assert line[3:] == other[3:]
         assert line[1:3] == pytest.approx(other[1:3], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        "8:1:report",
+        *(pytest.param(f"8:{where}", marks=pytest.mark.matrix) for where in ("1:write", "0:collect", "0:manifest")),
+        *(pytest.param(f"8:{where}", marks=pytest.mark.matrix) for where in ("0:published", "0:retain")),
+    ],
+)
+def test_a_whole_run_killed_in_the_middle_of_a_save_goes_on_bit_for_bit(
+    hold: str, finished: RunDirectory, workspace: Path, tmp_path: Path
+) -> None:
+    """Every process of it at once. Training has gone on beside the save, and those steps come again."""
+    run = make_run(tmp_path / "killed", workspace, 2)
+    launch_and_kill(run, 2, hold)
+    published = hold.endswith(("published", "retain"))
+    assert run.published_checkpoints() == ([4, 8] if published else [4])
+    assert launch(run, 2, attempt=2) == 0, logs(run)
+    log = logs(run)
+    assert f"resumed from {run.checkpoints_dir}/step-{8 if published else 4:08}" in log
+    assert ("removed step-00000008: it was never published" in log) == (not published)
+    assert run.published_checkpoints() == [4, 8, 12]
+    assert figures(run) == figures(finished)
+    ends = [one.checkpoints_dir / "step-00000012" for one in (run, finished)]
+    assert not [found for found in differences(*ends) if found[0] != "state.config_hash"]
 
 
 def test_a_stop_request_ends_in_a_checkpoint_between_intervals(workspace: Path, tmp_path: Path) -> None:

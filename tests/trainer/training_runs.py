@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,34 @@ def launch(
     arguments = ["--run-dir", str(run.path), "--attempt", str(attempt)]
     command += [*worker, *arguments]
     return subprocess.run(command, env=rank_environment(**more), capture_output=True, timeout=600).returncode
+
+
+def launch_and_kill(run: RunDirectory, ranks: int, hold: str) -> None:
+    """Start a run that stands still in the middle of a save (see `holding_worker`), and kill all of it."""
+    run.attempt_dir(1).mkdir(parents=True, exist_ok=True)
+    program = str(Path(__file__).with_name("holding_worker.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", program]
+    command += ["--run-dir", str(run.path), "--attempt", "1"]
+    agent = subprocess.Popen(
+        command, env=rank_environment(HOLD=hold), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not (run.path / "held").exists():
+            assert agent.poll() is None, logs(run)
+            assert time.monotonic() < deadline, logs(run)
+            time.sleep(0.02)
+        workers = children(agent.pid)
+        assert len(workers) == ranks
+        for pid in (*workers, agent.pid):
+            os.kill(pid, signal.SIGKILL)
+    finally:
+        agent.kill()
+        agent.wait()
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def rank_environment(**more: str) -> dict[str, str]:
