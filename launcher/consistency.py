@@ -25,7 +25,7 @@ _FIXED: dict[str, frozenset[str]] = {
             "trust_remote_code",
         }
     ),
-    "data": frozenset({"evaluation"}),
+    "data": frozenset({"evaluation", "workers", "prepared", "allow_changed"}),
     "training": frozenset({"micro_batch_size", "deterministic", "on_nonfinite", "loss_spike", "max_rollbacks"}),
 }
 # ... and these may change from one launch to the next; `name` and `output_dir` say which run it is.
@@ -51,6 +51,8 @@ def refuse_changes(run: RunDirectory, config: dict[str, Any]) -> None:
     if before is None or not (run.step_lines() or run.published_checkpoints()):
         return
     before, config = _complete(before), _complete(config)
+    if config.get("data", {}).get("allow_changed"):
+        before["data"] = {**before["data"], "train": config["data"]["train"]}
     changes = [
         f"  {path}: the run has {old!r}, the config {new!r}"
         for section, free in _FIXED.items()
@@ -66,11 +68,18 @@ def refuse_changes(run: RunDirectory, config: dict[str, Any]) -> None:
 
 
 def _complete(config: dict[str, Any]) -> dict[str, Any]:
-    """With the defaults of keys that it lacks, being of a version without them; as it is where it is valid no more."""
+    """With the defaults of keys that it lacks, being of a version without them; as it is where it is valid no more.
+
+    Without the paths of training data: it may have moved, and ranks compare its content with the checkpoint's.
+    """
     try:
-        return LaunchConfig.model_validate(config).model_dump(mode="json")
+        made = LaunchConfig.model_validate(config).model_dump(mode="json")
     except ValidationError:
         return config
+    for source in made["data"]["train"]:
+        for key in ("path", "source_path", "target_path"):
+            source.pop(key, None)
+    return made
 
 
 def differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:

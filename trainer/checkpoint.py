@@ -9,24 +9,24 @@ A rank's slices are `master/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME` (fp32) o
 of the others, unless those are in the model's own files (`trainer.origin`). Each is 1-D; its place in the flattened
 parameter is in the file's metadata, in the form that `torch.distributed.checkpoint.HuggingFaceStorageReader` reads. A
 rank stages its slices by one copy into reused buffers; a thread then writes them while training goes on, without
-collectives: ranks report through files.
+collectives: ranks report through files. With a fast tier (`trainer.fast_tier`) they write to that, and copy from it.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from trainer.checkpoint_files import (
@@ -38,9 +38,9 @@ from trainer.checkpoint_files import (
     remove,
     superfluous,
 )
-from trainer.engine import Engine, Shard
+from trainer.engine import Engine
 from trainer.failures import StorageError
-from trainer.origin import origin_of
+from trainer.fast_tier import FastTier
 from trainer.rundir import RunDirectory, write_json
 
 FORMAT = 1
@@ -71,6 +71,7 @@ class Saver:
         tell: called in the writing thread with an event and its fields: ``checkpoint`` (step, seconds, bytes of all
             ranks) on rank 0; ``checkpoint_failed`` (step, message) on a rank that could not write.
         at_point: see `AtPoint`.
+        fast: node-local storage, written to before shared storage.
     """
 
     def __init__(
@@ -80,15 +81,18 @@ class Saver:
         retention: Retention,
         tell: Callable[..., Any],
         at_point: AtPoint = lambda _: None,
+        fast: FastTier | None = None,
     ) -> None:
         self._run = run
+        self.fast = fast
         self._checkpoints = run.checkpoints_dir
         self._engine = engine
         self._retention = retention
         self._tell = tell
         self.at_point = at_point
         self._buffers: dict[str, torch.Tensor] = {}
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | None = None  # empties the buffers
+        self._flush: threading.Thread | None = None  # copies a file of the fast tier
         self.step: int | None = None  # of the latest save
         self.error: str | None = None  # of that save
         self.seconds = 0.0  # of the latest save, from its start to its publication
@@ -100,6 +104,16 @@ class Saver:
         """
         start = time.monotonic()
         self.wait()
+        self.step, self.error = step, None
+        self._start(step, state, shared=True)
+        return time.monotonic() - start
+
+    def save_fast(self, step: int, state: dict[str, Any]) -> None:
+        """Save to the fast tier alone; not at all where this rank is still writing to it."""
+        if self._thread is None or not self._thread.is_alive():
+            self._start(step, state, shared=False)
+
+    def _start(self, step: int, state: dict[str, Any], shared: bool) -> None:
         tensors, offsets = self._stage()
         state = {
             "format": FORMAT,
@@ -112,18 +126,21 @@ class Saver:
             **({"origin": self._engine.origin.to_json()} if self._engine.origin else {}),
             **state,
         }
-        self.step, self.error = step, None
-        self._thread = threading.Thread(target=self._write, args=(step, tensors, offsets, state), name="checkpoint")
+        self._thread = threading.Thread(
+            target=self._write, args=(step, tensors, offsets, state, shared), name="checkpoint"
+        )
         self._thread.start()
-        return time.monotonic() - start
 
     def wait(self, timeout_seconds: float | None = None) -> bool:
         """Wait until the save under way, if any, is published or has failed (see ``error``); False: it still runs."""
-        if self._thread is not None:
-            self._thread.join(timeout_seconds)
-            if self._thread.is_alive():
-                return False
-            self._thread = None
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        for name in ("_thread", "_flush"):  # the one may start the other
+            thread = getattr(self, name)
+            if thread is not None:
+                thread.join(None if deadline is None else max(deadline - time.monotonic(), 0.0))
+                if thread.is_alive():
+                    return False
+                setattr(self, name, None)
         return True
 
     def bytes_of_all_ranks(self) -> int:
@@ -161,7 +178,7 @@ class Saver:
             for kind, source in shard.tensors.items():
                 key = f"{kind}/{shard.name}"
                 tensors[key], offsets[key] = self._staged(key, source), shard.offset
-        if self._engine.rank == 0:  # equal on all ranks
+        if self._engine.rank == 0 or self.fast:  # equal on all ranks
             for name, buffer in self._engine.buffers():
                 if buffer.numel():
                     key = f"buffer/{name}"
@@ -179,13 +196,44 @@ class Saver:
         return buffer.copy_(source, non_blocking=True)
 
     def _write(
-        self, step: int, tensors: dict[str, torch.Tensor], offsets: dict[str, int], state: dict[str, Any]
+        self,
+        step: int,
+        tensors: dict[str, torch.Tensor],
+        offsets: dict[str, int],
+        state: dict[str, Any],
+        shared: bool,
     ) -> None:
+        """To the fast tier, if there is one; then, if ``shared``, from there or from the buffers."""
+
+        def save(path: Path) -> None:
+            sharding = {key: {"saved_offsets": [offset]} for key, offset in offsets.items()}
+            # one entry: safetensors writes several in any order, and equal slices are to be equal files
+            save_file(tensors, path, metadata={"DCP_SHARDING_INFO": json.dumps(sharding)})
+
+        if self.fast is None:
+            self._write_shared(step, save, state)
+            return
+        flushed = self.step if self._flush is not None and self._flush.is_alive() else None
+        try:
+            source = self.fast.write(step, state, save, flushed)
+        except Exception as error:  # the disk of this node is full, perhaps
+            message = f"fast checkpoint of step {step} not written: {type(error).__name__}: {error}"
+            self._tell("checkpoint_fast_failed", step=step, message=message)
+            if shared:
+                self._write_shared(step, save, state)
+            return
+        if shared:
+            copy = functools.partial(shutil.copyfile, source)
+            self._flush = threading.Thread(target=self._write_shared, args=(step, copy, state), name="flush")
+            self._flush.start()
+
+    def _write_shared(self, step: int, save: Callable[[Path], Any], state: dict[str, Any]) -> None:
+        """Publish a checkpoint; ``save`` writes this rank's file."""
         start = time.monotonic()
         folder = self._checkpoints / folder_name(step)
         rank, world_size = self._engine.rank, self._engine.world_size
         try:
-            self._write_own(folder, tensors, offsets)
+            self._write_own(folder, save)
             if rank == 0:
                 size = self._publish(folder, step, state)
                 self.seconds = time.monotonic() - start
@@ -206,18 +254,16 @@ class Saver:
                 for checkpoint in superfluous(list_checkpoints(self._run), self._retention):
                     remove(checkpoint.folder)
 
-    def _write_own(self, folder: Path, tensors: dict[str, torch.Tensor], offsets: dict[str, int]) -> None:
+    def _write_own(self, folder: Path, save: Callable[[Path], Any]) -> None:
         rank = self._engine.rank
         name = rank_file(rank, self._engine.world_size)
-        sharding = {key: {"saved_offsets": [offset]} for key, offset in offsets.items()}
         partial = folder / f"{name}.partial"
         self.at_point("folder")
         if (folder / "manifest.json").exists():
             raise StorageError(f"{folder} is there already; a published checkpoint is never overwritten")
         folder.mkdir(parents=True, exist_ok=True)
         self.at_point("write")
-        # one entry: safetensors writes several in any order, and equal slices are to be equal files
-        save_file(tensors, partial, metadata={"DCP_SHARDING_INFO": json.dumps(sharding)})
+        save(partial)
         partial.chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read, whatever the umask
         self.at_point("sync")
         _fsync(partial)
@@ -289,95 +335,3 @@ class Saver:
 
 def _report(rank: int) -> str:
     return f"report-{rank:05d}.json"
-
-
-class Slices:
-    """The slices of a checkpoint's rank files, opened when they are needed."""
-
-    def __init__(self, folder: Path, state: dict[str, Any]) -> None:
-        self._folder = folder
-        self._world_size = int(state["world_size"])
-        self._even = int(state["zero_stage"]) == 3
-        self._files: dict[int, tuple[Any, dict[str, int]]] = {}
-        self.origin = origin_of(state)
-
-    def _open(self, rank: int) -> tuple[Any, dict[str, int]]:
-        if rank not in self._files:
-            file: Any = safe_open(self._folder / rank_file(rank, self._world_size), framework="pt")
-            sharding = json.loads(file.metadata()["DCP_SHARDING_INFO"])
-            offsets = {key: int(entry["saved_offsets"][0]) for key, entry in sharding.items()}
-            self._files[rank] = (file, offsets)
-        return self._files[rank]
-
-    def dtype(self, key: str) -> torch.dtype:
-        """The dtype of a key's slices."""
-        if self.origin and key.removeprefix("frozen/") in self.origin.keys:
-            return self.origin.dtype
-        for rank in range(self._world_size):
-            file, offsets = self._open(rank)
-            if key in offsets:
-                dtype: torch.dtype = file.get_slice(key)[:0].dtype
-                return dtype
-        raise StorageError(f"{self._folder}: {key} is not there")
-
-    def _candidates(self, numel: int, begin: int, end: int) -> Iterator[int]:
-        if self._even:  # ZeRO-3: pieces of ceil(numel / W)
-            piece = -(-numel // self._world_size)
-            yield from range(begin // piece, min((end - 1) // piece + 1, self._world_size))
-        else:
-            yield from range(self._world_size)
-
-    def read_into(self, key: str, shard: Shard, target: torch.Tensor) -> None:
-        begin, end = shard.offset, shard.offset + shard.length
-        if self.origin and key == f"frozen/{shard.name}" and shard.name in self.origin.keys:
-            target.copy_(self.origin.read(shard.name, begin, shard.length))
-            return
-        missing = shard.length
-        for rank in self._candidates(shard.numel, begin, end):
-            file, offsets = self._open(rank)
-            if key not in offsets:
-                continue
-            piece = file.get_slice(key)
-            start = offsets[key]
-            low, high = max(begin, start), min(end, start + piece.get_shape()[0])
-            if low < high:
-                target[low - begin : high - begin].copy_(piece[low - start : high - start])
-                missing -= high - low
-        if missing:
-            raise StorageError(f"{self._folder}: {missing} of {shard.length} elements of {key} are not there")
-
-
-def load(folder: Path, engine: Engine) -> dict[str, Any]:
-    """Load a checkpoint of any world size into the engine, in place; returns its state.json.
-
-    Raises:
-        StorageError: the checkpoint does not hold this model.
-    """
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    slices = Slices(folder, state)
-    saved = {name: (tuple(shape), trained) for name, shape, trained in state["parameters"]}
-    current = {name: (shape, trained) for name, shape, trained in engine.parameters()}
-    if saved != current:
-        differing = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
-        raise StorageError(
-            f"{folder} holds another model: {differing[0]!r} (and {len(differing) - 1} more) has "
-            f"(shape, trained) {saved.get(differing[0])} there and {current.get(differing[0])} here"
-        )
-    pinned: Collection[str] = ()  # equal to their files already
-    if slices.origin and engine.origin and engine.origin.holds(slices.origin):
-        pinned = slices.origin.keys
-    elif slices.origin:
-        slices.origin.verify(folder.parent.parent)
-    with torch.no_grad():
-        for shard in engine.shards():
-            for kind, target in shard.tensors.items():
-                if shard.length and shard.name not in pinned:
-                    slices.read_into(f"{kind}/{shard.name}", shard, target)
-        buffers = dict(engine.buffers())
-        for name, shape in state.get("buffers", ()):
-            if name in buffers and math.prod(shape):
-                whole = torch.empty(math.prod(shape), dtype=buffers[name].dtype)
-                slices.read_into(f"buffer/{name}", Shard(name, whole.numel(), 0, whole.numel(), {}), whole)
-                buffers[name].copy_(whole.view(shape))
-        engine.finish_loading(int(state["optimizer_steps"]))
-    return state

@@ -204,8 +204,17 @@ def abandon(folder: Path) -> Path:
     raise StorageError(f"too many abandoned checkpoints beside {folder}: remove some")
 
 
+def fast_list(run: RunDirectory) -> Path:
+    """Which checkpoints on node-local storage count; see `trainer.fast_tier`."""
+    return run.checkpoints_dir / "fast.json"
+
+
 def abandon_after(run: RunDirectory, step: int) -> list[str]:
-    """Set aside the published checkpoints of later steps, the newest first; their new names."""
+    """Set aside the published checkpoints of later steps, the newest first; their new names.
+
+    Checkpoints of the fast tier count no more.
+    """
+    fast_list(run).unlink(missing_ok=True)
     later = [number for number in run.published_checkpoints() if number > step]
     return [abandon(run.checkpoints_dir / folder_name(number)).name for number in reversed(later)]
 

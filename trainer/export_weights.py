@@ -20,12 +20,12 @@ import torch
 from safetensors import safe_open
 
 from trainer.adapters import is_transposed, piece_of, plain_name
-from trainer.checkpoint import Slices
 from trainer.config.trained import AdapterConfig
 from trainer.engine import Shard
 from trainer.export_adapter import Update, name_in_folder, pieces_by_module
 from trainer.failures import StorageError
 from trainer.rundir import write_json
+from trainer.slices import Slices
 
 _CHUNK = 1 << 21  # elements
 _DTYPE_NAMES = {

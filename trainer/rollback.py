@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from trainer import collectives, heartbeat
 from trainer.checkpoint_files import abandon_after
 from trainer.failures import NumericError, StorageError
+from trainer.resuming import load_newest
 from trainer.saving import tell
 from trainer.spikes import Cause
 
@@ -48,9 +49,11 @@ def roll_back(trainer: Trainer, cause: Cause) -> bool:
     # Set aside first, told last: killed in between, the same steps lead here again
     if trainer.is_main:
         abandon_after(trainer.run, first - 1)
-    if not trainer.load_newest(before=first):
+    if not load_newest(trainer, before=first):
         raise StorageError(f"every checkpoint before step {first} is damaged: there is nothing to go back to")
     trainer.rollbacks += 1
+    if trainer.saver.fast:
+        trainer.saver.fast.token += 1
     trainer.left_out |= set(suspects)
     if trainer.is_main:
         trainer.events.write(

@@ -13,25 +13,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer import checkpoint, collectives, heartbeat
+from trainer import collectives, heartbeat
 from trainer.attention import choose_attention
-from trainer.checkpoint_files import abandon, damage, exported_step, folder_name, remove_unpublished, retention_of
+from trainer.checkpoint import Saver
+from trainer.checkpoint_files import exported_step, retention_of
 from trainer.config.schema import LaunchConfig
 from trainer.data.stream import BatchStream, GlobalBatch, build_training_stream
 from trainer.engine import Engine, init_distributed
 from trainer.evaluation import BEST, OVER, evaluate, evaluation_streams, judge
 from trainer.export import export_run
 from trainer.failures import NumericError, StorageError
+from trainer.fast_tier import FastTier
 from trainer.metrics import MetricsLog
 from trainer.model import build_model, build_optimizer, load_model_config, quiet_libraries
 from trainer.origin import find_origin
 from trainer.profiling import Profiler
+from trainer.resuming import resume
 from trainer.rollback import roll_back
 from trainer.rundir import RunDirectory, cut_torn_tail
 from trainer.saving import SavePolicy, tell
 from trainer.schedule import learning_rate_factor
 from trainer.sequence_parallel import SequenceParallel, one_of_each_group
-from trainer.spikes import cause_to_go_back, rollbacks_of
+from trainer.spikes import cause_to_go_back
 from trainer.stragglers import Probe
 from trainer.tasks import get_task, task_tokenizer
 from trainer.usage import Utilisation, peak_memory, peaks_beside_plan
@@ -103,7 +106,10 @@ class Trainer:
 
         self.events = run.event_writer(f"rank{self.rank}", attempt)
         settings = self.config.checkpoint
-        self.saver = checkpoint.Saver(run, self.engine, retention_of(self.config), functools.partial(tell, self.events))
+        where = settings.fast_dir
+        fast = FastTier(where, run, self.rank, self.world_size, self.gather) if where else None
+        report = functools.partial(tell, self.events)
+        self.saver = Saver(run, self.engine, retention_of(self.config), report, fast=fast)
         self.save_policy = SavePolicy(settings, self.saver, run, attempt, self.world_size) if self.is_main else None
         self.last_saved: int | None = None
         self.last_evaluated: int | None = None
@@ -120,7 +126,7 @@ class Trainer:
         self._next_stop_poll = 0.0
 
     def run_to_end(self) -> None:
-        self.resume()
+        resume(self)
         self.loss.check(self.engine)
         metrics = self.open_metrics()
         self.engine.train()
@@ -152,6 +158,8 @@ class Trainer:
             judgement = self.evaluate(metrics) if self.is_due(self.config.evaluation.interval_steps) else 0
             if request & _SAVE or judgement & BEST:
                 self.save()
+            elif self.is_due(self.config.checkpoint.fast_interval_steps):
+                self.saver.save_fast(self.step, self.state())
             if judgement & OVER:
                 break
             if request & _PROBE:
@@ -198,45 +206,6 @@ class Trainer:
         return line, request
 
     # -- pieces of the loop --------------------------------------------------------------------------------------
-
-    def resume(self) -> None:
-        """Load the newest whole checkpoint, if there is one; learn from the ledger which batches are left out."""
-        if self.is_main:
-            for name in remove_unpublished(self.run.checkpoints_dir):
-                print(f"removed {name}: it was never published", flush=True)
-        ledger = self.run.merged_events() if self.is_main else []
-        rollbacks, left_out = rollbacks_of(ledger)
-        told = self.gather(np.array([rollbacks, *sorted(left_out)], dtype=np.int64))[0]
-        self.rollbacks, self.left_out = int(told[0]), frozenset(int(batch) for batch in told[1:])
-        self.load_newest()
-
-    def load_newest(self, before: int | None = None) -> bool:
-        """Load the newest whole checkpoint (of a step less than ``before``); set damaged ones aside."""
-        heartbeat.enter("setup")
-        published = self.run.published_checkpoints() if self.is_main else []
-        for step in reversed([int(s) for s in self.gather(np.array(published, dtype=np.int64))[0]]):
-            if before is not None and step >= before:
-                continue
-            path = self.run.checkpoints_dir / folder_name(step)
-            found = damage(path, lambda index: index % self.world_size == self.rank)
-            if found:
-                print(f"warning: checkpoint of step {step} is damaged and not used: {found}", flush=True)
-                tell(self.events, "checkpoint_damaged", step=step, message=found)
-            if collectives.any_rank(self.control, found is not None):
-                if self.is_main:
-                    abandon(path)
-                continue
-            state = checkpoint.load(path, self.engine)
-            self.step = self.last_saved = int(state["step"])
-            self.data_state, self.progress = state["data"], float(state["progress"])
-            self.batches = int(state["batches"])
-            self.batch_of = {self.step: self.batches - 1}
-            self.losses.clear()
-            self.losses.extend(state["losses"])
-            self.last_evaluated, self.skipped_in_a_row, self.saver.error = None, 0, None
-            print(f"resumed from {path}", flush=True)
-            return True
-        return False
 
     def remaining_batches(self) -> Iterator[GlobalBatch]:
         """Global batches from here to the end of the training, without those that a rollback has left out."""
@@ -373,7 +342,13 @@ class Trainer:
             return
         heartbeat.enter("checkpoint", self.step)
         self.last_saved = self.step
-        state = {
+        stall = self.saver.save(self.step, self.state())
+        if self.save_policy:
+            tell(self.events, "checkpoint_started", step=self.step, stall_seconds=self.save_policy.saved(stall))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides slices."""
+        return {
             "data": self.data_state,
             "progress": self.progress,
             "batches": self.batches,
@@ -381,9 +356,6 @@ class Trainer:
             "evaluation": self.scores if self.last_evaluated == self.step else None,
             "config_hash": self.plan["config_hash"],
         }
-        stall = self.saver.save(self.step, state)
-        if self.save_policy:
-            tell(self.events, "checkpoint_started", step=self.step, stall_seconds=self.save_policy.saved(stall))
 
     def save_last(self) -> None:
         """The checkpoint that the end of a run depends on; tried twice. Raises StorageError."""
@@ -405,6 +377,8 @@ class Trainer:
         if not stopped:
             self.evaluate(metrics)
         self.save_last()
+        if self.saver.fast:
+            self.saver.fast.clear()
         peaks = peaks_beside_plan(self.evaluation_gather, self.plan, self.device)
         heartbeat.enter("ending", self.step)
         if metrics:

@@ -57,6 +57,10 @@ def run(tmp_path: Path) -> RunDirectory:
         ("training.optimizer.learning_rate", 1.0, False),
         ("training.max_steps", 9, False),
         ("data.seed", 5, False),
+        ("data.workers", 3, True),
+        ("data.prepared", "/prepared", True),
+        ("data.train.0.path", "/moved", True),
+        ("data.train.0.epochs", 2.0, False),
         ("model.freeze", ["a"], False),
     ],
 )
@@ -65,14 +69,23 @@ def test_the_table_is_kept(path: str, value: Any, allowed: bool, run: RunDirecto
     *sections, key = path.split(".")
     node = config
     for section in sections:
-        node = node[section]
+        node = node[int(section) if section.isdigit() else section]
     assert node[key] != value
     node[key] = value
     if allowed:
         refuse_changes(run, config)
     else:
-        with pytest.raises(UserError, match=path.replace(".", r"\.")):
+        with pytest.raises(UserError, match=path.partition(".0")[0].replace(".", r"\.")):
             refuse_changes(run, config)
+
+
+def test_other_data_is_for_those_who_allow_it(run: RunDirectory) -> None:
+    config = json.loads(run.config_path.read_text())
+    config["data"]["train"].append({"path": "/more"})
+    with pytest.raises(UserError, match=r"data\.train"):
+        refuse_changes(run, config)
+    config["data"]["allow_changed"] = True
+    refuse_changes(run, config)
 
 
 def test_keys_of_a_newer_version_are_no_change_at_their_defaults(run: RunDirectory) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer import checkpoint, collectives
+from trainer import checkpoint, collectives, slices
 from trainer.checkpoint_files import Retention
 from trainer.config.schema import ModelConfig, OptimizerConfig
 from trainer.data.sample import PackedSequence, Sample
@@ -115,7 +115,7 @@ def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) 
     engine = Engine(model, build_optimizer(model, optimizer), config)
     if case.get("load"):
         source = RunDirectory(Path(case["load"]))
-        checkpoint.load(source.checkpoints_dir / checkpoint.folder_name(case["steps"][0] - 1), engine)
+        slices.load(source.checkpoints_dir / checkpoint.folder_name(case["steps"][0] - 1), engine)
     if model_config.compile:
         loss.row_length = 64
     engine.train()

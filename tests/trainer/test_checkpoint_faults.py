@@ -22,10 +22,11 @@ import pytest
 import torch
 from plain_state import PlainState, make_state, save_rank
 
-from trainer.checkpoint import POINTS, Saver, Slices
+from trainer.checkpoint import POINTS, Saver
 from trainer.checkpoint_files import Retention, abandon, damage, folder_name, list_checkpoints, remove_unpublished
 from trainer.engine import Shard
 from trainer.rundir import RunDirectory
+from trainer.slices import Slices
 
 RANKS = 2
 # From here on the checkpoint is there, whatever happens then
@@ -68,7 +69,7 @@ def save(path: Path, step: int, rank_at_fault: int = -1, point: str | None = Non
     victim = processes[rank_at_fault] if rank_at_fault >= 0 else processes[0]
     victim.join(30)
     for process in processes:
-        process.join(1 if (victim.exitcode or 0) < 0 else 30)
+        process.join(0.3 if (victim.exitcode or 0) < 0 else 30)
         if process.is_alive():
             process.kill()
             process.join()

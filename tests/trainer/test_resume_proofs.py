@@ -18,10 +18,10 @@ import recording_worker
 import torch
 from training_runs import figures, logs, make_run, make_workspace, rank_environment
 
-from trainer.checkpoint import Slices
 from trainer.checkpoint_files import differences, folder_name
 from trainer.engine import Shard
 from trainer.rundir import RunDirectory
+from trainer.slices import Slices
 
 CUT, END = 4, 24
 MODEL = {
@@ -52,12 +52,8 @@ VARIANTS: dict[str, Variant] = {
     "groups": ({}, {"config": WHOLE_SLICES}, GROUPS),
     "frozen": ({"freeze": ["layers:0", "model.embed_tokens"]}, {"config": WHOLE_SLICES}, {}),
     "lora": ({"adapter": LORA}, {}, {}),
-    "lora-partitioned": ({"adapter": LORA}, {"config": WHOLE_SLICES}, {}),
     "offload": ({}, {"offload_optimizer": "cpu"}, {}),
     "bfloat16": ({"dtype": "bfloat16"}, {"config": WHOLE_SLICES}, {}),
-    "bfloat16-groups": ({"dtype": "bfloat16"}, {}, GROUPS),
-    "bfloat16-lora-offload": ({"dtype": "bfloat16", "adapter": LORA}, {"offload_optimizer": "cpu"}, {}),
-    "bfloat16-frozen-offload": ({"dtype": "bfloat16", "freeze": ["layers:0"]}, {"offload_optimizer": "cpu"}, {}),
 }
 
 
@@ -178,9 +174,9 @@ def prove(names: list[str], folder: Path, workspace: Path, steps: list[tuple[int
     assert not problems
 
 
-def test_three_ranks_go_on_bit_for_bit_and_two_of_them_up_to_rounding(workspace: Path, tmp_path: Path) -> None:
-    """Sums of two ranks commute, and would hide errors of order; the other numbers are in the test below."""
-    prove(["partitioned", "groups", "lora"], tmp_path, workspace, [(3, (3, 2))])
+def test_three_ranks_go_on_bit_for_bit(workspace: Path, tmp_path: Path) -> None:
+    """Sums of two ranks commute, and would hide errors of order; other numbers and variants are in the test below."""
+    prove(["groups", "lora"], tmp_path, workspace, [(3, (3,))])
 
 
 @pytest.mark.matrix

@@ -241,6 +241,21 @@ class CheckpointConfig(Section):
     keep_every_steps: PositiveInt | None = Field(
         None, description="Keep the first checkpoint at or after each multiple for ever"
     )
+    fast_dir: str | None = Field(
+        None,
+        pattern="^/",
+        description="Folder on storage of each node (an absolute path): checkpoints are written there first, then "
+        "copied to the run directory",
+    )
+    fast_interval_steps: PositiveInt | None = Field(
+        None, description="Steps between checkpoints that stay in `fast_dir`, for restarts on the same nodes"
+    )
+
+    @model_validator(mode="after")
+    def _fast_somewhere(self) -> CheckpointConfig:
+        if self.fast_interval_steps is not None and self.fast_dir is None:
+            raise ValueError("`fast_interval_steps` needs `fast_dir`, a folder on storage of each node")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -372,7 +387,9 @@ class LaunchConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _best_is_kept(self) -> LaunchConfig:
+    def _checkpoints_serve(self) -> LaunchConfig:
+        if self.checkpoint.fast_dir is not None and self.deepspeed.zero_stage != 3:
+            raise ValueError("checkpoint.fast_dir: needs ZeRO-3, where a rank's slices are the same after a restart")
         if self.export.checkpoint == "best" and not (self.checkpoint.keep_best and self.data.evaluation):
             raise ValueError("export.checkpoint: the best one is kept with checkpoint.keep_best=1 and data.evaluation")
         return self
