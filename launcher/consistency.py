@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from pydantic import ValidationError
@@ -72,14 +73,12 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
 
     Without the paths of training data: it may have moved, and ranks compare its content with the checkpoint's.
     """
-    try:
-        made = LaunchConfig.model_validate(config).model_dump(mode="json")
-    except ValidationError:
-        return config
-    for source in made["data"]["train"]:
-        for key in ("path", "source_path", "target_path"):
-            source.pop(key, None)
-    return made
+    with suppress(ValidationError):
+        config = LaunchConfig.model_validate(config).model_dump(mode="json")
+    data = config.get("data", {})
+    moved = ("path", "source_path", "target_path")
+    sources = [{key: value for key, value in of.items() if key not in moved} for of in data.get("train", ())]
+    return {**config, "data": {**data, "train": sources}}
 
 
 def differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
