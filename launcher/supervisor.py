@@ -282,7 +282,7 @@ class Supervisor:
         while True:
             request = self.run.stop_request(attempt)
             if self.lease.lost.is_set():
-                return "another launch has taken over"
+                return self._lost()
             if request is not None and request.get("reason") in PLANNED_STOPS:
                 request = None
             if signals.reason or request:
@@ -291,6 +291,12 @@ class Supervisor:
                 return None
             self.tick()
             time.sleep(_POLL_SECONDS)
+
+    def _lost(self) -> str:
+        """How the lock was lost."""
+        if self.run.path.exists():
+            return "another launch has taken over this run"
+        return f"{self.run.path} is gone: deleted, or on storage that is not mounted any more"
 
     def _has_stepped(self, attempt: int) -> bool:
         """True if there is something of this attempt worth a last checkpoint."""
@@ -314,7 +320,7 @@ class Supervisor:
             step=progress(self.run)[1] or None,
             stop_reason=reason,
             trained=any(event["event"] == "trained" and event.get("attempt") == attempt for event in events),
-            lease_lost=self.lease.lost.is_set(),
+            lease_lost=self._lost() if self.lease.lost.is_set() else "",
         )
 
     def _record(self, attempt: int, verdict: Verdict, action: Action, events: EventWriter) -> None:

@@ -58,7 +58,7 @@ class Snapshot:
     step: int | None = None  # last completed optimizer step that was logged
     stop_reason: str | None = None  # of the stop request, if there was one
     trained: bool = False  # the last step was done in this attempt
-    lease_lost: bool = False
+    lease_lost: str = ""  # how, if it was
     hang: Hang | None = None
 
 
@@ -109,7 +109,7 @@ class _Candidate:
 def classify(snapshot: Snapshot) -> Verdict:
     """The verdict on an attempt. The cause is the earliest failure that is not just the echo of another's."""
     if snapshot.lease_lost:
-        return Verdict("stopped", step=snapshot.step, message="another launch has taken over this run")
+        return Verdict("stopped", step=snapshot.step, message=snapshot.lease_lost)
     candidates = _candidates(snapshot)
     if snapshot.trained and snapshot.agents and not any(snapshot.agents.values()):
         return Verdict("finished", step=snapshot.step)  # also where a stop request came too late

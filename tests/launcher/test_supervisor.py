@@ -230,3 +230,14 @@ def test_two_launches_of_one_run_cannot_both_run(run: RunDirectory) -> None:
     assert run.attempts() == [1]
     first.process.send_signal(signal.SIGTERM)
     assert first.end(10)[0] == 143
+
+
+def test_a_run_whose_folder_is_gone_says_so_and_leaves_nothing(run: RunDirectory, tmp_path: Path) -> None:
+    """As when its storage is unmounted: nobody has taken over, and nothing goes on."""
+    launch = Launch(run, "hang")
+    ranks = [launch.pid_of("pid0"), launch.pid_of("pid1")]
+    run.path.rename(tmp_path / "moved")
+    output, _ = launch.process.communicate(timeout=60)
+    assert launch.process.returncode != 0
+    assert f"{run.path} is gone" in output
+    wait_for(lambda: all(start_time(pid) is None for pid in ranks), 3)
