@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -247,9 +247,14 @@ def _communication(
     figures: Device | None,
     device_memory: int | None,
 ) -> Communication:
+    hpz = 1
+    if config.deepspeed.hpz:
+        if config.cluster.nodes == 1 or per_node == 1:
+            raise UserError("deepspeed.hpz: it needs several nodes with several ranks each; leave it out")
+        hpz = per_node
     if device == "cpu":
-        return Communication(reason="on CPUs nothing overlaps: common sizes")
-    return plan_communication(
+        return Communication(reason="on CPUs nothing overlaps: common sizes", hpz=hpz)
+    planned = plan_communication(
         model,
         nodes=config.cluster.nodes,
         gpus_per_node=per_node,
@@ -258,6 +263,7 @@ def _communication(
         parameter_bytes=2 if config.model.dtype == "bfloat16" else 4,
         device_memory=device_memory,
     )
+    return replace(planned, hpz=hpz)
 
 
 def _check_sharing(config: LaunchConfig, model: ModelFacts, world_size: int) -> None:

@@ -15,6 +15,7 @@ from trainer.planning.communication import (
     LARGEST_PREFETCH,
     LARGEST_REDUCE,
     SMALLEST,
+    Communication,
     layer_parameters,
     plan_communication,
 )
@@ -163,7 +164,8 @@ WHOLE = Recomputation(1)
 
 
 def memory(stage=3, world_size=8, micro=1, offload="none", dtype="bfloat16", recompute=WHOLE, **options):
-    zero = ds(zero_stage=stage, offload_optimizer=offload, dtype=dtype)["zero_optimization"]
+    moved = {"offload_optimizer": offload, "offload_parameters": options.get("offload_parameters", "none")}
+    zero = ds(zero_stage=stage, dtype=dtype, **moved)["zero_optimization"]
     return estimate(
         LLAMA,
         zero,
@@ -195,6 +197,41 @@ def test_offload_moves_the_states_to_the_host():
     assert offloaded.optimizer_states == offloaded.master_weights == 0
     assert offloaded.host_offload == plain.master_weights + plain.optimizer_states + plain.gradients
     assert memory(offload="cpu", device="cpu").host_offload == 0  # the same memory
+
+
+def test_offloaded_parameters_leave_the_small_ones_behind():
+    optimizer = memory(offload="cpu")
+    zero = ds(offload_optimizer="cpu", offload_parameters="cpu")["zero_optimization"]
+    assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
+    both = memory(offload="cpu", offload_parameters="cpu")
+    moved = optimizer.parameters - 2 * LLAMA.small_parameters
+    assert (both.parameters, both.host_offload) == (2 * LLAMA.small_parameters, optimizer.host_offload + moved)
+    assert optimizer.total - both.total == moved
+
+
+def test_a_copy_of_the_weights_in_each_node_takes_its_memory():
+    zero = deepspeed_config(DeepSpeedConfig(hpz=True), "bfloat16", 2, 4, 1.0, Communication(hpz=8))["zero_optimization"]
+    assert zero["zero_hpz_partition_size"] == 8
+    options = {"world_size": 32, "micro_batch_size": 1, "sequence_length": 4096, "dtype": "bfloat16"}
+    options |= {"recompute": WHOLE, "attention": "sdpa", "device": "cuda"}
+    plain, copied = (estimate(LLAMA, section, **options) for section in ({**zero, "zero_hpz_partition_size": 1}, zero))
+    assert copied.parameters - plain.parameters == 2 * math.ceil(LLAMA.parameters / 8)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"offload_optimizer": "nvme"}, "not offered"),
+        ({"offload_parameters": "nvme"}, "not offered"),
+        ({"offload_parameters": "cpu"}, "offload_optimizer"),
+        ({"offload_parameters": "cpu", "offload_optimizer": "cpu", "zero_stage": 2}, "zero_stage"),
+        ({"hpz": True, "zero_stage": 2}, "zero_stage"),
+        ({"hpz": True, "offload_parameters": "cpu", "offload_optimizer": "cpu"}, "cannot be offloaded"),
+    ],
+)
+def test_offload_that_cannot_be(section, message):
+    with pytest.raises(ValueError, match=message):
+        DeepSpeedConfig(**section)
 
 
 def test_activations_grow_with_tokens_and_shrink_with_checkpointing():

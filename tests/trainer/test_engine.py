@@ -192,7 +192,9 @@ USUAL: dict[str, dict[str, Any]] = {
     "bfloat16": {"stage": 3, "dtype": "bfloat16"},
     "offload": {"stage": 3, "dtype": "bfloat16", "offload": True},
 }
+OFFLOADED = {"offload_param": {"device": "cpu", "pin_memory": True}}
 FURTHER: dict[str, dict[str, Any]] = {
+    "parameters": {"stage": 3, "dtype": "bfloat16", "offload": True, "zero": OFFLOADED, "freeze": FROZEN},
     "dora": {"stage": 3, "adapter": {**LORA, "use_dora": True}},
     "lora-bfloat16": {"stage": 3, "dtype": "bfloat16", "adapter": LORA},
     "lora-offload": {"stage": 3, "dtype": "bfloat16", "offload": True, "adapter": LORA},
@@ -201,6 +203,31 @@ FURTHER: dict[str, dict[str, Any]] = {
     "groups-stage2": {"stage": 2, "optimizer": GROUPS},
     "groups-stage1": {"stage": 1, "optimizer": GROUPS},
 }
+
+
+HELD_BRIEFLY = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}  # gathered again in each backward pass
+SECOND_COPY = {"zero_hpz_partition_size": 2, **HELD_BRIEFLY}
+
+
+@pytest.mark.matrix
+def test_a_second_copy_in_each_node_follows_a_checkpoint(model_folder: Path, tmp_path: Path) -> None:
+    """hpZ on four ranks as two nodes of two: as without it, and a resume is equal bit for bit."""
+    kinds: dict[str, dict[str, Any]] = {
+        "float32": {},
+        "frozen": {"dtype": "bfloat16", "freeze": FROZEN, "persistence_threshold": 100},
+    }
+    cases = []
+    for name, options in kinds.items():
+        copied = {**case(name, 3, 1), **options, "zero": SECOND_COPY}
+        run = str(tmp_path / "runs" / name)
+        cases.append({**copied, "name": f"{name}-plain", "zero": HELD_BRIEFLY})
+        cases.append({**copied, "name": f"{name}-whole"})
+        cases.append({**copied, "name": f"{name}-saving", "steps": (1, 2), "save": run})
+        cases.append({**copied, "name": f"{name}-continued", "steps": (3, STEPS), "load": run})
+    results = run_ranks(4, {"model": str(model_folder), "cases": cases}, tmp_path)
+    for name in kinds:
+        assert figures(results[f"{name}-whole"]) == figures(results[f"{name}-plain"])
+        assert figures(results[f"{name}-continued"]) == figures(results[f"{name}-whole"])[2:]
 
 
 @pytest.mark.parametrize("variants", [USUAL, pytest.param(FURTHER, marks=pytest.mark.matrix)], ids=["usual", "further"])

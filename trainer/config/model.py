@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from trainer.config.section import Flag, PositiveInt, Section
 from trainer.config.trained import AdapterConfig
@@ -106,4 +106,29 @@ class DeepSpeedConfig(Section):
     offload_optimizer: Literal["none", "cpu", "auto"] = Field(
         "none", description="Where the optimizer's states are; auto: on the device if they fit it"
     )
+    offload_parameters: Literal["none", "cpu"] = Field(
+        "none", description="Where each rank's share of the weights is; with ZeRO-3 and offload_optimizer cpu"
+    )
+    hpz: Flag = Field(
+        False,
+        description="Each node keeps a second copy of the weights, so that backward passes gather them within the node",
+    )
     config: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("offload_optimizer", "offload_parameters", mode="before")
+    @classmethod
+    def _no_nvme(cls, value: Any) -> Any:
+        if value == "nvme":
+            raise ValueError(
+                "nvme is not offered: DeepSpeed keeps swapped states in files of its own, where checkpoints do not "
+                'find them; use "cpu", or more ranks, which hold less each'
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _go_together(self) -> DeepSpeedConfig:
+        if self.offload_parameters == "cpu" and (self.zero_stage != 3 or self.offload_optimizer != "cpu"):
+            raise ValueError('`offload_parameters` needs `zero_stage` 3 and `offload_optimizer` "cpu"')
+        if self.hpz and (self.zero_stage != 3 or self.offload_parameters != "none"):
+            raise ValueError("`hpz` needs `zero_stage` 3, and its copies cannot be offloaded (`offload_parameters`)")
+        return self

@@ -31,12 +31,14 @@ class Communication:
         prefetch_bucket: parameters that ZeRO-3 gathers ahead, in the model's dtype.
         max_live: parameters that may lie gathered at a time.
         reason: why these, for people.
+        hpz: ranks over which a second copy of the weights is cut, those of a node; 1: there is none.
     """
 
     reduce_bucket: int = DEFAULT_BUCKET
     prefetch_bucket: int = DEFAULT_BUCKET
     max_live: int = MAX_LIVE_PARAMETERS
     reason: str = "defaults"
+    hpz: int = 1
 
 
 USUAL = Communication()

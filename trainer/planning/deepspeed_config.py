@@ -25,9 +25,11 @@ _INSTEAD = {
     "torch_autocast": "model.dtype",
     "zero_optimization.stage": "deepspeed.zero_stage",
     "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
+    "zero_optimization.offload_param.device": "deepspeed.offload_parameters",
+    "zero_optimization.cpu_offload_param": "deepspeed.offload_parameters",
     "zero_optimization.cpu_offload": "deepspeed.offload_optimizer",
     "managed_gradient_accumulation": "nothing: dsft relies on it",
-    "zero_optimization.zero_hpz_partition_size": "nothing: checkpoints are not proved with hpZ yet",
+    "zero_optimization.zero_hpz_partition_size": "deepspeed.hpz",
     "prescale_gradients": "nothing: dsft weights the loss exactly",
     "gradient_predivide_factor": "nothing: dsft weights the loss exactly",
     "data_efficiency": "nothing: dsft defines the order of the data",
@@ -72,10 +74,14 @@ def deepspeed_config(
             "stage3_max_reuse_distance": communication.max_live,
             "sub_group_size": SUB_GROUP,
         }
+        if communication.hpz > 1:
+            zero["zero_hpz_partition_size"] = communication.hpz
     else:
         zero["allgather_bucket_size"] = communication.reduce_bucket
     if config.offload_optimizer not in ("none", "auto"):
         zero["offload_optimizer"] = {"device": config.offload_optimizer, "pin_memory": True}
+    if config.offload_parameters != "none":
+        zero["offload_param"] = {"device": config.offload_parameters, "pin_memory": True}
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": micro_batches_per_rank,

@@ -113,6 +113,8 @@ def estimate(
     everything, trained = model.parameters, model.trainable_parameters
     share = math.ceil(trained / world_size)
     whole = everything if stage < 3 else math.ceil(everything / world_size) + model.small_parameters
+    if (node := int(zero.get("zero_hpz_partition_size", 1))) > 1:
+        whole += math.ceil(everything / node)
     # Gradients are accumulated in fp32: stage 1 keeps whole ones, stages 2 and 3 each rank's share.
     gradients = 4 * (trained if stage == 1 else share)
     masters, moments = 4 * share, 8 * share
@@ -135,6 +137,10 @@ def estimate(
             gradients, masters, moments, step = 0, 0, 0, 0
         else:
             host = 0
+    parameters = width * whole
+    if device == "cuda" and zero.get("offload_param", {}).get("device", "none") != "none":
+        small = width * model.small_parameters  # these stay
+        host, parameters = host + parameters - small, small
     staging = 12 * share + (0 if model.pinned else math.ceil(width * (everything - trained) / world_size))
     tokens = math.ceil(micro_batch_size * sequence_length / sequence_parallel)
     activations = activation_bytes(model, tokens, sequence_length, width, recompute, attention)
@@ -142,7 +148,7 @@ def estimate(
         inputs = layer_input_bytes(model, tokens, width, recompute)
         host, activations = host + inputs, activations - inputs
     return MemoryEstimate(
-        parameters=width * whole,
+        parameters=parameters,
         gradients=gradients,
         master_weights=masters,
         optimizer_states=moments,
