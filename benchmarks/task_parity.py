@@ -2,6 +2,7 @@
 
 The same pretrained weights with the same new head, dropout 0, the same optimizer and schedule. HF Trainer is fed with
 dsft's batches, taken out of its stream one by one; dsft runs by `dsft launch`, with ZeRO-3, at each number of ranks.
+`--task` is text-classification, token-classification or question-answering.
 """
 
 from __future__ import annotations
@@ -15,21 +16,27 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, dsft_command, environment, write_result
+from hf_tasks import collator_of, example_of, samples_in_order_of_training
 
 LIMIT = 1e-5
+# windows of a question with its context that overlap a little, so that some have no answer in them
+_OPTIONS = {"question-answering": {"unanswerable": True, "doc_stride": 16, "max_question_tokens": 32}}
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "dropout")
 
 
 def make_config(options: argparse.Namespace, folder: Path, ranks: int) -> dict[str, Any]:
     source: dict[str, Any] = {"path": str(options.data.absolute())}
+    if options.format:
+        source |= {"format": options.format}
     if options.column_names:
-        source |= {"column_names": options.column_names, "quoting": False}
+        source |= {"column_names": options.column_names}
+        source |= {} if options.format else {"quoting": False}
     return {
         "name": f"ranks{ranks}",
         "output_dir": str(folder / "runs"),
-        "task": {"type": "text-classification"},
+        "task": {"type": options.task, **_OPTIONS.get(options.task, {})},
         "model": {"path": str(folder / "start"), "dtype": "float32", "gradient_checkpointing": False},
-        "data": {"train": [source], "sequence_length": 128},
+        "data": {"train": [source], "sequence_length": options.sequence_length},
         "training": {
             "global_batch_size": options.batch,
             "micro_batch_size": options.batch // (2 * ranks),
@@ -65,34 +72,16 @@ def train_hf(config: Any, task: Any, start: Path, folder: Path) -> list[float]:
     import torch
     import transformers
 
-    from trainer.data.stream import build_training_stream
     from trainer.schedule import learning_rate_factor
 
     training = config.training
-    stream = build_training_stream(
-        config,
-        task,
-        rank=0,
-        world_size=1,
-        micro_batch_size=training.global_batch_size,
-        gather=lambda array: [array],
-        limit=training.max_steps,
-    )
-    samples = [
-        sample
-        for batch in stream
-        for micro_batch in batch.micro_batches
-        for sequence in micro_batch.sequences
-        for sample in sequence.samples
-    ]
-    examples = []
-    for sample in samples:
-        assert sample.inputs is not None
-        assert sample.labels is not None
-        inputs = {name: values.tolist() for name, values in sample.inputs.items()}
-        examples.append({"input_ids": sample.tokens.tolist(), **inputs, "labels": int(sample.labels[0])})
+    examples = [example_of(sample, task) for sample in samples_in_order_of_training(config, task)]
+    # alone, since the loss of transformers' heads for question answering takes in the padding of a batch
+    rows = 1 if config.task.type == "question-answering" else training.global_batch_size
+    accumulated = training.global_batch_size // rows
     model = getattr(transformers, task.auto_class).from_pretrained(start, dtype=torch.float32)
     losses: list[float] = []
+    parts: list[float] = []
 
     class InOrder(transformers.Trainer):  # type: ignore[misc]
         def _get_train_sampler(self, *_: Any) -> Any:
@@ -109,14 +98,18 @@ def train_hf(config: Any, task: Any, start: Path, folder: Path) -> list[float]:
 
         def training_step(self, *arguments: Any, **named: Any) -> Any:
             loss = super().training_step(*arguments, **named)
-            losses.append(float(loss))
+            parts.append(float(loss))
+            if len(parts) == accumulated:
+                losses.append(sum(parts))
+                parts.clear()
             return loss
 
     InOrder(
         model=model,
         args=transformers.TrainingArguments(
             output_dir=str(folder),
-            per_device_train_batch_size=training.global_batch_size,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=accumulated,
             max_steps=training.max_steps,
             learning_rate=training.optimizer.learning_rate,
             weight_decay=training.optimizer.weight_decay,
@@ -128,7 +121,7 @@ def train_hf(config: Any, task: Any, start: Path, folder: Path) -> list[float]:
             remove_unused_columns=False,
         ),
         train_dataset=examples,
-        data_collator=transformers.DataCollatorWithPadding(transformers.AutoTokenizer.from_pretrained(start)),
+        data_collator=collator_of(task, transformers.AutoTokenizer.from_pretrained(start)),
     ).train()
     return losses
 
@@ -136,8 +129,15 @@ def train_hf(config: Any, task: Any, start: Path, folder: Path) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face folder of an encoder")
-    parser.add_argument("--data", type=Path, required=True, help="sentences with labels")
+    parser.add_argument("--data", type=Path, required=True, help="a file of records of the task")
+    parser.add_argument(
+        "--task",
+        default="text-classification",
+        choices=("text-classification", "token-classification", "question-answering"),
+    )
+    parser.add_argument("--format", help="of the file, where its name does not tell")
     parser.add_argument("--column-names", nargs="+", default=[], help="of a file without a header")
+    parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
@@ -184,7 +184,7 @@ def main() -> None:
         "differences": differences,
         "losses": losses,
     }
-    write_result(options.output, "task_parity", value, rows)
+    write_result(options.output, f"task_parity_{options.task.replace('-', '_')}", value, rows)
     if max(differences.values()) > LIMIT:
         raise SystemExit(f"losses differ by more than {LIMIT:g}: {differences}")
 

@@ -88,6 +88,7 @@ def memory_of(config: LaunchConfig, setup: Setup, room: Room) -> MemoryEstimate 
         attention=config.model.attention,
         device=room.device,
         sequence_parallel=config.model.sequence_parallel,
+        state_bytes=config.training.state_bytes,
     )
 
 

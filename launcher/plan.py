@@ -39,6 +39,7 @@ class Plan:
         offload: where the optimizer's states are, ``none`` or ``cpu``.
         memory_reason: why, where the config leaves it open; else empty.
         sequence_length: tokens.
+        state_bytes: of each trained parameter besides its fp32 master.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Plan:
     warnings: tuple[str, ...]
     max_steps: int | None
     sequence_length: int
+    state_bytes: int = 8
 
     @property
     def world_size(self) -> int:
@@ -74,14 +76,15 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int | None:
-        """fp32 master weights and two moments: 12 bytes for each trained parameter; frozen ones in their own dtype,
-        unless the model's files hold them."""
+        """fp32 master weights and `state_bytes` (12 bytes for each trained parameter with AdamW); frozen ones in their
+        own dtype, unless the model's files hold them."""
         trained, everything = self.model.trainable_parameters, self.model.parameters
         if trained is None or everything is None:
             return None
+        held = (4 + self.state_bytes) * trained
         if self.model.pinned:
-            return 12 * trained
-        return 12 * trained + (2 if self.deepspeed["bf16"]["enabled"] else 4) * (everything - trained)
+            return held
+        return held + (2 if self.deepspeed["bf16"]["enabled"] else 4) * (everything - trained)
 
     def commands(self, attempt: int = 1, address: str | None = None, port: int = DEFAULT_PORT) -> list[str]:
         """What a person could type on each node to run an attempt; launch does the same through `trainer.agent`."""
@@ -225,6 +228,7 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
         warnings=tuple(warnings),
         max_steps=config.training.max_steps,
         sequence_length=config.data.sequence_length,
+        state_bytes=config.training.state_bytes,
     )
 
 

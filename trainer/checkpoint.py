@@ -5,11 +5,13 @@
         state.json                        step, data state, optimizer steps, parameters
         manifest.json                     files, sizes, checksums; written last by atomic rename: the publication
 
-A rank's slices are `master/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME` (fp32) of trained parameters and `frozen/NAME`
-of the others, unless those are in the model's own files (`trainer.origin`). Each is 1-D; its place in the flattened
-parameter is in the file's metadata, in the form that `torch.distributed.checkpoint.HuggingFaceStorageReader` reads. A
-rank stages its slices by one copy into reused buffers; a thread then writes them while training goes on, without
-collectives: ranks report through files. With a fast tier (`trainer.fast_tier`) they write to that, and copy from it.
+A rank's slices are `master/NAME`, the optimizer's moments (AdamW's `exp_avg/NAME` and `exp_avg_sq/NAME`) and `ema/NAME`
+where weights are averaged, all fp32, of trained parameters; and `frozen/NAME` of the others, unless those are in the
+model's own files (`trainer.origin`). Each is 1-D; its place in the flattened parameter is in the file's metadata, in
+the form that `torch.distributed.checkpoint.HuggingFaceStorageReader` reads. What is equal on all ranks (buffers and
+Adafactor's factors) is in rank 0's file. A rank stages its slices by one copy into reused buffers; a thread then writes
+them while training goes on, without collectives: ranks report through files. With a fast tier
+(`trainer.fast_tier`) they write to that, and copy from it.
 """
 
 from __future__ import annotations
@@ -121,6 +123,8 @@ class Saver:
             "world_size": self._engine.world_size,
             "zero_stage": self._engine.stage,
             "optimizer_steps": self._engine.optimizer_steps(),
+            "unfrozen_steps": self._engine.unfrozen_steps(),
+            "averaged": self._engine.keeps_average,
             "parameters": self._engine.parameters(),
             "buffers": [(name, tuple(buffer.shape)) for name, buffer in self._engine.buffers()],
             **({"origin": self._engine.origin.to_json()} if self._engine.origin else {}),
@@ -144,10 +148,10 @@ class Saver:
         return True
 
     def bytes_of_all_ranks(self) -> int:
-        """Bytes of one checkpoint, without headers: fp32 masters and two moments, and frozen weights if stored."""
-        frozen, pinned = self._engine.frozen_itemsize(), self._pinned()
+        """Bytes of one checkpoint, without headers: fp32 masters, moments, averages, and frozen weights if stored."""
+        held, frozen, pinned = self._engine.trained_itemsize(), self._engine.frozen_itemsize(), self._pinned()
         return sum(
-            math.prod(shape) * (12 if trained else frozen)
+            math.prod(shape) * (held if trained else frozen)
             for name, shape, trained in self._engine.parameters()
             if name not in pinned
         )
@@ -179,10 +183,10 @@ class Saver:
                 key = f"{kind}/{shard.name}"
                 tensors[key], offsets[key] = self._staged(key, source), shard.offset
         if self._engine.rank == 0 or self.fast:  # equal on all ranks
-            for name, buffer in self._engine.buffers():
-                if buffer.numel():
-                    key = f"buffer/{name}"
-                    tensors[key], offsets[key] = self._staged(key, buffer.detach().reshape(-1)), 0
+            named = [(f"buffer/{name}", buffer) for name, buffer in self._engine.buffers()]
+            for key, tensor in named + self._engine.replicated():
+                if tensor.numel():
+                    tensors[key], offsets[key] = self._staged(key, tensor.detach().reshape(-1)), 0
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         return tensors, offsets

@@ -13,7 +13,7 @@ import datetime
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+
+from trainer.adafactor import Adafactor, Piece, make_piece
+from trainer.averaging import Average
+from trainer.unfreezing import FROM_STEP, Unfreezing
 
 if TYPE_CHECKING:
     from trainer.origin import Origin
@@ -38,7 +42,8 @@ class Shard:
         numel: elements of the whole parameter.
         offset: where the slice begins in the flattened parameter.
         length: elements of the slice, without ZeRO's padding.
-        tensors: ``master`` (fp32), ``exp_avg`` and ``exp_avg_sq`` for trained parameters, ``frozen`` (the
+        tensors: ``master`` (fp32) and the optimizer's moments (Adam's ``exp_avg`` and ``exp_avg_sq``, Adafactor's
+            ``variance`` of vectors), ``ema`` (fp32) where weights are averaged, for trained parameters; ``frozen`` (the
             model's dtype) for the others. 1-D views of ``length`` elements: writing to them changes the state.
     """
 
@@ -148,19 +153,31 @@ class Engine:
         model: built under ``zero.Init`` for stage 3; frozen parameters already have ``requires_grad=False``.
         optimizer: a torch optimizer over the trained parameters.
         config: the whole DeepSpeed JSON, as planned.
+        ema_decay: of an average of the weights to keep (see `averaged`); None: none.
     """
 
     origin: Origin | None = None  # of frozen weights that checkpoints leave out
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: dict[str, Any],
+        ema_decay: float | None = None,
+    ) -> None:
         import deepspeed
 
+        self._unfreezing = Unfreezing(optimizer)
         self._engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.model: torch.nn.Module = self._engine.module
         self.optimizer = optimizer
         self.stage = int(config["zero_optimization"]["stage"])
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
+        self._pieces: dict[str, Piece] = {}
+        if isinstance(optimizer, Adafactor):
+            self._lay_out(optimizer)
+        self._average = None if ema_decay is None else Average(self._flat_groups(), ema_decay)
 
     def forward(self, **inputs: Any) -> Any:
         """The model's forward pass. Every rank must make the same number of calls."""
@@ -199,6 +216,10 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
+    def begin_step(self, step: int) -> None:
+        """Before the passes of an optimizer step, from 1: parameters that are unfrozen later do not take part."""
+        self._unfreezing.step = step
+
     def step(self, learning_rate: float) -> StepResult:
         """Update the weights after the last `backward` of a global batch; a group's own rate is a multiple of this."""
         for group in self.optimizer.param_groups:
@@ -206,6 +227,8 @@ class Engine:
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         applied = bool(self._engine.was_step_applied())
+        if applied and self._average:
+            self._average.update()
         return StepResult(applied, math.nan if norm is None else float(norm))
 
     def train(self) -> None:
@@ -213,6 +236,25 @@ class Engine:
 
     def eval(self) -> None:
         self._engine.eval()
+
+    @property
+    def keeps_average(self) -> bool:
+        """Whether an average of the weights is kept."""
+        return self._average is not None
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model has the average of its weights, if one is kept. Every rank must make the call."""
+        if self._average is None:
+            yield
+            return
+        self._average.swap()
+        self._refresh()
+        try:
+            yield
+        finally:
+            self._average.swap()
+            self._refresh()
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -239,18 +281,51 @@ class Engine:
         """Bytes of one element of the weights that are not trained."""
         return next((p.element_size() for _, p in self._parameters() if not p.requires_grad), 0)
 
-    def optimizer_steps(self) -> int:
-        """Adam's step count."""
-        for flat in self._flat_groups():
-            step = self.optimizer.state[flat].get("step")
-            if step is not None:
-                return int(step)
-        return 0
+    def trained_itemsize(self) -> int:
+        """Bytes that a checkpoint holds for each element of the weights that are trained."""
+        moments = 0 if self._pieces else len(MOMENTS)
+        return 4 * (1 + moments + self.keeps_average)
 
-    def finish_loading(self, optimizer_steps: int) -> None:
-        """After the slices were written to: set Adam's step count and refresh every copy made from the masters."""
-        for flat in self._flat_groups():
-            self.optimizer.state[flat]["step"].fill_(float(optimizer_steps))
+    def replicated(self) -> list[tuple[str, torch.Tensor]]:
+        """(name, tensor) of the optimizer's state that is equal on all ranks: Adafactor's factors."""
+        return [
+            (f"{key}/{piece.name}", moment)
+            for piece in self._pieces.values()
+            if len(piece.shape) > 1
+            for key, moment in piece.moments.items()
+        ]
+
+    def optimizer_steps(self) -> int:
+        """The optimizer's step count, of what is trained from the first step on."""
+        return self._steps_from().get(1, 0)
+
+    def unfrozen_steps(self) -> dict[str, int]:
+        """Step that unfreezes parameters -> the optimizer's step count of these."""
+        return {str(start): steps for start, steps in self._steps_from().items() if start > 1}
+
+    def _steps_from(self) -> dict[int, int]:
+        """First step of parameter groups -> their step count."""
+        found: dict[int, int] = {}
+        for flat, start in self._starts():
+            step = self.optimizer.state[flat].get("step")
+            found[start] = 0 if step is None else int(step)
+        return found
+
+    def _starts(self) -> Iterator[tuple[torch.Tensor, int]]:
+        """(flat tensor, the first step that trains it)."""
+        groups = self._zero.sub_group_to_group_id if self.stage == 3 else None
+        for index, flat in enumerate(self._flat_groups()):
+            group = self.optimizer.param_groups[groups[index] if groups else index]
+            yield flat, group.get(FROM_STEP, 1)
+
+    def finish_loading(self, optimizer_steps: int, unfrozen_steps: Mapping[str, int]) -> None:
+        """After the slices were written to: set step counts and refresh every copy made from the masters."""
+        for flat, start in self._starts():
+            self.optimizer.state[flat]["step"].fill_(float(unfrozen_steps.get(str(start), optimizer_steps)))
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Make every copy of the weights anew from the masters."""
         zero = self._zero
         if self.stage == 3:
             # exactly what DeepSpeed does after an optimizer step: 16-bit pieces, then the full copies of small
@@ -282,28 +357,45 @@ class Engine:
                 return list(getattr(zero, attribute))
         raise RuntimeError(f"unknown ZeRO optimizer {type(zero).__name__}")
 
+    def _lay_out(self, optimizer: Adafactor) -> None:
+        """Tell Adafactor what its flat tensors hold (ZeRO-3)."""
+        found: dict[int, list[Piece]] = {}
+        flats = self._flat_groups()
+        for name, parameter in self._parameters():
+            if parameter.requires_grad:
+                offset, length = self._cut(parameter)
+                group, start, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+                piece = make_piece(name, whole_shape(parameter), start, offset, length, flats[group].device)
+                found.setdefault(group, []).append(piece)
+                self._pieces[name] = piece
+        for group, pieces in found.items():
+            optimizer.lay_out(flats[group], pieces)
+
     def _ensure_moments(self) -> None:
-        """Adam creates its state at the first step; a checkpoint may be loaded before it."""
+        """An optimizer creates its state at the first step; a checkpoint may be loaded before it."""
         for flat in self._flat_groups():
             state = self.optimizer.state[flat]
             if "step" not in state:
                 fused = bool(self.optimizer.defaults.get("fused"))
                 state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
-                for key in MOMENTS:
+                for key in () if self._pieces else MOMENTS:
                     state[key] = torch.zeros_like(flat, requires_grad=False)
 
-    def _zero3_shard(self, name: str, parameter: Any) -> Shard:
+    def _cut(self, parameter: Any) -> tuple[int, int]:
+        """(offset, length) of this rank's slice of a ZeRO-3 parameter."""
         numel = int(parameter.ds_numel)
         piece = math.ceil(numel / self.world_size)
         offset = min(self.rank * piece, numel)
-        length = min(piece, numel - offset)
+        return offset, min(piece, numel - offset)
+
+    def _zero3_shard(self, name: str, parameter: Any) -> Shard:
+        offset, length = self._cut(parameter)
         if parameter.requires_grad:
             group, start, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
-            flat = self._flat_groups()[group]
-            tensors = self._views(flat, start, length)
+            tensors = self._views(name, group, start, length)
         else:
             tensors = {"frozen": parameter.ds_tensor.data.view(-1)[:length]}
-        return Shard(name, numel, offset, length, tensors)
+        return Shard(name, int(parameter.ds_numel), offset, length, tensors)
 
     def _fragment_shard(self, name: str, parameter: Any) -> Shard | None:
         numel = parameter.numel()
@@ -315,13 +407,18 @@ class Engine:
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
-        flat = self._flat_groups()[mapping.param_group_index]
         where = mapping.get_hp_fragment_address()
         offset = int(mapping.lp_fragment_address.start)
-        return Shard(name, numel, offset, where.numel, self._views(flat, where.start, where.numel))
+        views = self._views(name, mapping.param_group_index, where.start, where.numel)
+        return Shard(name, numel, offset, where.numel, views)
 
-    def _views(self, flat: torch.Tensor, start: int, length: int) -> dict[str, torch.Tensor]:
-        state = self.optimizer.state[flat]
+    def _views(self, name: str, group: int, start: int, length: int) -> dict[str, torch.Tensor]:
+        flat = self._flat_groups()[group]
         views = {"master": flat.detach().narrow(0, start, length)}
-        views.update({key: state[key].narrow(0, start, length) for key in MOMENTS})
-        return views
+        if self._average:
+            views["ema"] = self._average[group].narrow(0, start, length)
+        if self._pieces:
+            moments = self._pieces[name].moments
+            return views | ({"variance": moments["variance"]} if "variance" in moments else {})
+        state = self.optimizer.state[flat]
+        return views | {key: state[key].narrow(0, start, length) for key in MOMENTS}

@@ -40,7 +40,7 @@ def evaluate(
     parts: list[tuple[float, int, Predictions]] = []
     named: dict[str, float] = {}
     engine.eval()
-    with torch.no_grad():
+    with torch.no_grad(), engine.averaged():
         for name, batches in sets.items():
             parts.append(_pass(engine, task, objective, batches, group))
             if name is not None:

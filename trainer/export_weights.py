@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 
 from trainer.adapters import is_transposed, piece_of, plain_name
+from trainer.averaging import weights_kind
 from trainer.config.trained import AdapterConfig
 from trainer.engine import Shard
 from trainer.export_adapter import Update, name_in_folder, pieces_by_module
@@ -90,10 +91,10 @@ class Weights:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._keys: dict[str, str] = {}
         self._dtypes: dict[str, torch.dtype] = {}  # in the checkpoint
-        frozen: torch.dtype | None = None
+        kind, frozen = weights_kind(self.state), None
         for held, shape, trained in self.state["parameters"]:
             name = plain_name(held) if adapter else held
-            self._shapes[name], self._keys[name] = tuple(shape), f"{'master' if trained else 'frozen'}/{held}"
+            self._shapes[name], self._keys[name] = tuple(shape), f"{kind if trained else 'frozen'}/{held}"
             if not trained and frozen is None:
                 frozen = self._slices.dtype(self._keys[name])
             self._dtypes[name] = torch.float32 if trained or frozen is None else frozen
@@ -101,7 +102,7 @@ class Weights:
         self._scale = adapter.alpha / adapter.rank if adapter else 0.0
         self._block: tuple[str, int, torch.Tensor] | None = None  # the last merged rows: name, number, values
         self._parameters = [name for name in self._shapes if not self._pieces or piece_of(name) is None]
-        self.trained_whole = [n for n in self._parameters if self._pieces and self._keys[n].startswith("master/")]
+        self.trained_whole = [n for n in self._parameters if self._pieces and self._keys[n].startswith(f"{kind}/")]
         for name, shape in self.state["buffers"]:
             self._shapes[name], self._keys[name] = tuple(shape), f"buffer/{name}"
             self._dtypes[name] = self._slices.dtype(self._keys[name]) if math.prod(shape) else torch.float32

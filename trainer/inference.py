@@ -44,6 +44,9 @@ class Replica:
         """(the model, False: no call waits for other ranks), as `Engine.generating`."""
         yield self.model, False
 
+    def averaged(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def unsharded(self) -> AbstractContextManager[None]:
         return nullcontext()
 

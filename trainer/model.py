@@ -6,20 +6,22 @@ import ctypes
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from trainer.adafactor import Adafactor
 from trainer.adapters import add_adapter, plain_name
 from trainer.config.schema import ModelConfig, OptimizerConfig
-from trainer.config.trained import ParameterGroup
+from trainer.config.trained import ParameterGroup, Unfreeze
 from trainer.engine import whole_shape
 from trainer.failures import UserError
 from trainer.kernels import fuse_kernels
 from trainer.layers import compile_layers, set_recomputation
 from trainer.selection import depths, select, trained_names
+from trainer.unfreezing import FROM_STEP
 from trainer.vocabulary import resize_embeddings
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -138,10 +140,17 @@ def choose_trained(model: torch.nn.Module, config: ModelConfig, seed: int) -> No
         names[name].requires_grad_(False)
 
 
-def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters; weight decay on matrices only, not on biases, norms and other vectors.
+def build_optimizer(
+    model: torch.nn.Module, config: OptimizerConfig, unfreeze: Sequence[Unfreeze] = ()
+) -> torch.optim.Optimizer:
+    """AdamW or Adafactor over the trained parameters; weight decay on matrices only, not on biases, norms and other
+    vectors.
 
-    Each of its groups has an ``lr_factor``: its learning rate / `learning_rate`, all through the schedule.
+    Each of its groups has an ``lr_factor``: its learning rate / `learning_rate`, all through the schedule; and
+    ``from_step``: the first step that trains it, by `training.unfreeze`.
+
+    Raises:
+        UserError: a rule matches no parameter, or there is nothing to train at first.
     """
     parameters = dict(model.named_parameters())
     plain = [plain_name(name) for name in parameters]
@@ -149,8 +158,12 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
     for index, rule in enumerate(config.groups):
         for name in select(plain, rule.match, f"training.optimizer.groups.{index}.match"):
             rules.setdefault(name, rule)
+    starts: dict[str, int] = {}
+    for index, later in enumerate(unfreeze):
+        for name in select(plain, later.match, f"training.unfreeze.{index}.match"):
+            starts.setdefault(name, later.from_step)
     depth, top = depths(plain)
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    groups: dict[tuple[float, float, int], list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
         if parameter.requires_grad:
             name = plain_name(name)
@@ -159,17 +172,23 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
             if rule.learning_rate is not None:
                 factor = rule.learning_rate / config.learning_rate
             decay = config.weight_decay if len(whole_shape(parameter)) >= 2 and not _NORM.search(name) else 0.0
-            groups.setdefault((factor, decay if rule.weight_decay is None else rule.weight_decay), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": members, "weight_decay": decay, "lr": config.learning_rate * factor, "lr_factor": factor}
-            for (factor, decay), members in groups.items()
-        ],
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+            decay = decay if rule.weight_decay is None else rule.weight_decay
+            groups.setdefault((factor, decay, starts.get(name, 1)), []).append(parameter)
+    if all(start > 1 for _, _, start in groups):
+        raise UserError("training.unfreeze: it leaves nothing to train in the first steps; name fewer parameters")
+    made = [
+        {
+            "params": members,
+            "weight_decay": decay,
+            "lr": config.learning_rate * factor,
+            "lr_factor": factor,
+            FROM_STEP: start,
+        }
+        for (factor, decay, start), members in groups.items()
+    ]
+    if config.type == "adafactor":
+        return Adafactor(made, lr=config.learning_rate)
+    return torch.optim.AdamW(made, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
 
 def quiet_libraries() -> None:

@@ -113,10 +113,12 @@ def load_slices(slices: Slices, state: dict[str, Any], folder: Path, engine: Eng
             for kind, target in shard.tensors.items():
                 if shard.length and shard.name not in pinned:
                     slices.read_into(f"{kind}/{shard.name}", shard, target)
+        for name, tensor in engine.replicated():
+            slices.read_into(name, Shard(name, tensor.numel(), 0, tensor.numel(), {}), tensor.view(-1))
         buffers = dict(engine.buffers())
         for name, shape in state.get("buffers", ()):
             if name in buffers and math.prod(shape):
                 whole = torch.empty(math.prod(shape), dtype=buffers[name].dtype)
                 slices.read_into(f"buffer/{name}", Shard(name, whole.numel(), 0, whole.numel(), {}), whole)
                 buffers[name].copy_(whole.view(shape))
-        engine.finish_loading(int(state["optimizer_steps"]))
+        engine.finish_loading(int(state["optimizer_steps"]), state.get("unfrozen_steps", {}))

@@ -94,8 +94,9 @@ class Trainer:
         self.sharing = self.config.model.sequence_parallel  # ranks that work on the same micro-batches
         if self.sharing > 1:
             self.loss.parallel = SequenceParallel(model, self.sharing)  # type: ignore[attr-defined]
-        optimizer = build_optimizer(model, self.config.training.optimizer)
-        self.engine = Engine(model, optimizer, self.plan["deepspeed"])
+        training = self.config.training
+        optimizer = build_optimizer(model, training.optimizer, training.unfreeze)
+        self.engine = Engine(model, optimizer, self.plan["deepspeed"], training.ema_decay)
         self.engine.origin = find_origin(self.config.model.path, self.engine, run, self.gather)
         self.rank, self.world_size = self.engine.rank, self.engine.world_size
         self.is_main = self.rank == 0
@@ -170,6 +171,7 @@ class Trainer:
     def train_step(self, batch: GlobalBatch) -> tuple[dict[str, Any], int]:
         """One optimizer step; (the step's metrics, what rank 0 asks for after it)."""
         padded_tokens, loss_sum = 0, torch.zeros((), dtype=torch.float64, device=self.device)
+        self.engine.begin_step(self.step)
         scale = self.world_size / max(batch.target_tokens, 1)  # DeepSpeed averages gradients over ranks
         for micro_batch in batch.micro_batches:
             self.seed_dropout(micro_batch.index)

@@ -20,6 +20,7 @@ import torch
 from trainer import checkpoint, collectives, slices
 from trainer.checkpoint_files import Retention
 from trainer.config.schema import ModelConfig, OptimizerConfig
+from trainer.config.trained import Unfreeze
 from trainer.data.sample import PackedSequence, Sample
 from trainer.engine import Engine, init_distributed
 from trainer.forward import LanguageModelLoss
@@ -97,6 +98,10 @@ def optimizer_of(case: dict[str, Any]) -> OptimizerConfig:
     return OptimizerConfig.model_validate({**OPTIMIZER.model_dump(), **case.get("optimizer", {})})
 
 
+def unfreeze_of(case: dict[str, Any]) -> list[Unfreeze]:
+    return [Unfreeze.model_validate(rule) for rule in case.get("unfreeze", ())]
+
+
 def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     config = deepspeed_config(case, world_size)
@@ -114,7 +119,7 @@ def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) 
     deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's: one engine a process, it thinks
     model = build_model(model_config, transformers.AutoModelForCausalLM, config, "sdpa", seed=0)
     loss = LanguageModelLoss(model, None, "sdpa", torch.device("cpu"))
-    engine = Engine(model, build_optimizer(model, optimizer), config)
+    engine = Engine(model, build_optimizer(model, optimizer, unfreeze_of(case)), config, case.get("ema_decay"))
     if case.get("load"):
         source = RunDirectory(Path(case["load"]))
         slices.load(source.checkpoints_dir / checkpoint.folder_name(case["steps"][0] - 1), engine)
@@ -131,17 +136,23 @@ def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) 
         gathers.clear()
         sequences = global_batch(step)
         targets = target_tokens(sequences)
-        share = 0.0
-        for turn in range(count):
-            index = rank + turn * world_size
-            micro_loss, _ = loss(engine.forward, sequences[index * micro : (index + 1) * micro])
+        share = averaged = 0.0
+        engine.begin_step(step)
+        mine = [sequences[i * micro : (i + 1) * micro] for i in range(rank, count * world_size, world_size)]
+        for part in mine:
+            micro_loss, _ = loss(engine.forward, part)
             engine.backward(micro_loss * world_size / targets)
             share += float(micro_loss.detach())
         outcome = engine.step(OPTIMIZER.learning_rate)
-        total = collectives.sum_step(group, share, 0, 0)[0]
-        results.append(
-            {"step": step, "loss": total / targets, "grad_norm": outcome.grad_norm, "gathered": sum(gathers)}
-        )
+        line = {"step": step, "grad_norm": outcome.grad_norm, "gathered": sum(gathers)}
+        line["loss"] = collectives.sum_step(group, share, 0, 0)[0] / targets
+        if engine.keeps_average:
+            engine.eval()
+            with torch.no_grad(), engine.averaged():
+                averaged = sum(float(loss(engine.forward, part)[0]) for part in mine)
+            engine.train()
+            line["averaged_loss"] = collectives.sum_step(group, averaged, 0, 0)[0] / targets
+        results.append(line)
     if case.get("save"):
         saver = checkpoint.Saver(RunDirectory(Path(case["save"])), engine, Retention(2), lambda *_, **__: None)
         saver.save(case["steps"][1], {"data": {}, "progress": 0.0})

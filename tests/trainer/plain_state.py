@@ -28,6 +28,7 @@ class PlainState:
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     stage: int = 3
     origin: Origin | None = None
+    keeps_average = False
 
     def parameters(self) -> list[tuple[str, tuple[int, ...], bool]]:
         trained = [(name, tuple(tensor.shape), True) for name, tensor in self.trained.items()]
@@ -39,8 +40,17 @@ class PlainState:
     def frozen_itemsize(self) -> int:
         return 4
 
+    def trained_itemsize(self) -> int:
+        return 12
+
+    def replicated(self) -> list[tuple[str, torch.Tensor]]:
+        return []
+
     def optimizer_steps(self) -> int:
         return 1
+
+    def unfrozen_steps(self) -> dict[str, int]:
+        return {}
 
     def shards(self) -> Iterator[Shard]:
         for name, shape, trained in self.parameters():

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,16 @@ import engine_program as program
 import pytest
 import torch
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from trainer.config.schema import ModelConfig
+from trainer.config.schema import ModelConfig, OptimizerConfig
+from trainer.data.sample import Sample
 from trainer.model import build_optimizer, choose_trained
+from trainer.selection import select
 
 STEPS = 4
+ADAFACTOR = {"type": "adafactor", "betas": (0.9, 0.999), "learning_rate": 3e-3}
+UNFREEZE = [{"match": ["layers:1", "*embed*"], "from_step": 3}, {"match": ["layers:0"], "from_step": 4}]
 FROZEN = ("layers:0", "model.embed_tokens")
 LORA = {"rank": 3, "alpha": 6.0, "modules_to_save": ["model.norm"]}
 GROUPS = {
@@ -81,6 +86,9 @@ def plain_loop(
     frozen: tuple[str, ...] = (),
     prepare: Callable[[Any], Any] = lambda model: model,
     optimizer_options: dict[str, Any] | None = None,
+    unfreeze: Sequence[dict[str, Any]] = (),
+    ema_decay: float | None = None,
+    steps: int = STEPS,
 ) -> list[dict[str, float]]:
     """One process, one sample at a time, no packing, no DeepSpeed: what the figures ought to be."""
     from transformers import AutoModelForCausalLM
@@ -89,24 +97,51 @@ def plain_loop(
     choose_trained(model, ModelConfig(path=str(model_folder), freeze=frozen), 0)
     model = prepare(model)
     model.train()
-    optimizer = build_optimizer(model, program.optimizer_of({"optimizer": optimizer_options or {}}))
+    optimizer = plain_optimizer(model, program.optimizer_of({"optimizer": optimizer_options or {}}))
+    names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    starts = {name: rule["from_step"] for rule in unfreeze for name in select(list(names), rule["match"], "")}
+    averaged = None
+    if ema_decay:
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+        averaged.update_parameters(model)  # the first one copies
     results = []
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
+        for name, parameter in names.items():
+            parameter.requires_grad_(step >= starts.get(name, 1))
         sequences = program.global_batch(step)
         targets = program.target_tokens(sequences)
+        samples = [sample for sequence in sequences for sample in sequence.samples]
         total = 0.0
-        for sample in (sample for sequence in sequences for sample in sequence.samples):
-            ids = torch.from_numpy(sample.tokens.astype("int64"))
-            labels = torch.where(torch.from_numpy(sample.targets), ids, -100)
-            logits = model(input_ids=ids[None]).logits[0]
-            loss = functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
+        for sample in samples:
+            loss = plain_loss(model, sample)
             (loss / targets).backward()
             total += float(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), program.MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
         results.append({"step": step, "loss": total / targets, "grad_norm": float(norm)})
+        if averaged:
+            averaged.update_parameters(model)
+            with torch.no_grad():
+                of_average = sum(float(plain_loss(averaged, sample)) for sample in samples)
+            results[-1]["averaged_loss"] = of_average / targets
     return results
+
+
+def plain_loss(model: Any, sample: Sample) -> torch.Tensor:
+    ids = torch.from_numpy(sample.tokens.astype("int64"))
+    labels = torch.where(torch.from_numpy(sample.targets), ids, -100)
+    logits = model(input_ids=ids[None]).logits[0]
+    return functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
+
+
+def plain_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """torch's own, in the same groups."""
+    made = build_optimizer(model, config)
+    if config.type == "adafactor":
+        groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in made.param_groups]
+        return torch.optim.Adafactor(groups)
+    return made
 
 
 def case(name: str, stage: int, micro: int, steps: tuple[int, int] = (1, STEPS), **more: Any) -> dict[str, Any]:
@@ -114,14 +149,17 @@ def case(name: str, stage: int, micro: int, steps: tuple[int, int] = (1, STEPS),
 
 
 def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]], relative: float) -> None:
-    assert [line["step"] for line in found] == [line["step"] for line in expected]
-    for line, other in zip(found, expected, strict=True):
-        assert line["loss"] == pytest.approx(other["loss"], rel=relative)
-        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=relative)
+    assert [figure for line in found for figure in numbers(line)] == pytest.approx(
+        [figure for line in expected for figure in numbers(line)], rel=relative
+    )
 
 
-def figures(lines: list[dict[str, float]]) -> list[tuple[float, float, float]]:
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+def numbers(line: dict[str, float]) -> list[float]:
+    return [line[name] for name in ("step", "loss", "grad_norm", "averaged_loss") if name in line]
+
+
+def figures(lines: list[dict[str, float]]) -> list[list[float]]:
+    return [numbers(line) for line in lines]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -135,15 +173,21 @@ def test_loss_and_gradients_equal_a_plain_loop(world_size: int, model_folder: Pa
     cases.append(case("probed", 3, 2, probe=True))
     cases.append(case("lora", 3, 2, adapter=LORA))
     cases.append(case("groups", 3, 2, optimizer=GROUPS))
+    cases.append(case("adafactor", 3, 2, optimizer=ADAFACTOR))
+    cases.append(case("unfreezing", 3, 2, unfreeze=UNFREEZE))
+    cases.append(case("average", 3, 2, ema_decay=0.7))
     results = run_ranks(world_size, {"model": str(model_folder), "cases": cases}, tmp_path)
     expected = plain_loop(model_folder)
     special = {
         "frozen": plain_loop(model_folder, FROZEN),
         "lora": plain_loop(model_folder, prepare=peft_model),
         "groups": plain_loop(model_folder, optimizer_options=GROUPS),
+        "adafactor": plain_loop(model_folder, optimizer_options=ADAFACTOR),
+        "unfreezing": plain_loop(model_folder, unfreeze=UNFREEZE),
     }
     for other in special.values():
         assert other[-1]["loss"] != pytest.approx(expected[-1]["loss"], rel=1e-6)
+    special["average"] = plain_loop(model_folder, ema_decay=0.7)
     for name, found in results.items():
         assert_same(found, special.get(name, expected), 1e-6)
     gathered = [results[name][-1]["gathered"] for name in ("stage3-micro2", "probed")]
@@ -187,6 +231,12 @@ USUAL: dict[str, dict[str, Any]] = {
     "frozen": {"stage": 3, "freeze": FROZEN},
     "lora": {"stage": 3, "adapter": LORA},
     "groups": {"stage": 3, "optimizer": GROUPS},
+    "adafactor": {"stage": 3, "optimizer": ADAFACTOR},
+    "unfreezing": {
+        "stage": 3,
+        "unfreeze": [{"match": ["layers:1"], "from_step": 2}, {"match": ["*embed*"], "from_step": 5}],
+    },
+    "average": {"stage": 3, "ema_decay": 0.7},
     "stage2": {"stage": 2},
     "stage1": {"stage": 1},
     "bfloat16": {"stage": 3, "dtype": "bfloat16"},
@@ -202,6 +252,16 @@ FURTHER: dict[str, dict[str, Any]] = {
     "lora-stage2": {"stage": 2, "adapter": LORA},
     "groups-stage2": {"stage": 2, "optimizer": GROUPS},
     "groups-stage1": {"stage": 1, "optimizer": GROUPS},
+    "unfreezing-stage2": {"stage": 2, "unfreeze": UNFREEZE, "ema_decay": 0.5},
+    "adafactor-lora": {"stage": 3, "adapter": LORA, "optimizer": ADAFACTOR},
+    "all-offload": {
+        "stage": 3,
+        "dtype": "bfloat16",
+        "offload": True,
+        "optimizer": {**ADAFACTOR, **GROUPS},
+        "unfreeze": UNFREEZE,
+        "ema_decay": 0.5,
+    },
 }
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from trainer.adapters import add_adapter, head_modules, piece_of, plain_name
 from trainer.config.schema import ModelConfig, OptimizerConfig
-from trainer.config.trained import AdapterConfig
+from trainer.config.trained import AdapterConfig, Unfreeze
 from trainer.failures import UserError
 from trainer.model import build_optimizer, choose_trained
 from trainer.planning.model_facts import facts_of_config
@@ -215,3 +215,26 @@ def test_parameter_groups() -> None:
 
 def test_a_selection_of_names_that_are_not_the_models_own_is_lenient() -> None:
     assert select(LLAMA, ("x",), "key", strict=False) == set()
+
+
+def test_what_is_unfrozen_later_is_in_groups_of_its_own() -> None:
+    model = make_model("llama")
+    rules = [
+        Unfreeze.model_validate({"match": match, "from_step": step})
+        for match, step in ((["layers:1-"], 10), (["layers:0-", "*embed*"], 20))
+    ]
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.1), rules)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {names[p]: group["from_step"] for group in optimizer.param_groups for p in group["params"]}
+    assert found["model.layers.1.mlp.up_proj.weight"] == found["model.layers.1.input_layernorm.weight"] == 10
+    assert found["model.layers.0.mlp.up_proj.weight"] == found["model.embed_tokens.weight"] == 20
+    assert found["model.norm.weight"] == 1
+    everything = Unfreeze.model_validate({"match": ["*"], "from_step": 2})
+    with pytest.raises(UserError, match="nothing to train in the first steps"):
+        build_optimizer(model, OptimizerConfig(), [everything])
+    with pytest.raises(UserError, match=r"unfreeze\.0\.match: 'x' matches no parameter"):
+        build_optimizer(model, OptimizerConfig(), [everything.model_copy(update={"match": ("x",)})])
+    with pytest.raises(ValidationError, match="greater than or equal to 2"):
+        Unfreeze.model_validate({"match": ["*"], "from_step": 1})
+    with pytest.raises(ValidationError, match="are AdamW's"):
+        OptimizerConfig.model_validate({"type": "adafactor", "betas": (0.9, 0.99)})

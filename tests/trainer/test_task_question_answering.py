@@ -59,7 +59,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(workspace: Path) -> LaunchConfig:
-    return make_config(workspace, SECTION, data={"sequence_length": 32})
+    unfreeze = [{"match": ["layers:0", "*embeddings*"], "from_step": 4}]
+    return make_config(workspace, SECTION, data={"sequence_length": 32}, training={"unfreeze": unfreeze})
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(workspace: Path) -> LaunchConfig:
-    return make_config(workspace, {"type": "token-classification"}, data={"sequence_length": 24})
+    changes = {"data": {"sequence_length": 24}, "training": {"ema_decay": 0.7}}
+    return make_config(workspace, {"type": "token-classification"}, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +197,7 @@ def test_a_run_is_the_same_at_any_number_of_ranks(
 
 
 def test_the_export_predicts_the_same_in_plain_transformers(finished: RunDirectory, workspace: Path) -> None:
+    from safetensors.torch import load_file
     from seqeval.metrics import f1_score
     from seqeval.scheme import IOB2
     from transformers import AutoModelForTokenClassification, AutoTokenizer
@@ -203,6 +205,11 @@ def test_the_export_predicts_the_same_in_plain_transformers(finished: RunDirecto
     model = AutoModelForTokenClassification.from_pretrained(finished.export_dir)
     tokenizer = AutoTokenizer.from_pretrained(finished.export_dir)
     assert model.config.label2id == TAGS_BY_NAME
+    # the average of the weights is scored and exported, not the weights
+    (folder,) = finished.checkpoints_dir.glob("step-*")
+    held = load_file(folder / "rank-00000-of-00001.safetensors")
+    assert torch.equal(held["ema/classifier.weight"], model.classifier.weight.flatten())
+    assert not torch.equal(held["ema/classifier.weight"], held["master/classifier.weight"])
     gold, predicted, words = [], [], 0
     for line in (workspace / "test.jsonl").read_text().splitlines():
         record = json.loads(line)

@@ -32,7 +32,7 @@ from trainer.config.section import (
     Section,
 )
 from trainer.config.tasks import PACKED_TASKS, Task
-from trainer.config.trained import ParameterGroup
+from trainer.config.trained import ParameterGroup, Unfreeze
 from trainer.config.tuning import TuneConfig
 
 
@@ -165,18 +165,29 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW, as in torch.optim.AdamW (decoupled weight decay, Loshchilov & Hutter 2019)."""
+    """torch.optim's AdamW (decoupled weight decay, Loshchilov & Hutter 2019), or Adafactor (Shazeer & Stern 2018)."""
 
-    type: Literal["adamw"] = "adamw"
+    type: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: PositiveFloat = 1e-5
     weight_decay: NonNegativeFloat = Field(0.0, description="Applied to matrices; never to biases and norms")
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Of AdamW")
+    eps: PositiveFloat = Field(1e-8, description="Of AdamW")
     groups: tuple[ParameterGroup, ...] = Field((), description="The first group that matches a parameter holds")
     layer_decay: Annotated[float, Field(gt=0, le=1, strict=True)] | None = Field(
         None,
         description="Layer-wise learning-rate decay (Clark et al. 2020): times this for each layer below the head",
     )
+
+    @model_validator(mode="after")
+    def _known_to_it(self) -> OptimizerConfig:
+        if self.type == "adafactor" and (self.betas != (0.9, 0.999) or self.eps != 1e-8):
+            raise ValueError("`betas` and `eps` are AdamW's; Adafactor has none to set: leave them out")
+        return self
+
+    @property
+    def moment_bytes(self) -> int:
+        """Of each trained parameter, about: Adafactor's row and column factors are too few to count."""
+        return 8 if self.type == "adamw" else 0
 
 
 class ScheduleConfig(Section):
@@ -205,6 +216,10 @@ class TrainingConfig(Section):
     max_steps: PositiveInt | None = None
     epochs: PositiveFloat | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
+    unfreeze: tuple[Unfreeze, ...] = Field((), description="What is trained later; the first rule that matches holds")
+    ema_decay: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = Field(
+        None, description="Keep an exponential moving average of the weights; evaluations and exports use it"
+    )
     schedule: ScheduleConfig = ScheduleConfig()
     max_grad_norm: NonNegativeFloat = Field(1.0, description="Clip the global gradient norm; 0: off")
     seed: NonNegativeInt = Field(0, description="Initial weights and dropout")
@@ -223,6 +238,11 @@ class TrainingConfig(Section):
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of `max_steps` and `epochs`")
         return self
+
+    @property
+    def state_bytes(self) -> int:
+        """Of each trained parameter besides its fp32 master: moments, and the average."""
+        return self.optimizer.moment_bytes + (0 if self.ema_decay is None else 4)
 
 
 class CheckpointConfig(Section):
@@ -373,6 +393,8 @@ class LaunchConfig(Section):
                 raise ValueError("export.adapter: there is no `model.adapter`; leave it out to export the whole model")
             if self.model.path is None:
                 raise ValueError("export.adapter: random weights (`model.config`) are in no folder; use merge")
+        if self.training.optimizer.type == "adafactor" and self.deepspeed.zero_stage != 3:
+            raise ValueError("training.optimizer.type: adafactor needs deepspeed.zero_stage 3, or use adamw")
         if self.data.packing and self.task.type not in PACKED_TASKS:
             raise ValueError(f"data.packing: samples of {self.task.type} cannot share a sequence; leave it out")
         if self.model.sequence_parallel > 1 and (

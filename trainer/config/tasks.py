@@ -47,6 +47,9 @@ class TextClassificationTask(Section):
     label_smoothing: Fraction = 0.0
     class_weights: tuple[PositiveFloat, ...] = Field((), description="Weight of each class in the loss, one per label")
     dropout: Fraction | None = Field(None, description="Of the head; default: the model's")
+    pooling: Literal["cls", "mean"] | None = Field(
+        None, description="What the head reads, where the model lets choose (ModernBERT): the first token, or the mean"
+    )
 
     @model_validator(mode="after")
     def _sensible(self) -> TextClassificationTask:

@@ -61,3 +61,12 @@ class ParameterGroup(Section):
         if self.learning_rate is None and self.learning_rate_factor is None and self.weight_decay is None:
             raise ValueError("give `learning_rate`, `learning_rate_factor` or `weight_decay`")
         return self
+
+
+class Unfreeze(Section):
+    """Parameters that stay as they are at first (gradual unfreezing, Howard & Ruder 2018)."""
+
+    match: tuple[str, ...] = Field(
+        min_length=1, description="Names of modules or parameters, fnmatch patterns, or layers:FIRST-LAST"
+    )
+    from_step: Annotated[int, Field(ge=2, strict=True)] = Field(description="The first step that trains them")

@@ -96,6 +96,7 @@ def estimate(
     attention: str,
     device: str,
     sequence_parallel: int = 1,
+    state_bytes: int = 8,
 ) -> MemoryEstimate | None:
     """The memory of a rank, or None where the model's counts or sizes are not known.
 
@@ -105,6 +106,7 @@ def estimate(
         attention: ``eager`` keeps the scores, [heads, sequence, sequence] of each sequence; the others do not.
         device: ``cuda`` or ``cpu``. On a CPU host and device are the same memory.
         sequence_parallel: ranks that share each sequence; around attention they exchange tokens for heads, as many.
+        state_bytes: of each trained parameter besides its fp32 master: Adam's two moments, by default.
     """
     if model.parameters is None or model.trainable_parameters is None or model.hidden_size is None:
         return None
@@ -117,7 +119,7 @@ def estimate(
         whole += math.ceil(everything / node)
     # Gradients are accumulated in fp32: stage 1 keeps whole ones, stages 2 and 3 each rank's share.
     gradients = 4 * (trained if stage == 1 else share)
-    masters, moments = 4 * share, 8 * share
+    masters, moments = 4 * share, state_bytes * share
     live = 0
     if stage == 3:
         # What was gathered stays until stage3_max_live_parameters is reached; a layer must fit in any case.

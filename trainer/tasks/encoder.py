@@ -106,6 +106,15 @@ def set_head_dropout(model_config: Any, dropout: float | None) -> None:
         setattr(model_config, name, dropout)
 
 
+def set_pooling(model_config: Any, pooling: str | None) -> None:
+    """Set which vector of a text the classifier reads. Raises UserError where the model leaves no choice."""
+    if pooling is None:
+        return
+    if getattr(model_config, "classifier_pooling", None) not in ("cls", "mean"):  # ModernBERT and its like have it
+        raise UserError(f"task.pooling: the head of {model_config.model_type} leaves no choice; leave it out")
+    model_config.classifier_pooling = pooling
+
+
 def found_labels(config: LaunchConfig, column: str, also: Sequence[str] = ()) -> tuple[str, ...]:
     """The distinct values of a task column in all training data: numbers in their order, else sorted texts.
 

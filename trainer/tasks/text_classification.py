@@ -24,6 +24,7 @@ from trainer.tasks.encoder import (
     set_head_dropout,
     set_labels,
     set_padding,
+    set_pooling,
 )
 from trainer.tokenizer import Tokenizer
 
@@ -98,6 +99,7 @@ class TextClassification(EncoderTask):
         )
         set_padding(model_config, self.tokenizer)
         set_head_dropout(model_config, self.task.dropout)
+        set_pooling(model_config, self.task.pooling)
 
     def loss(self, output: Any, samples: Sequence[Sample]) -> torch.Tensor:
         import torch
