@@ -328,6 +328,8 @@ class Engine:
         """Make every copy of the weights anew from the masters."""
         zero = self._zero
         if self.stage == 3:
+            # a pass without a backward one leaves parameters gathered, as they were
+            zero._partition_all_parameters()
             # exactly what DeepSpeed does after an optimizer step: 16-bit pieces, then the full copies of small
             # (persistent) parameters, then hpZ's secondary pieces
             for group in range(len(zero.fp32_partitioned_groups_flat)):

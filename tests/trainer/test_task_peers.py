@@ -1,0 +1,116 @@
+"""The benchmarks beside HF Trainer in small, on a tiny BERT: losses equal to 1e-5, and whole runs with scores."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_encoder import make_tokenizer, tiny_bert
+
+ROOT = str(Path(__file__).resolve().parents[2])
+WORDS = [
+    "the",
+    "film",
+    "is",
+    "a",
+    "story",
+    "of",
+    "it",
+    "was",
+    "and",
+    "very",
+    "good",
+    "fine",
+    "bad",
+    "poor",
+    "who",
+    "what",
+    "where",
+]
+GOOD, BAD = ("good", "fine"), ("bad", "poor")
+
+
+def words(draw: random.Random, label: int) -> list[str]:
+    """A sentence in which one word tells the label."""
+    found = draw.choices(WORDS[:10], k=draw.randrange(3, 12))
+    found.insert(draw.randrange(len(found)), draw.choice((BAD, GOOD)[label]))
+    return found
+
+
+def record(draw: random.Random, task: str) -> dict[str, Any]:
+    label = draw.randrange(2)
+    tokens = words(draw, label)
+    place = next(i for i, word in enumerate(tokens) if word in GOOD + BAD)
+    if task == "token-classification":
+        tags = ["O"] * len(tokens)
+        tags[place] = ("B-bad", "B-good")[label]
+        return {"tokens": tokens, "tags": tags}
+    if task == "question-answering":
+        answers = {"text": [tokens[place]], "answer_start": [len(" ".join([*tokens[:place], ""]))]}
+        return {
+            "question": "what was it",
+            "context": " ".join(tokens * draw.randrange(1, 4)),
+            "answers": answers if draw.random() < 0.8 else {"text": [], "answer_start": []},
+        }
+    return {"text": " ".join(tokens), "label": label}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import transformers
+
+    folder = make_tokenizer(tmp_path_factory.mktemp("peers") / "model", WORDS)
+    torch.manual_seed(0)
+    values = tiny_bert(len(WORDS), initializer_range=0.1)
+    config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    transformers.AutoModel.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def run(name: str, folder: Path, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, f"{ROOT}/benchmarks/{name}.py", *arguments, "--output", str(folder)],
+        env=os.environ | {"PYTHONPATH": ROOT},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("task", ["text-classification", "token-classification", "question-answering"])
+def test_losses_are_those_of_hf_trainer(model: Path, tmp_path: Path, task: str) -> None:
+    """The benchmark refuses a difference above 1e-5."""
+    draw = random.Random(1)
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(record(draw, task)) + "\n" for _ in range(120)))
+    options = ("--task", task, "--data", str(data), "--steps", "12", "--sequence-length", "60")
+    run("task_parity", tmp_path, "--model", str(model), *options)
+    found = json.loads((tmp_path / f"task_parity_{task.replace('-', '_')}.json").read_text())
+    assert found["differences"].keys() == {"1", "2"}
+    assert len(found["losses"]["hf"]) == 12
+    assert len(set(found["losses"]["hf"])) > 6
+
+
+@pytest.mark.matrix
+def test_scores_stand_beside_those_of_hf_trainer(model: Path, tmp_path: Path) -> None:
+    draw = random.Random(2)
+    for name, count in (("in_domain_train", 240), ("in_domain_dev", 40), ("out_of_domain_dev", 30)):
+        rows = [(label, words(draw, label)) for label in draw.choices((0, 1), k=count)]
+        (tmp_path / f"{name}.tsv").write_text("".join(f"x\t{label}\t\t{' '.join(row)}\n" for label, row in rows))
+    run("task_scores", tmp_path, "cola", "--model", str(model), "--data", str(tmp_path), "--epochs", "4")
+    found = json.loads((tmp_path / "task_scores_cola.json").read_text())
+    assert found["samples"] == {"train": 240, "in_domain": 40, "out_of_domain": 30}
+    assert found["steps"] == 32
+    for side in ("dsft", "hf"):
+        (scores,) = found["scores"][side]
+        assert -1 <= scores["in_domain/matthews"] <= 1
+        assert scores["out_of_domain/accuracy"] > 0.3
