@@ -72,7 +72,7 @@ def train_hf(config: Any, task: Any, start: Path, folder: Path) -> list[float]:
     import torch
     import transformers
 
-    from trainer.schedule import learning_rate_factor
+    from trainer.schedule import learning_rate
 
     training = config.training
     examples = [example_of(sample, task) for sample in samples_in_order_of_training(config, task)]
@@ -89,9 +89,7 @@ def train_hf(config: Any, task: Any, start: Path, folder: Path) -> list[float]:
 
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
             def factor(done: int) -> float:
-                warmup = training.schedule.warmup_steps
-                share = (done - warmup) / max(training.max_steps - warmup, 1)
-                return learning_rate_factor(training.schedule, done + 1, share)
+                return learning_rate(training, done + 1, 0.0) / training.optimizer.learning_rate
 
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
             return self.lr_scheduler

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import math
 
-from trainer.config.schema import ScheduleConfig
+from trainer.config.schema import ScheduleConfig, TrainingConfig
+
+
+def learning_rate(training: TrainingConfig, step: int, progress: float) -> float:
+    """Learning rate of an optimizer step (the first is 1), before which ``progress`` epochs were done."""
+    if training.max_steps is not None:
+        warmup = training.schedule.warmup_steps
+        fraction = (step - 1 - warmup) / max(training.max_steps - warmup, 1)
+    else:
+        assert training.epochs is not None
+        fraction = progress / training.epochs
+    return training.optimizer.learning_rate * learning_rate_factor(training.schedule, step, fraction)
 
 
 def learning_rate_factor(schedule: ScheduleConfig, step: int, fraction: float) -> float:

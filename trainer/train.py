@@ -32,7 +32,7 @@ from trainer.resuming import resume
 from trainer.rollback import roll_back
 from trainer.rundir import RunDirectory, cut_torn_tail
 from trainer.saving import SavePolicy, tell
-from trainer.schedule import learning_rate_factor
+from trainer.schedule import learning_rate
 from trainer.sequence_parallel import SequenceParallel, one_of_each_group
 from trainer.spikes import cause_to_go_back
 from trainer.stragglers import Probe
@@ -179,8 +179,8 @@ class Trainer:
             self.engine.backward(micro_loss * scale)
             loss_sum += micro_loss.detach()
             padded_tokens += padded
-        learning_rate = self.learning_rate(batch)
-        result = self.engine.step(learning_rate)
+        rate = learning_rate(self.config.training, self.step, self.progress)
+        result = self.engine.step(rate)
         total, digest, padded_tokens, request = collectives.sum_step(
             self.control,
             float(loss_sum),
@@ -193,7 +193,7 @@ class Trainer:
         line = {
             "step": self.step,
             "loss": loss,
-            "learning_rate": learning_rate,
+            "learning_rate": rate,
             "grad_norm": result.grad_norm,
             "target_tokens": batch.target_tokens,
             "tokens": batch.tokens,
@@ -267,16 +267,6 @@ class Trainer:
 
     def is_due(self, interval: int | None) -> bool:
         return interval is not None and self.step % interval == 0
-
-    def learning_rate(self, batch: GlobalBatch) -> float:
-        training = self.config.training
-        if training.max_steps is not None:
-            warmup = training.schedule.warmup_steps
-            fraction = (self.step - 1 - warmup) / max(training.max_steps - warmup, 1)
-        else:
-            assert training.epochs is not None
-            fraction = self.progress / training.epochs
-        return training.optimizer.learning_rate * learning_rate_factor(training.schedule, self.step, fraction)
 
     def seed_dropout(self, micro_batch: int) -> None:
         """Dropout masks depend on (seed, step, micro-batch) alone: the same at any world size and after a resume."""
