@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from trainer.adafactor import Adafactor, Piece, make_piece
 from trainer.averaging import Average
+from trainer.parameters import persistent_buffers, whole_shape
 from trainer.unfreezing import FROM_STEP, Unfreezing
 
 if TYPE_CHECKING:
@@ -96,21 +97,6 @@ def gathered(parameters: Sequence[torch.nn.Parameter], modifier_rank: int | None
         list(parameters), modifier_rank=modifier_rank
     )
     return context
-
-
-def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """The shape of a parameter, also where ZeRO-3 has left an empty tensor in its place."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def persistent_buffers(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """(name, buffer) of those that belong into a model's state, by name."""
-    found = {}
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                found[f"{prefix}.{name}".lstrip(".")] = buffer
-    return sorted(found.items())
 
 
 def chunked_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:

@@ -12,9 +12,10 @@ import torch
 
 from trainer.attention import VARLEN, sample_bounds, takes_one_row
 from trainer.data.sample import PackedSequence, Sample
-from trainer.engine import Engine, whole_shape
+from trainer.engine import Engine
 from trainer.failures import UserError
 from trainer.loss import IGNORED, LabelledPositions, cross_entropy_sum
+from trainer.parameters import whole_shape
 from trainer.sequence_parallel import SequenceParallel
 from trainer.tasks.base import Predictions
 

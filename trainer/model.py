@@ -16,10 +16,10 @@ from trainer.adafactor import Adafactor
 from trainer.adapters import add_adapter, plain_name
 from trainer.config.schema import ModelConfig, OptimizerConfig
 from trainer.config.trained import ParameterGroup, Unfreeze
-from trainer.engine import whole_shape
 from trainer.failures import UserError
 from trainer.kernels import fuse_kernels
 from trainer.layers import compile_layers, set_recomputation
+from trainer.parameters import whole_shape
 from trainer.selection import depths, select, trained_names
 from trainer.unfreezing import FROM_STEP
 from trainer.vocabulary import resize_embeddings

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from trainer.data.sample import PackedSequence, Sample
-from trainer.engine import Engine, whole_shape
+from trainer.engine import Engine
 from trainer.forward import TARGETS_TO
 from trainer.generation import Generator, Prompt
 from trainer.loss import IGNORED, LabelledPositions, cross_entropy_sum
 from trainer.objective import EncoderObjective, padded
+from trainer.parameters import whole_shape
 from trainer.tasks.base import Predictions
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from trainer import export_weights
 from trainer.checkpoint_files import folder_name
-from trainer.engine import persistent_buffers
 from trainer.export_weights import Weights
 from trainer.failures import StorageError
+from trainer.parameters import persistent_buffers
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "tie_word_embeddings": False},

@@ -22,7 +22,6 @@ from trainer.config.model import ModelConfig as ModelConfig
 from trainer.config.notifications import Notification
 from trainer.config.section import (
     Auto,
-    Beta,
     Flag,
     Fraction,
     NonNegativeFloat,
@@ -32,7 +31,8 @@ from trainer.config.section import (
     Section,
 )
 from trainer.config.tasks import PACKED_TASKS, Task
-from trainer.config.trained import ParameterGroup, Unfreeze
+from trainer.config.trained import OptimizerConfig as OptimizerConfig
+from trainer.config.trained import Unfreeze
 from trainer.config.tuning import TuneConfig
 
 
@@ -162,32 +162,6 @@ class DataConfig(Section):
         if any(source.epochs is not None for source in self.evaluation):
             raise ValueError("`evaluation` is scored in one pass: `epochs` is for sources of `train`")
         return self
-
-
-class OptimizerConfig(Section):
-    """torch.optim's AdamW (decoupled weight decay, Loshchilov & Hutter 2019), or Adafactor (Shazeer & Stern 2018)."""
-
-    type: Literal["adamw", "adafactor"] = "adamw"
-    learning_rate: PositiveFloat = 1e-5
-    weight_decay: NonNegativeFloat = Field(0.0, description="Applied to matrices; never to biases and norms")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Of AdamW")
-    eps: PositiveFloat = Field(1e-8, description="Of AdamW")
-    groups: tuple[ParameterGroup, ...] = Field((), description="The first group that matches a parameter holds")
-    layer_decay: Annotated[float, Field(gt=0, le=1, strict=True)] | None = Field(
-        None,
-        description="Layer-wise learning-rate decay (Clark et al. 2020): times this for each layer below the head",
-    )
-
-    @model_validator(mode="after")
-    def _known_to_it(self) -> OptimizerConfig:
-        if self.type == "adafactor" and (self.betas != (0.9, 0.999) or self.eps != 1e-8):
-            raise ValueError("`betas` and `eps` are AdamW's; Adafactor has none to set: leave them out")
-        return self
-
-    @property
-    def moment_bytes(self) -> int:
-        """Of each trained parameter, about: Adafactor's row and column factors are too few to count."""
-        return 8 if self.type == "adamw" else 0
 
 
 class ScheduleConfig(Section):

@@ -1,4 +1,4 @@
-"""Sections that say what of a model is trained, and how fast: adapters and parameter groups."""
+"""Sections that say what of a model is trained, and how fast: adapters, the optimizer and its groups."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.config.section import Auto, Flag, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from trainer.config.section import Auto, Beta, Flag, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 
 class AdapterConfig(Section):
@@ -61,6 +61,32 @@ class ParameterGroup(Section):
         if self.learning_rate is None and self.learning_rate_factor is None and self.weight_decay is None:
             raise ValueError("give `learning_rate`, `learning_rate_factor` or `weight_decay`")
         return self
+
+
+class OptimizerConfig(Section):
+    """torch.optim's AdamW (decoupled weight decay, Loshchilov & Hutter 2019), or Adafactor (Shazeer & Stern 2018)."""
+
+    type: Literal["adamw", "adafactor"] = "adamw"
+    learning_rate: PositiveFloat = 1e-5
+    weight_decay: NonNegativeFloat = Field(0.0, description="Applied to matrices; never to biases and norms")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Of AdamW")
+    eps: PositiveFloat = Field(1e-8, description="Of AdamW")
+    groups: tuple[ParameterGroup, ...] = Field((), description="The first group that matches a parameter holds")
+    layer_decay: Annotated[float, Field(gt=0, le=1, strict=True)] | None = Field(
+        None,
+        description="Layer-wise learning-rate decay (Clark et al. 2020): times this for each layer below the head",
+    )
+
+    @model_validator(mode="after")
+    def _known_to_it(self) -> OptimizerConfig:
+        if self.type == "adafactor" and (self.betas != (0.9, 0.999) or self.eps != 1e-8):
+            raise ValueError("`betas` and `eps` are AdamW's; Adafactor has none to set: leave them out")
+        return self
+
+    @property
+    def moment_bytes(self) -> int:
+        """Of each trained parameter, about: Adafactor's row and column factors are too few to count."""
+        return 8 if self.type == "adamw" else 0
 
 
 class Unfreeze(Section):
