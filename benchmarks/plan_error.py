@@ -30,7 +30,7 @@ CASES: tuple[tuple[str, int, dict[str, int], dict[str, Any]], ...] = (
     ("the same at ZeRO stage 2", 2, WIDE, {"training.micro_batch_size": 1, "deepspeed.zero_stage": 2}),
     ("the same on 1 rank", 1, WIDE, {"training.micro_batch_size": 1}),
     ("LoRA", 2, WIDE, {"training.micro_batch_size": 1, "model.adapter": {"type": "lora"}}),
-    ("activations: 16 x 512 tokens, kept", 1, SMALL, {"model.gradient_checkpointing": False}),
+    ("activations: 8 x 512 tokens, kept", 1, SMALL, {"model.gradient_checkpointing": False}),
     ("the same, recomputed", 1, SMALL, {}),
     ("the same in fp32, kept", 1, SMALL, {"model.gradient_checkpointing": False, "model.dtype": "float32"}),
 )
@@ -93,7 +93,7 @@ def make_run(name: str, folder: Path, ranks: int, sizes: dict[str, int], changes
             "train": [{"path": str(folder / "train.jsonl"), "columns": {"text": "text"}}],
             "sequence_length": length,
         },
-        "training": {"global_batch_size": 16 * ranks, "micro_batch_size": 16, "max_steps": 3},
+        "training": {"global_batch_size": 8 * ranks, "micro_batch_size": 8, "max_steps": 2},
         "export": {"enabled": False},
         "logging": {"tensorboard": False},
         "cluster": {"processes_per_node": ranks},
@@ -129,7 +129,7 @@ def main() -> None:
         name, ranks, sizes, changes = cases[number]
         with tempfile.TemporaryDirectory(prefix="dsft-plan-") as place:
             folder = Path(place)
-            made = write_data(folder, 4000)
+            made = write_data(folder, 1000)
             records = [json.loads(line) for line in made["data"].read_text().splitlines()]
             # every token is learned: the plan counts logits of all of them
             texts = (json.dumps({"text": f"{r['question']} {r['answer']}"}) + "\n" for r in records)
