@@ -165,11 +165,11 @@ def prove(names: list[str], folder: Path, workspace: Path, steps: list[tuple[int
                 if other == ranks:
                     assert_the_same_bits(run, whole[name])
                     continue
-                tolerance = 1e-3 if name.startswith("bfloat16") else 1e-6
+                tolerance, of_weights = (1e-3, 5e-2) if name.startswith("bfloat16") else (1e-6, 1e-5)
                 off, weights = assert_the_same_batches(run, whole[name])
                 told = f"{ranks} -> {other} {name}: losses differ by {off:.1e}, weights and moments by {weights:.1e}"
                 print(told, flush=True)
-                if off > tolerance:
+                if off > tolerance or weights > of_weights:
                     problems.append(told)
     assert not problems
 
