@@ -1,6 +1,6 @@
 """Programs for the supervisor's tests: small ranks run by the real agent, and a launcher-like process to kill.
 
-python supervised.py supervise RUN_DIR MODE [processes]
+python supervised.py supervise RUN_DIR MODE [RESILIENCE as JSON]
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from trainer.failures import DataError, NumericError
-from trainer.rundir import RunDirectory
+from trainer.rundir import RunDirectory, append_line, write_json
 
 
 def train(run: RunDirectory, attempt: int) -> None:
@@ -54,7 +55,40 @@ def train(run: RunDirectory, attempt: int) -> None:
             (run.attempt_dir(attempt) / f"grandchild{rank}").write_text(str(child.pid))
         case "echo":
             _echo(rank)
+        case "steps":
+            return _steps(run, attempt, rank)
     time.sleep(300)
+
+
+SAVE_STEPS = 40
+_STEP_SECONDS = 0.05
+
+
+def _steps(run: RunDirectory, attempt: int, rank: int) -> None:
+    """Steps and checkpoints without a model, until a stop request."""
+    if rank != 0:
+        while run.stop_request(attempt) is None:
+            time.sleep(_STEP_SECONDS)
+        return
+    events = run.event_writer("rank0", attempt)
+    step = first = max(run.published_checkpoints(), default=0)
+    stopped = False
+    while not stopped:
+        began = time.time()
+        time.sleep(_STEP_SECONDS)
+        step += 1
+        stopped = run.stop_request(attempt) is not None
+        line = {"step": step, "loss": 1.0, "time": time.time(), "step_seconds": time.time() - began}
+        append_line(run.metrics_path, line)
+        if step == first + 1:
+            events.write("first_step", step=step, seconds=time.time() - began, data_seconds=0.0)
+        if step % SAVE_STEPS == 0 or stopped:
+            events.write("checkpoint_started", step=step, stall_seconds=0.0)
+            folder = run.checkpoints_dir / f"step-{step:08d}"
+            folder.mkdir(parents=True)
+            write_json(folder / "manifest.json", {})
+            events.write("checkpoint", step=step, seconds=0.0, bytes=0)
+    events.write("stopped", step=step)
 
 
 def _echo(rank: int) -> None:
@@ -69,7 +103,7 @@ def _echo(rank: int) -> None:
     torch.distributed.all_reduce(torch.ones(1))
 
 
-def supervise(path: str, processes: int) -> int:
+def supervise(path: str, settings: dict[str, Any]) -> int:
     """What `dsft launch` does after planning."""
     from launcher.backends.local import LocalBackend
     from launcher.supervisor import Supervisor
@@ -78,8 +112,8 @@ def supervise(path: str, processes: int) -> int:
     from trainer.lease import acquire
 
     run = RunDirectory(Path(path))
-    resilience = ResilienceConfig(max_restarts=2, stop_grace_seconds=5.0)
-    backend = LocalBackend(run, processes, {"PYTHONPATH": str(Path(__file__).parent)}, worker_module="supervised")
+    resilience = ResilienceConfig(**{"max_restarts": 2, "stop_grace_seconds": 5.0} | settings)
+    backend = LocalBackend(run, 2, {"PYTHONPATH": str(Path(__file__).parent)}, worker_module="supervised")
     try:
         with acquire(run.lock_dir, lease_seconds=2.0, renew_seconds=0.3) as lease:
             result = Supervisor(run, backend, resilience, lease).supervise()
@@ -93,7 +127,7 @@ def supervise(path: str, processes: int) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "supervise":
         os.environ["MODE"] = sys.argv[3]
-        sys.exit(supervise(sys.argv[2], int(sys.argv[4]) if len(sys.argv) > 4 else 2))
+        sys.exit(supervise(sys.argv[2], json.loads(sys.argv[4])))
     from trainer.worker import main
 
     sys.exit(main(train=train))

@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parents[2]
 class Launch:
     """A supervising process."""
 
-    def __init__(self, run: RunDirectory, mode: str) -> None:
+    def __init__(self, run: RunDirectory, mode: str, resilience: dict[str, Any] | None = None) -> None:
         self.run = run
         self.process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), "supervise", str(run.path), mode],
+            [sys.executable, str(PROGRAM), "supervise", str(run.path), mode, json.dumps(resilience or {})],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             text=True,
