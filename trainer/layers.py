@@ -91,7 +91,7 @@ def _keep(_context: Any, operator: Any, *_args: Any, **_options: Any) -> Checkpo
 def _offloading(checkpointed: Callable[..., Any]) -> Callable[..., Any]:
     """As ``checkpointed``; what it keeps, the tensors a layer is called with, is copied to host memory and back.
 
-    Pinned where there is a GPU, so that copies run beside computation. On a CPU they are copied as well.
+    Pinned where there is a GPU, so that the host need not wait for the copies. On a CPU they are copied as well.
     """
 
     def call(function: Callable[..., Any], *inputs: Any) -> Any:

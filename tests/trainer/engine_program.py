@@ -120,6 +120,8 @@ def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) 
     model = build_model(model_config, transformers.AutoModelForCausalLM, config, "sdpa", seed=0)
     loss = LanguageModelLoss(model, None, "sdpa", torch.device("cpu"))
     engine = Engine(model, build_optimizer(model, optimizer, unfreeze_of(case)), config, case.get("ema_decay"))
+    if case.get("probe_first"):
+        loss.check_isolation(engine)
     if case.get("load"):
         source = RunDirectory(Path(case["load"]))
         slices.load(source.checkpoints_dir / checkpoint.folder_name(case["steps"][0] - 1), engine)
@@ -141,10 +143,11 @@ def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) 
         mine = [sequences[i * micro : (i + 1) * micro] for i in range(rank, count * world_size, world_size)]
         for part in mine:
             micro_loss, _ = loss(engine.forward, part)
+            copies = sum(getattr(p, "ds_secondary_tensor", None) is not None for p in engine.model.parameters())
             engine.backward(micro_loss * world_size / targets)
             share += float(micro_loss.detach())
         outcome = engine.step(OPTIMIZER.learning_rate)
-        line = {"step": step, "grad_norm": outcome.grad_norm, "gathered": sum(gathers)}
+        line = {"step": step, "grad_norm": outcome.grad_norm, "gathered": sum(gathers), "copies": copies}
         line["loss"] = collectives.sum_step(group, share, 0, 0)[0] / targets
         if engine.keeps_average:
             engine.eval()

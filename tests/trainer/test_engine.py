@@ -284,10 +284,12 @@ def test_a_second_copy_in_each_node_follows_a_checkpoint(model_folder: Path, tmp
         cases.append({**copied, "name": f"{name}-whole"})
         cases.append({**copied, "name": f"{name}-saving", "steps": (1, 2), "save": run})
         cases.append({**copied, "name": f"{name}-continued", "steps": (3, STEPS), "load": run})
+        cases[-1]["probe_first"] = True  # makes copies of weights that the checkpoint then replaces
     results = run_ranks(4, {"model": str(model_folder), "cases": cases}, tmp_path)
     for name in kinds:
         assert figures(results[f"{name}-whole"]) == figures(results[f"{name}-plain"])
         assert figures(results[f"{name}-continued"]) == figures(results[f"{name}-whole"])[2:]
+        assert results[f"{name}-whole"][-1]["copies"] > 0 == results[f"{name}-plain"][-1]["copies"]
 
 
 @pytest.mark.parametrize("variants", [USUAL, pytest.param(FURTHER, marks=pytest.mark.matrix)], ids=["usual", "further"])
