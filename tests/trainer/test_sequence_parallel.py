@@ -90,13 +90,3 @@ def test_sliding_windows(workspace: Path, attention: str) -> None:
         runs.append(run_of(workspace / f"{attention}{ranks}", workspace, ranks, ranks, model))
         assert launch(runs[-1], ranks) == 0, logs(runs[-1])
     assert_same(*runs)
-
-
-@pytest.mark.matrix
-def test_a_model_that_mixes_tokens_otherwise_is_refused(workspace: Path) -> None:
-    sizes = {"model_type": "lfm2", "vocab_size": 260, "hidden_size": 32, "intermediate_size": 48}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    sizes |= {"layer_types": ["conv", "full_attention"], "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    run = run_of(workspace / "lfm2", workspace, 2, 2, {"config": sizes, "dtype": "float32"})
-    assert launch(run, 2) != 0
-    assert "leave out model.sequence_parallel" in logs(run)
