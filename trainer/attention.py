@@ -52,6 +52,8 @@ def choose_attention(config: LaunchConfig, model_config: Any, device: torch.devi
         return "flash_attention_2", "flash_attn is installed"
     if problem := _not_varlen(config, model_config, device):
         return None, f"flash_attn is not installed, and varlen does not go here: {problem}"
+    if problem := _kernel_problem(device):
+        return None, f"flash_attn is not installed, and torch's variable-length kernel fails here: {problem}"
     _register()
     return VARLEN, "flash_attn is not installed; torch's own kernel keeps packed samples apart"
 
@@ -86,6 +88,34 @@ def _not_varlen(config: LaunchConfig, model_config: Any, device: torch.device) -
             return "its kernel wants heads of at most 256"
         if importlib.util.find_spec("torch.nn.attention.varlen") is None:
             return "it comes with torch 2.10"
+    return None
+
+
+def _kernel_problem(device: torch.device) -> str | None:
+    """What is wrong with the kernel on this GPU, from a trial of two samples against the CPU's way; None: nothing.
+
+    Its signature and the GPUs it knows change with torch's versions, and what "auto" chooses has to run.
+    """
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, weight = (
+        torch.randn(shape, generator=generator).bfloat16()
+        for shape in ((1, 4, 24, 64), (1, 2, 24, 64), (1, 2, 24, 64), (1, 24, 4, 64))
+    )
+    bounds = sample_bounds(np.concatenate([np.arange(9), np.arange(15)])[None], torch.device("cpu"))
+    found: list[list[torch.Tensor]] = []
+    try:
+        for where in (torch.device("cpu"), device):
+            inputs = [tensor.to(where, copy=True).requires_grad_() for tensor in (query, key, value)]
+            edges, longest = bounds["cu_seq_lens_q"].to(where), bounds["max_length_q"]
+            output, _ = varlen_attention(
+                torch.nn.Identity(), *inputs, None, sliding_window=8, cu_seq_lens_q=edges, max_length_q=longest
+            )
+            gradients = torch.autograd.grad((output.float() * weight.to(where)).sum(), inputs)
+            found.append([tensor.detach().float().cpu() for tensor in (output, *gradients)])
+        for expected, tensor in zip(*found, strict=True):
+            torch.testing.assert_close(tensor, expected, rtol=3e-2, atol=3e-2)  # bfloat16 has 8 bits
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
 
 

@@ -61,12 +61,37 @@ def test_varlen_gives_the_losses_and_gradients_of_sdpa(name: str, device: torch.
         torch.testing.assert_close(other, gradient, rtol=100 * relative, atol=relative * max(scale, 1.0))
 
 
+def test_a_kernel_that_fails_or_is_wrong_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert attention._kernel_problem(CPU) is None
+    right = attention.varlen_attention
+    calls: list[int] = []
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        """The second call, which would be the GPU's, lets samples see each other."""
+        calls.append(1)
+        if len(calls) % 2 == 0:
+            edges = options["cu_seq_lens_q"][[0, -1]]
+            options |= {"cu_seq_lens_q": edges, "max_length_q": int(edges[-1])}
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(attention, "varlen_attention", wrong)
+    assert "not close" in (attention._kernel_problem(CPU) or "")
+
+    def missing(*_: Any, **options: Any) -> Any:
+        raise TypeError("varlen_attn() got an unexpected keyword argument 'enable_gqa'")
+
+    monkeypatch.setattr(attention, "varlen_attention", missing)
+    assert "unexpected keyword" in (attention._kernel_problem(CPU) or "")
+
+
 def test_auto_goes_by_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     llama = family("llama")
     assert choose_attention(config_of("auto"), llama, CPU) == (None, "no GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     found = {"flash_attn": None}
     real = attention.importlib.util.find_spec
+    real_trial = attention._kernel_problem
+    monkeypatch.setattr(attention, "_kernel_problem", lambda _: real_trial(CPU))
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda n: found[n] if n in found else real(n))
     chosen, why = choose_attention(config_of("auto"), llama, GPU)
     assert (chosen, "torch's own kernel" in why) == ("varlen", True)
