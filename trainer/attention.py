@@ -105,12 +105,12 @@ def _kernel_problem(device: torch.device) -> str | None:
     found: list[list[torch.Tensor]] = []
     try:
         for where in (torch.device("cpu"), device):
-            inputs = [tensor.to(where, copy=True).requires_grad_() for tensor in (query, key, value)]
+            q, k, v = (tensor.to(where, copy=True).requires_grad_() for tensor in (query, key, value))
             edges, longest = bounds["cu_seq_lens_q"].to(where), bounds["max_length_q"]
             output, _ = varlen_attention(
-                torch.nn.Identity(), *inputs, None, sliding_window=8, cu_seq_lens_q=edges, max_length_q=longest
+                torch.nn.Identity(), q, k, v, None, sliding_window=8, cu_seq_lens_q=edges, max_length_q=longest
             )
-            gradients = torch.autograd.grad((output.float() * weight.to(where)).sum(), inputs)
+            gradients = torch.autograd.grad((output.float() * weight.to(where)).sum(), (q, k, v))
             found.append([tensor.detach().float().cpu() for tensor in (output, *gradients)])
         for expected, tensor in zip(*found, strict=True):
             torch.testing.assert_close(tensor, expected, rtol=3e-2, atol=3e-2)  # bfloat16 has 8 bits
