@@ -146,7 +146,7 @@ def test_activations_are_close_to_what_autograd_keeps(config, dtype):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = model.base_model(input_ids=ids, use_cache=False)
     width = 2 if dtype == "bfloat16" else 4
-    estimated = memory.activation_bytes(facts_of_config(config), 512, 256, width, False, "sdpa")
+    estimated = memory.activation_bytes(facts_of_config(config), 512, 256, width, memory.Recomputation(0), "sdpa")
     assert 0.85 <= estimated / sum(kept.values()) <= 1.35, output.last_hidden_state.shape
 
 
