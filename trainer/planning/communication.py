@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from trainer.planning.model_facts import ModelFacts
 
 WANTED_SHARE = 0.9  # of the bandwidth
-# Seconds a hop, assumed, not measured: launching a kernel and crossing NVLink or PCIe; InfiniBand or RoCE. Ethernet with
-# TCP takes several times as long, and then bandwidth is small.
+# Seconds a hop, assumed, not measured: launching a kernel and crossing NVLink or PCIe; InfiniBand or RoCE.
+# Ethernet with TCP takes several times as long, and then bandwidth is small.
 HOP_IN_NODE, HOP_BETWEEN_NODES = 5e-6, 15e-6
 SMALLEST = 5_000_000  # elements
 LARGEST_REDUCE, LARGEST_PREFETCH = 100_000_000, 250_000_000  # 0.8 and 0.5 GB in bf16 with fp32 reduction
