@@ -121,10 +121,10 @@ def hf_rank(run_dir: Path) -> dict[str, Any]:
     import torch
     import transformers
 
+    from trainer.attention import inference_attention
     from trainer.config.schema import LaunchConfig
     from trainer.data.stream import build_training_stream
     from trainer.forward import collate
-    from trainer.model import choose_attention
     from trainer.tasks import get_task, task_tokenizer
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -197,7 +197,7 @@ def hf_rank(run_dir: Path) -> dict[str, Any]:
     torch.manual_seed(config.training.seed)
     sizes = dict(config.model.config or {})
     made = transformers.AutoConfig.for_model(sizes.pop("model_type"), **sizes)
-    attention = choose_attention("auto", torch.device(plan["device"]))
+    attention = inference_attention("auto", torch.device(plan["device"]))
     model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16, attn_implementation=attention)
     trainer = InOrder(
         model=model,

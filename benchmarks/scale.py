@@ -94,6 +94,7 @@ def checkpoints(folder: Path, ranks: int) -> dict[str, Any]:
     """Rank 0 collecting all reports into the manifest; a rank checking its share of the files before it loads."""
     from trainer import checkpoint
     from trainer.checkpoint_files import checksum, damage, rank_file
+    from trainer.slices import Slices
     from trainer.rundir import write_json
 
     folder.mkdir()
@@ -113,7 +114,7 @@ def checkpoints(folder: Path, ranks: int) -> dict[str, Any]:
 
     write_json(folder / "manifest.json", {"files": files})
     # which rank files a rank opens to load a checkpoint of as many ranks on 3/4 of them, for a matrix of 8192 x 8192
-    slices = checkpoint.Slices(folder, {"world_size": ranks, "zero_stage": 3})
+    slices = Slices(folder, {"world_size": ranks, "zero_stage": 3})
     fewer, numel = max(ranks * 3 // 4, 1), 8192 * 8192
     piece = -(-numel // fewer)
     opened = max(len(list(slices._candidates(numel, r * piece, min((r + 1) * piece, numel)))) for r in range(fewer - 1))

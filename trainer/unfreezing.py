@@ -23,7 +23,7 @@ class Unfreezing:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.step = 0
+        self.step = 1  # a loop that never says which step it is trains what is trained from the first on
         for group in optimizer.param_groups:
             if group.get(FROM_STEP, 1) > 1:
                 for parameter in group["params"]:

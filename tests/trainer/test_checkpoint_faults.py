@@ -158,6 +158,7 @@ def test_killed_in_the_middle_of_a_file(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints" / folder_name(2)
 
     def write() -> None:
+        torch.set_num_threads(1)  # the parent's threads are not in a forked child, which would wait for them
         state = PlainState(0, 1, {"a": torch.zeros(100 << 20, dtype=torch.uint8)})
         save_rank(tmp_path, state, 2)
 
