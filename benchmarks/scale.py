@@ -94,8 +94,8 @@ def checkpoints(folder: Path, ranks: int) -> dict[str, Any]:
     """Rank 0 collecting all reports into the manifest; a rank checking its share of the files before it loads."""
     from trainer import checkpoint
     from trainer.checkpoint_files import checksum, damage, rank_file
-    from trainer.slices import Slices
     from trainer.rundir import write_json
+    from trainer.slices import Slices
 
     folder.mkdir()
     files = {}
