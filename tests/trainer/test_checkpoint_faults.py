@@ -162,7 +162,7 @@ def test_killed_in_the_middle_of_a_file(tmp_path: Path) -> None:
         state = PlainState(0, 1, {"a": torch.zeros(100 << 20, dtype=torch.uint8)})
         save_rank(tmp_path, state, 2)
 
-    writer = multiprocessing.get_context("fork").Process(target=write)
+    writer = multiprocessing.get_context("fork").Process(target=write, daemon=True)
     writer.start()
     deadline = time.monotonic() + 30
     while not (folder.is_dir() and any(folder.iterdir())):
