@@ -193,6 +193,11 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
     elif memory is not None and device == "cpu" and per_node * memory.total > facts.memory_available:
         free, needed = facts.memory_available / GIB, per_node * memory.total / GIB
         warnings.append(f"{free:.1f} GiB of host memory are free now, {per_node} ranks need about {needed:.1f} GiB")
+    if local and device == "cpu" and config.model.dtype == "bfloat16" and not facts.multiplies_bfloat16:
+        warnings.append(
+            "this CPU has no instructions for bfloat16 (AVX-512 or Arm's BF16): steps take many times as long as with "
+            "model.dtype=float32"
+        )
     warnings += _batch_warnings(config, batch, facts.model, per_node)
     return Plan(
         name=config.name,

@@ -71,7 +71,7 @@ def prepare(folder: Path, config_path: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         train, held_out = build_corpus(folder / "data", vocab_size)
         if not config_path.exists():
-            config["cluster"] |= ranks_here()
+            suit(config)
             config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}; name another --output-dir") from error
@@ -80,11 +80,16 @@ def prepare(folder: Path, config_path: Path) -> None:
     print(f"2. tokenizer: SentencePiece BPE, {vocab_size} pieces, trained on the corpus")
 
 
-def ranks_here() -> dict[str, int]:
-    """The part of `cluster` that this machine decides: every GPU, else two ranks on the CPU."""
-    from launcher.facts import find_gpus
+def suit(config: dict[str, Any]) -> None:
+    """What this machine decides: every GPU, else two ranks on the CPU, in float32 if it cannot multiply bfloat16."""
+    from launcher.facts import find_gpus, multiplies_bfloat16
 
-    return {} if find_gpus(os.environ) else {"processes_per_node": CPU_RANKS}
+    if find_gpus(os.environ):
+        return
+    config["cluster"]["processes_per_node"] = CPU_RANKS
+    if not multiplies_bfloat16(Path("/proc/cpuinfo").read_text()):
+        config["model"]["dtype"] = "float32"
+        print("float32: this CPU has no instructions for bfloat16, which elsewhere the quickstart trains in")
 
 
 def show_sample(data: Path, export: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from config_samples import GIB, H100, LLAMA_8B, facts_of, runnable
 
-from launcher.facts import find_gpus, gather_facts, host_memory, usable_cores
+from launcher.facts import find_gpus, gather_facts, host_memory, multiplies_bfloat16, usable_cores
 from launcher.plan import make_plan
 from launcher.preflight import preflight, preflight_problems
 from trainer.config.loading import load_config
@@ -172,6 +172,27 @@ def test_warnings(tmp_path):
     assert any("max_position_embeddings 1024" in text for text in warnings)
     assert any("names no data" in text for text in warnings)
     assert any("training.global_batch_size=4" in text for text in warnings)
+
+
+def test_bfloat16_on_a_cpu_that_cannot_multiply_it_is_warned_of(tmp_path):
+    for overrides, warned in ([], True), (["model.dtype=float32"], False), (["cluster.backend=slurm"], False):
+        config = load_config(runnable(tmp_path), overrides)
+        plan = make_plan(config, replace(facts_of(config), multiplies_bfloat16=False))
+        assert any("no instructions for bfloat16" in text for text in plan.warnings) == warned
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "quick"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx avx2 fma\n", False),
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512bw\n", True),
+        ("processor\t: 0\nFeatures\t: fp asimd\n", False),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", True),
+        ("cpu\t: POWER9\n", True),
+    ],
+)
+def test_which_cpus_multiply_bfloat16(cpuinfo, quick):
+    assert multiplies_bfloat16(cpuinfo) == quick
 
 
 # -- facts and preflight -----------------------------------------------------------------------------------------------
