@@ -9,6 +9,7 @@ folder or hub id with the model's config and tokenizer. Prints one JSON line: pa
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 import sys
@@ -81,15 +82,20 @@ def _weights(folder: Path, tag: str | None) -> dict[str, torch.Tensor]:
 
 
 def _universal(folder: Path) -> dict[str, torch.Tensor]:
+    """Those made of ZeRO-3 hold flat tensors, the others {"param": tensor in its shape, ...}."""
     found = {}
     for path in sorted((folder / "zero").glob("*/fp32.pt")):
-        found[path.parent.name] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["param"]
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        found[path.parent.name] = content["param"] if isinstance(content, dict) else content
     return found
 
 
 def _fill(model: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Make the weights those of a model on the meta device."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, tensor in weights.items():
+        if tensor.dim() == 1 and tensor.numel() == math.prod(wanted.get(name, (0,))):  # see _universal
+            weights[name] = tensor.view(wanted[name])
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     other = sorted(name for name in shapes if shapes[name] != wanted.get(name))
     if other:
@@ -104,8 +110,8 @@ def _fill(model: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> N
     missing = sorted(name for name, tensor in model.state_dict().items() if tensor.is_meta)
     if missing:
         raise UserError(
-            f"the checkpoint lacks {missing[0]} ({len(missing)} in all); universal checkpoints have no frozen weights: "
-            "import the checkpoint that it was made of"
+            f"the checkpoint lacks {missing[0]} ({len(missing)} in all): DeepSpeed finds no frozen weights in "
+            "universal checkpoints, where the one that it was made of may serve, nor in those of ZeRO-1"
         )
 
 

@@ -89,9 +89,9 @@ def test_zero_3_with_frozen_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("stage", [1, 2])
-def test_other_stages(stage: int, tmp_path: Path) -> None:
-    folder = trained(tmp_path, stage, "frozen")
+@pytest.mark.parametrize(("stage", "more"), [(1, ()), (2, ("frozen",))])
+def test_other_stages(stage: int, more: tuple[str, ...], tmp_path: Path) -> None:
+    folder = trained(tmp_path, stage, *more)
     code, _, said = imported(folder, folder / "checkpoint", "--dtype", "float32", "--tag", "global_step2")
     assert code == 0, said
     assert_the_weights(folder)
