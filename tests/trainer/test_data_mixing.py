@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from word_streams import digests, run_ranks, tokens_seen, write_source
+from word_streams import (
+    cache,  # noqa: F401  # a fixture of every test here
+    digests,
+    run_ranks,
+    tokens_seen,
+    write_source,
+)
 
 from trainer.planning.mixture import Mixture, expected_mixture, source_epochs, source_weights
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Indices of hundreds of small files do not belong into the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @settings(max_examples=40, deadline=None)

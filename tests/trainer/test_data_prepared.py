@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from word_streams import Exchange
 
 from launcher.cli import main
 from trainer.config.loading import load_config
@@ -77,18 +78,10 @@ def folder(data: Path) -> Path:
 
 def run(config: LaunchConfig, world_size: int, state: dict[str, Any] | None = None, limit: int | None = None) -> Any:
     """((digest, sequences, tokens, targets) of each global batch, its state, counts); ranks are threads."""
-    shared: list[Any] = [None] * world_size
-    barrier = threading.Barrier(world_size, timeout=60)
+    exchange = Exchange(world_size)
     results: list[Any] = [None] * world_size
 
     def rank_main(rank: int) -> None:
-        def gather(rows: np.ndarray) -> list[np.ndarray]:
-            shared[rank] = rows
-            barrier.wait()
-            found = list(shared)
-            barrier.wait()
-            return found
-
         task = get_task(config, load_tokenizer(config.model))
         stream: BatchStream = build_training_stream(
             config,
@@ -96,7 +89,7 @@ def run(config: LaunchConfig, world_size: int, state: dict[str, Any] | None = No
             rank=rank,
             world_size=world_size,
             micro_batch_size=2,
-            gather=gather,
+            gather=exchange.gather_of(rank),
             state=state,
             limit=limit,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from word_streams import Words, digests, options, rank_results, run_ranks, tokens_seen, write_source
+from word_streams import (
+    Words,
+    cache,  # noqa: F401  # a fixture of every test here
+    digests,
+    options,
+    rank_results,
+    run_ranks,
+    tokens_seen,
+    write_source,
+)
 
 from trainer.config.schema import DataSource
 from trainer.data.sample import Sample
 from trainer.data.stream import BatchStream
 from trainer.failures import DataError
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Indices of hundreds of small files do not belong into the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @settings(max_examples=40, deadline=None)

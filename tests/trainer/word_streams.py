@@ -5,17 +5,46 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from trainer.config.schema import DataSource
 from trainer.data.sample import Sample
 from trainer.data.stream import BatchStream, GlobalBatch
 from trainer.data.windows import Options
 from trainer.failures import DataError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Indices of hundreds of small files do not belong into the user's cache. For modules that import it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+class Exchange:
+    """A real exchange between ranks that are threads."""
+
+    def __init__(self, world_size: int) -> None:
+        self._shared: list[Any] = [None] * world_size
+        self.barrier = threading.Barrier(world_size, timeout=60)
+
+    def gather_of(self, rank: int) -> Callable[[np.ndarray], list[np.ndarray]]:
+        """What a stream on ``rank`` gathers with."""
+
+        def gather(rows: np.ndarray) -> list[np.ndarray]:
+            self._shared[rank] = rows
+            self.barrier.wait()
+            found = list(self._shared)
+            self.barrier.wait()
+            return found
+
+        return gather
 
 
 class Words:
@@ -82,18 +111,10 @@ def rank_results(
     **changes: Any,
 ) -> list[Any]:
     """Batches or the error of each rank; ranks are threads with a real exchange between them."""
-    shared: list[Any] = [None] * world_size
-    barrier = threading.Barrier(world_size, timeout=60)
+    exchange = Exchange(world_size)
     results: list[Any] = [None] * world_size
 
     def rank_main(rank: int) -> None:
-        def gather(rows: np.ndarray) -> list[np.ndarray]:
-            shared[rank] = rows
-            barrier.wait()
-            found = list(shared)
-            barrier.wait()
-            return found
-
         try:
             stream = BatchStream(
                 sources,
@@ -101,7 +122,7 @@ def rank_results(
                 options(rank, world_size, **changes),
                 global_batch_size=size,
                 micro_batch_size=micro,
-                gather=gather,
+                gather=exchange.gather_of(rank),
                 state=state,
                 allow_changed=allow_changed,
                 limit=limit,
@@ -109,7 +130,7 @@ def rank_results(
             results[rank] = list(stream)
         except BaseException as error:
             if not isinstance(error, DataError):  # those come on every rank; to abort would race with their waking up
-                barrier.abort()
+                exchange.barrier.abort()
             results[rank] = error
 
     threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(world_size)]
