@@ -8,6 +8,7 @@ which is also how the tests hold it against the other implementations.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import itertools
 from typing import Any
 
@@ -171,9 +172,10 @@ def varlen_attention(
 
         q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
         edges, longest = cu_seq_lens_q, max_length_q
-        output: Any = varlen_attn(
-            q, k, v, edges, edges, longest, longest, scale=scaling, window_size=window, enable_gqa=grouped
-        )
+        # torch 2.10 and 2.11 take fewer keys than queries as they come, later ones want to be told
+        named = inspect.signature(varlen_attn).parameters
+        told: dict[str, Any] = {"enable_gqa": True} if grouped and "enable_gqa" in named else {}
+        output: Any = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scaling, window_size=window, **told)
         return output[None], None
     bounds = cu_seq_lens_q.tolist()
     pieces = []

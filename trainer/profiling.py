@@ -108,7 +108,7 @@ def summary(times: Iterable[tuple[str, float]], steps: int, seconds: float, data
     for kind, own in sorted(kinds.items(), key=lambda item: -item[1]):
         lines.append(f"  {kind:<32} {own / steps:>10.4f} s a step  {own / seconds:>6.1%}")
     lines.append("most expensive:")
-    for name, own in sorted(items, key=lambda item: -item[1])[:8]:
+    for name, own in sorted(items, key=lambda item: -item[1])[:16]:
         lines.append(f"  {name[:60]:<60} {own / steps:>10.4f} s a step")
     return "\n".join(lines) + "\n"
 

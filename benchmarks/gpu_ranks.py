@@ -1,0 +1,142 @@
+"""The rank programs of gpu.py: dsft's own trainer, and transformers' Trainer on the very same sequences."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from common import end_rank
+
+LEARNING_RATE = 2e-5
+
+
+def dsft_rank(run_dir: Path) -> dict[str, Any]:
+    """dsft's own trainer."""
+    from trainer.rundir import RunDirectory
+    from trainer.train import Trainer
+
+    trainer = Trainer(RunDirectory(run_dir), 1)
+    trainer.save_last = lambda: None  # type: ignore[method-assign]  # 100 GB to disk say nothing of a step
+    trainer.run_to_end()
+    lines = trainer.run.step_lines()
+    return {key: [line[name] for line in lines] for key, name in (("seconds", "step_seconds"), ("losses", "loss"))}
+
+
+def hf_rank(run_dir: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """transformers' Trainer on the sequences of dsft's stream, in their order.
+
+    Args:
+        settings: further arguments of TrainingArguments.
+    """
+    import deepspeed.ops
+    import numpy as np
+    import torch
+    import transformers
+
+    from trainer.attention import inference_attention
+    from trainer.config.schema import LaunchConfig
+    from trainer.data.stream import build_training_stream
+    from trainer.forward import collate
+    from trainer.tasks import get_task, task_tokenizer
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    config = LaunchConfig.model_validate_json((run_dir / "config.json").read_text())
+    plan = json.loads((run_dir / "plan.json").read_text())
+    task = get_task(config, task_tokenizer(config))
+    total, micro = config.training.global_batch_size, plan["batch"]["micro_batch_size"]
+    stream = build_training_stream(
+        config,
+        task,
+        rank=0,
+        world_size=1,
+        micro_batch_size=total,
+        gather=lambda a: [a],
+        limit=config.training.max_steps,
+    )
+    rows = [sequence for batch in stream for part in batch.micro_batches for sequence in part.sequences]
+
+    def collated(sequences: Any) -> dict[str, Any]:
+        made = collate(sequences, 0, False, torch.device("cpu"))
+        labels = torch.full((made.input_ids.numel() + 1,), -100)
+        real = made.labels != -100
+        labels[made.positions[real] + 1] = made.labels[real]  # the model shifts them back by one
+        batch = {"input_ids": made.input_ids, "labels": labels[:-1].view_as(made.input_ids)}
+        packed = any(len(sequence.samples) > 1 for sequence in sequences)
+        # without them transformers need not look for samples in a row, and takes the plain causal kernel
+        return batch | ({"position_ids": made.position_ids} if packed else {})
+
+    deepspeed_json = plan["deepspeed"] | dict.fromkeys(
+        ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+    )
+    deepspeed_json.pop("managed_gradient_accumulation", None)
+    cpu = plan["device"] == "cpu"
+    seconds: list[float] = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.start = time.monotonic()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if not cpu:
+                torch.cuda.synchronize()
+            seconds.append(time.monotonic() - self.start)
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+            return torch.utils.data.SequentialSampler(range(len(rows)))
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(run_dir / "hf"),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=total // micro,
+        max_steps=config.training.max_steps or 0,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        bf16=True,
+        use_cpu=cpu,
+        gradient_checkpointing=plan["recompute"] is True,
+        deepspeed=deepspeed_json,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=not cpu,
+        remove_unused_columns=False,
+        **settings,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        config.model.path,
+        dtype=torch.bfloat16,
+        attn_implementation=inference_attention("auto", torch.device(plan["device"])),
+    )
+    trainer = InOrder(
+        model=model,
+        args=arguments,
+        train_dataset=np.arange(len(rows)),
+        data_collator=lambda of: collated([rows[int(index)] for index in of]),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"seconds": seconds, "losses": losses}
+
+
+def rank_program(run_dir: Path, side: str, settings: dict[str, Any]) -> None:
+    """The one rank; leaves result.json in the run directory."""
+    import torch
+    import torch.distributed as dist
+
+    began = time.monotonic()
+    found = dsft_rank(run_dir) if side == "dsft" else hf_rank(run_dir, settings)
+    found["whole_seconds"] = time.monotonic() - began
+    if torch.cuda.is_available():
+        found |= {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        found["device"] = torch.cuda.get_device_name()
+    (run_dir / "result.json").write_text(json.dumps(found))
+    dist.barrier()
+    end_rank()
