@@ -19,6 +19,13 @@ from torch.nn import functional
 from trainer.config.schema import LaunchConfig
 from trainer.failures import UserError
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # it comes with torch 2.10; _not_varlen says so
+    _TOLD_OF_GROUPS = False
+else:  # torch 2.10 and 2.11 take fewer keys than queries as they come, later ones want to be told
+    _TOLD_OF_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
 VARLEN = "varlen"
 # Families whose layers hand the samples' bounds down to the attention function and want nothing of it that varlen
 # cannot do (soft-capping, sinks, position biases); tests/trainer/test_attention.py holds each of them against SDPA.
@@ -168,13 +175,9 @@ def varlen_attention(
     window = (sliding_window - 1 if sliding_window else -1, 0)
     grouped = query.shape[1] != key.shape[1]
     if query.device.type == "cuda":
-        from torch.nn.attention.varlen import varlen_attn
-
         q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
         edges, longest = cu_seq_lens_q, max_length_q
-        # torch 2.10 and 2.11 take fewer keys than queries as they come, later ones want to be told
-        named = inspect.signature(varlen_attn).parameters
-        told: dict[str, Any] = {"enable_gqa": True} if grouped and "enable_gqa" in named else {}
+        told: dict[str, Any] = {"enable_gqa": True} if grouped and _TOLD_OF_GROUPS else {}
         output: Any = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scaling, window_size=window, **told)
         return output[None], None
     bounds = cu_seq_lens_q.tolist()
