@@ -169,6 +169,12 @@ def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(first, second, strict=True))
 
 
+def command_line(script: str) -> str:
+    """This command as others would type it: of files named by their whole paths, the names."""
+    words = (Path(word).name if word.startswith("/") else word for word in sys.argv[1:])
+    return " ".join(["python", f"benchmarks/{script}.py", *words])
+
+
 def machine() -> dict[str, Any]:
     """Where and when, with the load at that time: figures from a busy machine are to be read as such."""
     model = next(

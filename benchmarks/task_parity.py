@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, dsft_command, environment, write_result
+from common import RESULTS, command_line, dsft_command, environment, write_result
 from hf_tasks import collator_of, example_of, samples_in_order_of_training
 
 LIMIT = 1e-5
@@ -175,9 +174,8 @@ def main() -> None:
         ends = [f"{value:.6f}" for value in (losses[ranks][0], losses[ranks][-1], expected[-1])]
         rows.append([ranks, str(options.steps), *ends, f"{difference:.2g}", f"{LIMIT:g}"])
     value = {
-        "command": " ".join(["python", "benchmarks/task_parity.py", *sys.argv[1:]]),
+        "command": command_line("task_parity"),
         "formula": "largest |dsft's loss - HF Trainer's| of a step",
-        "settings": {key: str(value) for key, value in vars(options).items() if key != "output"},
         "limit": LIMIT,
         "differences": differences,
         "losses": losses,

@@ -10,12 +10,11 @@ import argparse
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, dsft_command, environment, write_result
+from common import RESULTS, command_line, dsft_command, environment, write_result
 from hf_tasks import collator_of, example_of, samples_in_order_of_files, scores_of
 
 _COLA = {"column_names": ["source", "label", "mark", "sentence"], "quoting": False}
@@ -211,7 +210,7 @@ def main() -> None:
         each = [", ".join(f"{value:.3f}" for value in side) for side in sides]
         rows.append([score, *(f"{statistics.fmean(side):.3f}" for side in sides), *each])
     value = {
-        "command": " ".join(["python", "benchmarks/task_scores.py", *sys.argv[1:]]),
+        "command": command_line("task_scores"),
         "formula": "the task's scores after the last step",
         "recipe": recipe["recipe"]
         | ({"epochs": options.epochs} if options.epochs else {})
