@@ -1,7 +1,7 @@
 """Whole runs beside HF Trainer with the same recipe: `python benchmarks/task_scores.py cola --model MODEL --data DATA`.
 
-dsft runs by `dsft launch` at one rank; HF Trainer in one process with its own order of the data, dropout, heads and
-losses. Both start from the same pretrained weights and are scored by the same code. Each seed is a pair of runs.
+dsft runs by `dsft launch` at one rank; at the same time HF Trainer in one process with its own order of the data, dropout,
+heads and losses. Both start from the same pretrained weights and are scored by the same code. Each seed is a pair of runs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import statistics
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -199,10 +200,11 @@ def main() -> None:
         for seed in options.seeds:
             made = make_config(options, data, folder, seed)
             made["training"]["schedule"]["warmup_steps"] = steps // 10
-            found["dsft"].append(train_dsft(made, folder))
-            print(seed, "dsft", found["dsft"][-1], flush=True)
-            found["hf"].append(train_hf(LaunchConfig.model_validate(made), task, samples, seed, folder))
-            print(seed, "hf", found["hf"][-1], flush=True)
+            with ThreadPoolExecutor() as pool:  # a process and this one, of one thread each
+                ours = pool.submit(train_dsft, made, folder)
+                found["hf"].append(train_hf(LaunchConfig.model_validate(made), task, samples, seed, folder))
+                found["dsft"].append(ours.result())
+            print(seed, {side: scores[-1] for side, scores in found.items()}, flush=True)
     names = [f"{part}/{metric}" for part in recipe["scored"] for metric in recipe["metrics"]]
     rows = [["score", "dsft (mean of seeds)", "HF Trainer", "dsft, each seed", "HF, each seed"]]
     for score in names:
