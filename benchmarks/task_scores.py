@@ -1,7 +1,8 @@
 """Whole runs beside HF Trainer with the same recipe: `python benchmarks/task_scores.py cola --model MODEL --data DATA`.
 
-dsft runs by `dsft launch` at one rank; at the same time HF Trainer in one process with its own order of the data, dropout,
-heads and losses. Both start from the same pretrained weights and are scored by the same code. Each seed is a pair of runs.
+dsft runs by `dsft launch` at one rank; at the same time HF Trainer in one process, with its own order of the data,
+dropout, heads and losses. Both start from the same pretrained weights and are scored by the same code. Each seed is a
+pair of runs.
 """
 
 from __future__ import annotations
