@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config.schema import LaunchConfig
+from trainer.config.schema import LaunchConfig, ModelConfig
 from trainer.config.trained import AdapterConfig
 from trainer.failures import UserError
 from trainer.planning.model_facts import ModelFacts, model_facts
@@ -68,10 +68,18 @@ def gather_facts(config: LaunchConfig) -> Facts:
         memory=memory,
         memory_available=available,
         disk_free=shutil.disk_usage(existing_parent(Path(config.output_dir))).free,
-        model=model_facts(config.model),
+        model=facts_of_model(config, config.model),
         adapted_model=adapted_facts(config),
         multiplies_bfloat16=multiplies_bfloat16(Path("/proc/cpuinfo").read_text()),
     )
+
+
+def facts_of_model(config: LaunchConfig, model: ModelConfig) -> ModelFacts:
+    """Facts of a model that the config trains. Raises UserError where a pattern of the config matches nothing in it."""
+    training = config.training
+    patterns = {f"training.optimizer.groups.{i}.match": rule.match for i, rule in enumerate(training.optimizer.groups)}
+    patterns |= {f"training.unfreeze.{i}.match": later.match for i, later in enumerate(training.unfreeze)}
+    return model_facts(model, patterns, new_head=config.task.type != "causal-lm")
 
 
 def adapted_facts(config: LaunchConfig) -> ModelFacts | None:
@@ -80,7 +88,7 @@ def adapted_facts(config: LaunchConfig) -> ModelFacts | None:
     if model.adapter is not None or model.freeze or model.train_only or model.resize_embeddings:
         return None
     try:
-        return model_facts(model.model_copy(update={"adapter": AdapterConfig()}))
+        return facts_of_model(config, model.model_copy(update={"adapter": AdapterConfig()}))
     except UserError:  # nothing in it that could have one
         return None
 

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launcher.facts import Facts, Gpu, adapted_facts
+from launcher.facts import Facts, Gpu, adapted_facts, facts_of_model
 from trainer.config.schema import LaunchConfig
-from trainer.planning.model_facts import model_facts
 
 GIB = 1 << 30
 H100 = Gpu("NVIDIA H100 80GB HBM3", 80 * GIB)
@@ -86,4 +85,6 @@ def runnable(folder: Path, **sections: Any) -> Path:
 
 def facts_of(config: LaunchConfig, gpus: tuple[Gpu, ...] = (), memory: int = 64 * GIB, cores: int = 8) -> Facts:
     """A machine made up for a test, with the real facts of the config's model."""
-    return Facts("node", gpus, cores, memory, memory, 1000 * GIB, model_facts(config.model), adapted_facts(config))
+    return Facts(
+        "node", gpus, cores, memory, memory, 1000 * GIB, facts_of_model(config, config.model), adapted_facts(config)
+    )

@@ -5,18 +5,14 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from trainer.config.schema import ModelConfig
+from trainer.config.trained import AdapterConfig
 from trainer.failures import UserError
 from trainer.planning import memory
-from trainer.planning.model_facts import (
-    _FAMILIES,
-    facts_of_config,
-    model_facts,
-    parameter_shapes,
-    safetensors_shapes,
-)
+from trainer.planning.layouts import FAMILIES, parameter_shapes
+from trainer.planning.model_facts import facts_of_config, model_facts, safetensors_shapes
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100, "pad_token_id": 0}
 VARIANTS = [
@@ -34,7 +30,7 @@ def real_parameters(config):
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("model_type", sorted(_FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_names_and_shapes_are_those_of_the_real_model(model_type):
     for variant in VARIANTS:
         config = {"model_type": model_type, **variant}
@@ -61,6 +57,30 @@ def test_frozen_parameters_are_counted():
         facts_of_config(config, ("model.layer.0",))
     with pytest.raises(UserError, match="nothing is left"):
         facts_of_config(config, ("*",))
+
+
+def test_patterns_of_the_optimizer_are_checked_where_all_names_are_known():
+    model = ModelConfig(config={"model_type": "llama", **SMALL, "intermediate_size": 96}, tokenizer="none")
+    key = "training.unfreeze.0.match"
+    assert model_facts(model, {key: ("layers:0-1", "*.q_proj", "lm_head")}).parameters
+    with pytest.raises(UserError, match=rf"{key}: 'layers:2' matches no parameter .* 2 layers"):
+        model_facts(model, {key: ("layers:0", "layers:2")})
+    adapted = model.model_copy(update={"adapter": AdapterConfig()})
+    assert model_facts(adapted, {key: ("*lora_B*",)}).parameters
+
+
+def test_a_new_head_is_known_to_the_model_alone():
+    """And the one that it replaces is not there."""
+    model = ModelConfig(
+        config={"model_type": "llama", **SMALL, "intermediate_size": 96, "tie_word_embeddings": False},
+        tokenizer="none",
+        train_only=("score", "layers:1"),
+    )
+    facts = model_facts(model, {"training.optimizer.groups.0.match": ("score",)}, new_head=True)
+    with torch.device("meta"):
+        real = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**model.config))
+    assert facts.parameters == sum(p.numel() for name, p in real.named_parameters() if name != "score.weight")
+    assert facts.lookup_parameters == real.model.embed_tokens.weight.numel()
 
 
 @pytest.mark.parametrize(
