@@ -8,7 +8,11 @@ at those with a label, and multiplies with the head's weight outside of its modu
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,11 +36,37 @@ def fuse_kernels(model: Any, config: ModelConfig) -> str:
     if problem is None:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-        _apply_liger_kernel_to_instance(model=model, **_LEFT_OUT)
+        with only_this_instance(model):
+            _apply_liger_kernel_to_instance(model=model, **_LEFT_OUT)
         return f"Liger's for {model.config.model_type}"
     if config.kernels == "liger":
         raise UserError(f"model.kernels: liger does not go here: {problem}; use auto or none")
     return f"the model's own: {problem}"
+
+
+@contextmanager
+def only_this_instance(model: torch.nn.Module) -> Iterator[None]:
+    """Let what is replaced inside in the Python modules of ``model``'s classes serve no other model.
+
+    Liger also replaces the classes of layers, for models made later, and functions that layers call: an export is
+    checked on the CPU, in the same process, where its kernels cannot run. Classes are put back; a function goes by the
+    device of its first argument.
+    """
+    modules = [sys.modules[name] for name in sorted({type(part).__module__ for part in model.modules()})]
+    before = [dict(vars(module)) for module in modules]
+    yield
+    for module, names in zip(modules, before, strict=True):
+        for name, own in names.items():
+            made = getattr(module, name)
+            if made is not own:
+                setattr(module, name, _by_device(made, own) if inspect.isfunction(own) else own)
+
+
+def _by_device(fused: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
+    def call(first: torch.Tensor, *args: Any, **options: Any) -> Any:
+        return (fused if first.is_cuda else own)(first, *args, **options)
+
+    return call
 
 
 def on_gpu() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -173,3 +174,45 @@ def test_fused_kernels_go_where_they_can(monkeypatch: pytest.MonkeyPatch) -> Non
         fuse_kernels(model, liger)
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name)
     assert "torch.compile fuses them itself" in fuse_kernels(model, config_of(compile=True))
+
+
+def test_what_serves_one_model_leaves_later_ones_alone() -> None:
+    """Classes are put back, functions go by device: as Liger replaces both in the model's module."""
+    from transformers.models.llama import modeling_llama
+
+    own_norm, own_rotary = modeling_llama.LlamaRMSNorm, modeling_llama.apply_rotary_pos_emb
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise AssertionError("GPUs only")
+
+    ids = torch.arange(16)[None]
+    expected = llama()(input_ids=ids, labels=ids).loss
+    try:
+        with kernels.only_this_instance(llama()):
+            modeling_llama.LlamaRMSNorm = modeling_llama.apply_rotary_pos_emb = broken
+        assert modeling_llama.LlamaRMSNorm is own_norm
+        assert modeling_llama.apply_rotary_pos_emb is not own_rotary
+        assert torch.equal(llama()(input_ids=ids, labels=ids).loss, expected)
+        with pytest.raises(AssertionError, match="GPUs only"):
+            modeling_llama.apply_rotary_pos_emb(SimpleNamespace(is_cuda=True))
+    finally:
+        modeling_llama.apply_rotary_pos_emb = own_rotary
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels want a GPU")
+def test_fused_kernels_compute_what_the_models_own_do() -> None:
+    pytest.importorskip("liger_kernel")
+    ids = torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(1)).cuda()
+    results = []
+    for name in ("none", "liger"):
+        model = llama().cuda()
+        told = fuse_kernels(model, config_of(kernels=name))
+        assert told == ("Liger's for llama" if name == "liger" else "the model's own, as configured")
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for own, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, own, rtol=2e-4, atol=2e-5)
+    cpu = ids.cpu()
+    later = llama()(input_ids=cpu, labels=cpu).loss  # a model made afterwards, where there is no GPU
+    torch.testing.assert_close(later, results[0][0].cpu(), rtol=1e-4, atol=1e-5)
