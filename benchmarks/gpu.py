@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--global-batch-size", type=int, default=16)
     parser.add_argument("--micro-batch-size", type=int, help="default: as the plan chooses for each variant")
     parser.add_argument("--sequence-length", type=int, default=4096)
-    parser.add_argument("--records", type=int, default=60_000)
+    parser.add_argument("--records", type=int, default=20_000)
     parser.add_argument("--seconds", type=float, default=PROCESS_SECONDS, help="a variant may take")
     parser.add_argument("--profile", action="store_true", help="of one step of dsft's variants")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in the configs of dsft's side")
