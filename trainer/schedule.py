@@ -9,12 +9,15 @@ from trainer.config.schema import ScheduleConfig, TrainingConfig
 
 def learning_rate(training: TrainingConfig, step: int, progress: float) -> float:
     """Learning rate of an optimizer step (the first is 1), before which ``progress`` epochs were done."""
+    warmup = training.schedule.warmup_steps
     if training.max_steps is not None:
-        warmup = training.schedule.warmup_steps
         fraction = (step - 1 - warmup) / max(training.max_steps - warmup, 1)
     else:
         assert training.epochs is not None
-        fraction = progress / training.epochs
+        done = progress / training.epochs
+        # what the warm-up took of it: exact where every step consumes as much
+        warm = done * warmup / max(step - 1, warmup, 1)
+        fraction = (done - warm) / (1.0 - warm) if warm < 1.0 else 1.0
     return training.optimizer.learning_rate * learning_rate_factor(training.schedule, step, fraction)
 
 
@@ -24,11 +27,11 @@ def learning_rate_factor(schedule: ScheduleConfig, step: int, fraction: float) -
     Args:
         schedule: type, warm-up and final ratio.
         step: number of this step, the first is 1.
-        fraction: share of the training done before this step, in [0, 1]: ``(step - 1) / max_steps``, or documents
-            consumed / documents to consume where the length is given in epochs.
+        fraction: share of the training after the warm-up that was done before this step, in [0, 1]: of its steps, or
+            of the documents to consume where the length is given in epochs.
 
     Linear warm-up (step / warmup_steps, so no step is wasted at 0), then constant, linear or half-cosine decay
-    (Loshchilov & Hutter 2017, SGDR, without restarts) from 1 to ``final_ratio`` over the whole of the training.
+    (Loshchilov & Hutter 2017, SGDR, without restarts) from 1 to ``final_ratio`` over the rest of the training.
     """
     if step <= schedule.warmup_steps:
         return step / schedule.warmup_steps
