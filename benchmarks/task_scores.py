@@ -161,6 +161,22 @@ def train_hf(config: Any, task: Any, samples: dict[str, list[Any]], seed: int, f
     }
 
 
+def result_name(options: argparse.Namespace) -> str:
+    return f"task_scores_{options.name.replace('-', '_')}"
+
+
+def write_scores(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    """The result so far."""
+    recipe = RECIPES[options.name]
+    rows = [["score", "dsft (mean of seeds)", "HF Trainer", "dsft, each seed", "HF, each seed"]]
+    for score in (f"{part}/{metric}" for part in recipe["scored"] for metric in recipe["metrics"]):
+        sides = [[run[score] for run in found["scores"][side]] for side in ("dsft", "hf")]
+        each = [", ".join(f"{value:.3f}" for value in side) for side in sides]
+        rows.append([score, *(f"{statistics.fmean(side):.3f}" for side in sides), *each])
+    value = {"command": command_line("task_scores"), "formula": "the task's scores after the last step", **found}
+    write_result(options.output, result_name(options), value, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=RECIPES)
@@ -170,6 +186,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, help="other than the recipe's")
     parser.add_argument("--limit", type=int, help="records to train on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--add", action="store_true", help="to the seeds of the result that is there")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
 
@@ -183,7 +200,10 @@ def main() -> None:
     quiet_libraries()
     torch.set_num_threads(1)
     recipe = RECIPES[options.name]
-    found: dict[str, list[dict[str, float]]] = {"dsft": [], "hf": []}
+    earlier: dict[str, Any] = {"scores": {"dsft": [], "hf": []}, "seeds": []}
+    if options.add:
+        earlier = json.loads((options.output / f"{result_name(options)}.json").read_text())
+    found, seeds = earlier["scores"], earlier["seeds"]
     with tempfile.TemporaryDirectory(prefix="dsft-scores-") as name:
         folder = Path(name)
         data = options.data.absolute()
@@ -198,6 +218,11 @@ def main() -> None:
             samples[source.name] = samples_in_order_of_files(config, task, [source])
         assert config.training.epochs is not None
         steps = int(config.training.epochs * -(-len(samples["train"]) // config.training.global_batch_size))
+        learned = recipe["recipe"] | ({"epochs": options.epochs} if options.epochs else {})
+        learned |= {"schedule": "linear, warm-up over a tenth", "weight_decay": 0.01, "dtype": "float32", "ranks": 1}
+        told = {"recipe": learned, "steps": steps, "samples": {part: len(of) for part, of in samples.items()}}
+        if options.add and told != {key: earlier[key] for key in told}:
+            raise SystemExit(f"the result that is there has another recipe than {told}")
         for seed in options.seeds:
             made = make_config(options, data, folder, seed)
             made["training"]["schedule"]["warmup_steps"] = steps // 10
@@ -205,25 +230,8 @@ def main() -> None:
                 ours = pool.submit(train_dsft, made, folder)
                 found["hf"].append(train_hf(LaunchConfig.model_validate(made), task, samples, seed, folder))
                 found["dsft"].append(ours.result())
-            print(seed, {side: scores[-1] for side, scores in found.items()}, flush=True)
-    names = [f"{part}/{metric}" for part in recipe["scored"] for metric in recipe["metrics"]]
-    rows = [["score", "dsft (mean of seeds)", "HF Trainer", "dsft, each seed", "HF, each seed"]]
-    for score in names:
-        sides = [[run[score] for run in found[side]] for side in ("dsft", "hf")]
-        each = [", ".join(f"{value:.3f}" for value in side) for side in sides]
-        rows.append([score, *(f"{statistics.fmean(side):.3f}" for side in sides), *each])
-    value = {
-        "command": command_line("task_scores"),
-        "formula": "the task's scores after the last step",
-        "recipe": recipe["recipe"]
-        | ({"epochs": options.epochs} if options.epochs else {})
-        | {"schedule": "linear, warm-up over a tenth", "weight_decay": 0.01, "dtype": "float32", "ranks": 1},
-        "steps": steps,
-        "samples": {part: len(of) for part, of in samples.items()},
-        "seeds": options.seeds,
-        "scores": found,
-    }
-    write_result(options.output, f"task_scores_{options.name.replace('-', '_')}", value, rows)
+            seeds.append(seed)
+            write_scores(options, {**told, "seeds": seeds, "scores": found})
 
 
 if __name__ == "__main__":
