@@ -54,6 +54,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+SAID = ("step_seconds", "tokens_per_second", "mfu", "mfu_causal", "micro_batch_size", "peak", "reserved", "planned")
+SAID += ("losses", "seconds", "process_seconds", "whole_seconds")
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to train: ``sets`` change dsft's config (both sides are planned from it), ``hf`` TrainingArguments."""
@@ -208,12 +212,12 @@ class Bench:
         half_attention = 6 * shape["num_hidden_layers"] * shape["hidden_size"] * options.sequence_length
         profiles = [path.read_text() for path in run.glob("profile/*/*.txt")]
         return {
-            **found,
             "process_seconds": time.monotonic() - start,
             "said": [line for line in said.splitlines() if line.startswith(("model.", "LlamaFor"))],
             "profile": "".join(profiles),
             "variant": name,
             "micro_batch_size": plan["batch"]["micro_batch_size"],
+            **found,
             "recompute": plan["recompute"],
             "step_seconds": seconds,
             "tokens_per_second": speed,
@@ -307,8 +311,8 @@ def main() -> None:
         for name, variant in chosen.items():
             runs[name] = bench.measure(name, variant)
             run = runs[name]
-            short = run.get("problem") or f"{run['tokens_per_second']:,.0f} tokens/s in {run['process_seconds']:.0f} s"
-            print(f"{name}: {short}", flush=True)
+            said = {key: run[key] for key in SAID if key in run}
+            print(f"{name}: {run.get('problem') or said}", flush=True)
             print("\n".join([*run.get("said", []), run.get("profile", "")]), flush=True)
     best = {
         side: max(

@@ -45,7 +45,9 @@ def hf_rank(run_dir: Path, settings: dict[str, Any]) -> dict[str, Any]:
     config = LaunchConfig.model_validate_json((run_dir / "config.json").read_text())
     plan = json.loads((run_dir / "plan.json").read_text())
     task = get_task(config, task_tokenizer(config))
-    total, micro = config.training.global_batch_size, plan["batch"]["micro_batch_size"]
+    total = config.training.global_batch_size
+    # its micro-batches are equally large: the largest of those that fit, by the plan
+    micro = next(size for size in range(plan["batch"]["micro_batch_size"], 0, -1) if total % size == 0)
     stream = build_training_stream(
         config,
         task,
@@ -123,7 +125,7 @@ def hf_rank(run_dir: Path, settings: dict[str, Any]) -> dict[str, Any]:
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"seconds": seconds, "losses": losses}
+    return {"seconds": seconds, "losses": losses, "micro_batch_size": micro}
 
 
 def rank_program(run_dir: Path, side: str, settings: dict[str, Any]) -> None:

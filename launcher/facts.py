@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import socket
@@ -40,6 +41,7 @@ class Facts:
         model: facts of the config's model.
         adapted_model: those of the same model with a LoRA adapter, where it could have one and has none.
         multiplies_bfloat16: whether the CPU has instructions for that.
+        liger: whether liger-kernel is installed.
     """
 
     host: str
@@ -51,6 +53,7 @@ class Facts:
     model: ModelFacts
     adapted_model: ModelFacts | None = None
     multiplies_bfloat16: bool = True
+    liger: bool = False
 
 
 def gather_facts(config: LaunchConfig) -> Facts:
@@ -71,6 +74,7 @@ def gather_facts(config: LaunchConfig) -> Facts:
         model=facts_of_model(config, config.model),
         adapted_model=adapted_facts(config),
         multiplies_bfloat16=multiplies_bfloat16(Path("/proc/cpuinfo").read_text()),
+        liger=importlib.util.find_spec("liger_kernel") is not None,
     )
 
 

@@ -54,7 +54,8 @@ class Setup:
 class Room:
     """The memory that there is, in bytes; None: not known.
 
-    ``per_node``: ranks of a node. ``communication``: how much they send at a time, in buffers.
+    ``per_node``: ranks of a node. ``communication``: how much they send at a time, in buffers. ``fused``: whether the
+    model runs on Liger's kernels.
     """
 
     device: str
@@ -62,6 +63,7 @@ class Room:
     host_memory: int | None
     per_node: int
     communication: Communication = USUAL
+    fused: bool = False
 
     def holds(self, memory: MemoryEstimate | None, share: float = 1.0) -> bool:
         """Whether it fits into this share of it; True where nothing is known."""
@@ -84,7 +86,7 @@ def memory_of(config: LaunchConfig, setup: Setup, room: Room) -> MemoryEstimate 
         micro_batch_size=setup.micro_batch_size,
         sequence_length=config.data.sequence_length,
         dtype=config.model.dtype,
-        recompute=recomputation_of(config, setup),
+        recompute=recomputation_of(config, setup, room.fused),
         attention=config.model.attention,
         device=room.device,
         sequence_parallel=config.model.sequence_parallel,
@@ -92,9 +94,9 @@ def memory_of(config: LaunchConfig, setup: Setup, room: Room) -> MemoryEstimate 
     )
 
 
-def recomputation_of(config: LaunchConfig, setup: Setup) -> Recomputation:
+def recomputation_of(config: LaunchConfig, setup: Setup, fused: bool = False) -> Recomputation:
     """What layers keep."""
-    return recomputation(config.model.model_copy(update={"gradient_checkpointing": setup.recompute}))
+    return recomputation(config.model.model_copy(update={"gradient_checkpointing": setup.recompute}), fused)
 
 
 def choose(
@@ -201,9 +203,10 @@ def _batch(config: LaunchConfig, setup: Setup, room: Room) -> BatchPlan:
         largest, reason = max(low, 1), f"{max(low, 1)} is the largest that fits the memory"
     if world_size > training.global_batch_size:
         return plan_batches(training.global_batch_size, world_size, 1)  # raises
-    size = choose_micro_batch(training.global_batch_size, world_size, largest)
+    equal = bool(config.model.compile)
+    size = choose_micro_batch(training.global_batch_size, world_size, largest, equal=equal)
     if size < largest:
-        reason += f"; {size} wastes less"
+        reason += f"; {size} makes equal ones, for compiled layers" if equal else f"; {size} wastes less"
     return plan_batches(training.global_batch_size, world_size, size, f"auto: {reason}")
 
 

@@ -174,7 +174,8 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
 
     _check_sharing(config, facts.model, config.cluster.nodes * per_node)
     communication = _communication(config, facts.model, device, per_node, figures, device_memory)
-    room = Room(device, device_memory, host_memory, per_node, communication)
+    fused = device == "cuda" and facts.liger and config.model.kernels != "none"
+    room = Room(device, device_memory, host_memory, per_node, communication, fused)
     flops = _flops(config, facts.model)
     peak = peak_flops(gpu_name) if gpu_name and config.model.dtype == "bfloat16" else None
 

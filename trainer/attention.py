@@ -174,6 +174,16 @@ def varlen_attention(
     assert not dropout
     window = (sliding_window - 1 if sliding_window else -1, 0)
     grouped = query.shape[1] != key.shape[1]
+    samples, tokens = len(cu_seq_lens_q) - 1, query.shape[2]
+    if samples * max_length_q == tokens and not 0 <= window[0] < max_length_q - 1:
+        # all equally long: SDPA has faster kernels than the variable-length one (cuDNN's, on Hopper and Blackwell)
+        q, k, v = (
+            tensor[0].view(tensor.shape[1], samples, max_length_q, -1).transpose(0, 1) for tensor in (query, key, value)
+        )
+        attended = functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped
+        )  # [samples, heads, length, head size]
+        return attended.transpose(1, 2).reshape(1, tokens, *attended.shape[1::2]), None
     if query.device.type == "cuda":
         q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
         edges, longest = cu_seq_lens_q, max_length_q

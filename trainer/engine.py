@@ -176,7 +176,8 @@ class Engine:
         answer for good: taught by a pass without a backward one, it would gather every layer twice in every step.
         """
         self.eval()
-        with torch.no_grad():
+        # compiled layers are made for the shapes of training: this pass would have them made twice over
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             output = self._engine(**inputs)
         self.train()
         if self.stage == 3:

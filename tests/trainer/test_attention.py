@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_forward import CPU, SEQUENCES, SMALL
@@ -59,6 +60,26 @@ def test_varlen_gives_the_losses_and_gradients_of_sdpa(name: str, device: torch.
     for other, gradient in zip(others, gradients, strict=True):
         scale = float(gradient.abs().max())
         torch.testing.assert_close(other, gradient, rtol=100 * relative, atol=relative * max(scale, 1.0))
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("window", [None, 3])
+def test_samples_of_one_length_give_what_unequal_ones_do(device: torch.device, window: int | None) -> None:
+    """Equal ones go through SDPA together; the last sample cut off, they are unequal."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    query, key, value = (torch.randn(1, heads, 24, 16, generator=generator).to(device, dtype) for heads in (4, 2, 2))
+    outputs = []
+    for lengths in ([8, 8, 8], [8, 8, 7]):
+        positions = np.concatenate([np.arange(length) for length in lengths])[None]
+        q, k, v = (tensor[:, :, : positions.size] for tensor in (query, key, value))
+        told = attention.sample_bounds(positions, device)
+        output, _ = attention.varlen_attention(torch.nn.Identity(), q, k, v, None, sliding_window=window, **told)
+        assert output.shape == (1, positions.size, 4, 16)
+        outputs.append(output[:, :16])
+    torch.testing.assert_close(
+        *outputs, rtol=2e-2 if device.type == "cuda" else 1e-5, atol=1e-2 if dtype == torch.bfloat16 else 1e-6
+    )
 
 
 def test_a_kernel_that_fails_or_is_wrong_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

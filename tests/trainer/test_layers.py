@@ -164,6 +164,7 @@ def test_without_a_compiler_layers_run_as_they_are(monkeypatch: pytest.MonkeyPat
 def test_fused_kernels_go_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """Liger's kernels run on GPUs alone; here is what decides about them."""
     model, liger = llama(), config_of(kernels="liger")
+    monkeypatch.setattr(kernels, "on_gpu", lambda: False)
     assert fuse_kernels(model, config_of(kernels="none")) == "the model's own, as configured"
     assert fuse_kernels(model, config_of()) == "the model's own: its kernels want a GPU"
     with pytest.raises(UserError, match=r"model\.kernels: liger does not go here: its kernels want a GPU"):

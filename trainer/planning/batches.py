@@ -64,9 +64,17 @@ def plan_batches(global_batch: int, world_size: int, micro_batch_size: int, reas
     )
 
 
-def choose_micro_batch(global_batch: int, world_size: int, largest: int, tolerance: float = 0.02) -> int:
-    """The largest micro-batch of at most ``largest`` sequences among those that waste least (within ``tolerance``)."""
-    candidates = range(1, min(largest, math.ceil(global_batch / world_size)) + 1)
+def choose_micro_batch(
+    global_batch: int, world_size: int, largest: int, tolerance: float = 0.02, equal: bool = False
+) -> int:
+    """The largest micro-batch of at most ``largest`` sequences among those that waste least (within ``tolerance``).
+
+    With ``equal`` among those that cut a global batch into equal parts, if there are any: compiled layers want shapes
+    to stay the same.
+    """
+    candidates = list(range(1, min(largest, math.ceil(global_batch / world_size)) + 1))
+    if equal:
+        candidates = [size for size in candidates if global_batch % (world_size * size) == 0] or candidates
     waste = {size: cut(global_batch, world_size, size)[2] for size in candidates}
     least = min(waste.values())
     return max(size for size in candidates if waste[size] <= least + tolerance)

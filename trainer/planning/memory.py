@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from trainer.config.model import CheckpointedLayers, ModelConfig
 from trainer.planning.model_facts import ModelFacts
 
 # A rank before any model: CUDA context, NCCL buffers and allocator slack; on the CPU, the libraries themselves.
 CUDA_OVERHEAD = 3 << 29
+# Of those that Liger has kernels for, the ones that are built like Llama
+FUSED_FAMILIES = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3", "olmo2", "gemma", "gemma2", "gemma3_text"}
+)
 CPU_OVERHEAD = 1 << 29  # measured: 0.47 GiB resident in runs of models of some 100 kB, torch 2.13
 
 
@@ -26,11 +30,13 @@ class Recomputation:
         every: layers 0, every, 2 * every, ... are computed again; 0: none is.
         selective: they keep the results of matrix products and attention besides their input.
         offload: their inputs lie in host memory.
+        kernels: of norms, rotary embedding and MLP: the model's ``own``, ``fused`` (Liger's), or ``compiled`` layers.
     """
 
     every: int
     selective: bool = False
     offload: bool = False
+    kernels: Literal["own", "fused", "compiled"] = "own"
 
     @property
     def share(self) -> float:
@@ -38,12 +44,12 @@ class Recomputation:
         return 1 / self.every if self.every and not self.selective else 0.0
 
 
-def recomputation(model: ModelConfig) -> Recomputation:
-    """What a config asks for."""
+def recomputation(model: ModelConfig, fused: bool = False) -> Recomputation:
+    """What a config asks for; ``fused``: with Liger's kernels, unless layers are compiled."""
     wanted = model.gradient_checkpointing
-    if isinstance(wanted, CheckpointedLayers):
-        return Recomputation(wanted.every, offload=model.activation_offload)
-    return Recomputation(1 if wanted else 0, wanted == "selective", model.activation_offload)
+    every = wanted.every if isinstance(wanted, CheckpointedLayers) else 1 if wanted else 0
+    kernels: Literal["own", "fused", "compiled"] = "compiled" if model.compile else "fused" if fused else "own"
+    return Recomputation(every, wanted == "selective", model.activation_offload, kernels)
 
 
 @dataclass(frozen=True)
@@ -166,18 +172,25 @@ def estimate(
     )
 
 
-def layer_bytes_per_token(model: ModelFacts, width: int) -> int:
+def layer_bytes_per_token(model: ModelFacts, width: int, kernels: str = "own") -> int:
     """Bytes that one layer keeps for its backward pass, per token, without attention scores.
 
     In elements of h (hidden), q = heads * head_dim, k = kv_heads * head_dim and i (MLP): the inputs of two norms 2h and
     their normalised fp32 copies (2h of 4 bytes), the inputs of the projections 2h, queries, keys and values q + 2k and
     their rotated copies q + k, the attention's output q, two residual sums 2h, and in the MLP the two projections, the
     activation and their product 4i (3i where it is not gated).
+
+    Liger's kernels keep no copies: a norm its input, the MLP its two projections, and rotation works in place. Compiled
+    layers keep what "selective" does: all that is no matrix product is computed again from these.
     """
+    if kernels == "compiled":
+        return selective_bytes_per_token(model, width)
     hidden = model.hidden_size or 0
     head = model.head_dim or 0
     queries, keys = (model.heads or 0) * head, (model.kv_heads or 0) * head
     inner = model.intermediate_size or 4 * hidden
+    if kernels == "fused" and model.model_type in FUSED_FAMILIES:
+        return width * (4 * hidden + 2 * queries + 2 * keys + 3 * inner)
     elements = 6 * hidden + 3 * queries + 3 * keys + (4 if model.gated else 3) * inner
     return width * elements + 4 * 2 * hidden
 
@@ -203,7 +216,7 @@ def activation_bytes(
     """Bytes of activations of a micro-batch of ``tokens`` tokens: what every layer keeps, and one that is whole again
     while its backward pass runs."""
     layers, hidden = model.layers or 0, model.hidden_size or 0
-    per_token = layer_bytes_per_token(model, width)
+    per_token = layer_bytes_per_token(model, width, recompute.kernels)
     if attention == "eager":  # scores in the model's dtype, softmax in fp32 and its cast
         per_token += (model.heads or 0) * sequence_length * (2 * width + 4)
     if not recompute.every:
