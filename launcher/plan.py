@@ -229,6 +229,7 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
             batch.micro_batches_per_rank,
             config.training.max_grad_norm,
             communication,
+            bool(config.model.compile),
         ),
         communication=communication,
         warnings=tuple(warnings),

@@ -198,7 +198,13 @@ def test_loss_and_gradients_equal_a_plain_loop(world_size: int, model_folder: Pa
 def test_compiled_layers_equal_a_plain_loop(model_folder: Path, tmp_path: Path) -> None:
     """Inductor's programs on two ranks; a few minutes of C++ compiler."""
     cases = [
-        case(f"compiled-{index}", 3, 2, model={"compile": True, "gradient_checkpointing": recompute})
+        case(
+            f"compiled-{index}",
+            3,
+            2,
+            model={"compile": True, "gradient_checkpointing": recompute},
+            zero={"memory_efficient_linear": False},
+        )
         for index, recompute in enumerate((True, False, "selective"))
     ]
     results = run_ranks(2, {"model": str(model_folder), "cases": cases}, tmp_path)

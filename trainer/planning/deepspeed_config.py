@@ -45,6 +45,7 @@ def deepspeed_config(
     micro_batches_per_rank: int,
     max_grad_norm: float,
     communication: Communication = USUAL,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """The complete DeepSpeed JSON. It has no optimizer or scheduler: dsft builds AdamW and sets the learning rate.
 
@@ -55,6 +56,7 @@ def deepspeed_config(
         micro_batches_per_rank: becomes ``gradient_accumulation_steps``.
         max_grad_norm: 0 turns clipping off.
         communication: sizes of buckets, by model and network.
+        compiled: layers are, by torch.compile.
 
     Raises:
         UserError: a key of ``deepspeed.config`` contradicts the plan.
@@ -74,6 +76,8 @@ def deepspeed_config(
             "stage3_max_reuse_distance": communication.max_live,
             "sub_group_size": SUB_GROUP,
         }
+        if compiled:  # its linear function has every layer compiled anew: it looks at the number of each parameter
+            zero["memory_efficient_linear"] = False
         if communication.hpz > 1:
             zero["zero_hpz_partition_size"] = communication.hpz
     else:
