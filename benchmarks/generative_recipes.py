@@ -50,7 +50,7 @@ class Recipe:
 def multi30k(data: Path, folder: Path) -> Recipe:
     """English to German by an encoder-decoder model."""
     train, test = _multi30k(data)
-    return _seq2seq(folder, "translation", ("bleu", "chrf"), train, test, 1500, steps=240, batch=48, judged="bleu")
+    return _seq2seq(folder, "translation", ("bleu", "chrf"), train, test, 1500, steps=480, batch=32, judged="bleu")
 
 
 def multi30k_decoder(data: Path, folder: Path) -> Recipe:
@@ -82,7 +82,7 @@ def e2e(data: Path, folder: Path) -> Recipe:
         found.setdefault(row["mr"], []).append(row["ref"])
     test = [{"source": source, "target": targets} for source, targets in found.items()][::9]
     metrics = ("bleu", "chrf", "rougeL")
-    return _seq2seq(folder, "summarization", metrics, train, test, 800, steps=120, batch=32, judged="bleu")
+    return _seq2seq(folder, "summarization", metrics, train, test, 800, steps=240, batch=32, judged="bleu")
 
 
 def gsm8k(data: Path, folder: Path) -> Recipe:
@@ -94,7 +94,7 @@ def gsm8k(data: Path, folder: Path) -> Recipe:
     best = ends.most_common(1)[0][0]
     share = sum(r["completion"].endswith(f"#### {best}") for r in held_out) / len(held_out)
     task = {"type": "causal-lm", "generation": {"max_new_tokens": 160, "batch_size": 40}, "metrics": ["final_answer"]}
-    return _causal(folder, task, train, held_out, 1000, 100, {f"always {best}": {"final_answer": share}})
+    return _causal(folder, task, train, held_out, 1000, 120, {f"always {best}": {"final_answer": share}})
 
 
 def shakespeare(data: Path, folder: Path) -> Recipe:
@@ -114,7 +114,7 @@ def mbpp(data: Path, folder: Path) -> Recipe:
     """Python for a sentence: the programs of held-out problems, token by token, and whether written ones pass."""
     records = lines(find(data, "mbpp/mbpp.jsonl"))
     held_out, train = records[::10], [r for n, r in enumerate(records) if n % 10]
-    return _causal(folder, _programs(160), train, held_out, 1000, 100, {"no program": {"pass@1": 0.0}})
+    return _causal(folder, _programs(160), train, held_out, 1000, 120, {"no program": {"pass@1": 0.0}})
 
 
 def mbpp_learned(data: Path, folder: Path) -> Recipe:

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -190,7 +189,7 @@ def table(tasks: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def write_results(folder: Path, tasks: dict[str, Any], command: str) -> None:
+def write_results(folder: Path, tasks: dict[str, Any]) -> None:
     """generative_scores.json and .md with these tasks and those of earlier calls."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "generative_scores.json"
@@ -200,12 +199,12 @@ def write_results(folder: Path, tasks: dict[str, Any], command: str) -> None:
     value = {
         "benchmark": "generative_scores",
         "machine": machine(),
-        "command": command,
+        "command": "python benchmarks/generative_scores.py --data DATA --task NAME",
         "formula": formula,
         "tasks": told,
     }
     path.write_text(json.dumps(value, indent=1) + "\n")
-    lines = ["# generative_scores", "", "Command: `python benchmarks/generative_scores.py --data DIR --task all`  "]
+    lines = ["# generative_scores", "", f"Command: `{value['command']}`  "]
     versions = ", ".join(f"{name} {version}" for name, version in value["machine"]["packages"].items())
     lines += [f"Versions: Python {value['machine']['python']}, {versions}  ", f"Formula: {formula}", ""]
     head, *body = table(told)
@@ -231,12 +230,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="default: the recipe's")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    command = " ".join(["python", "benchmarks/generative_scores.py", *sys.argv[1:]])
     names = list(RECIPES) if "all" in options.task else options.task
     failed = []
     for name in names:
         told = measure(name, options.data.absolute(), options.ranks, options.steps)
-        write_results(options.output, {name: told}, command)
+        write_results(options.output, {name: told})
         if told["expected"] and not all(told["beaten"].values()):
             failed.append(f"{name} does not beat {[rival for rival, won in told['beaten'].items() if not won]}")
         if told["first_steps_differ"] > LIMIT:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,8 +50,8 @@ def written(replica: Replica, prompts: list[np.ndarray], **settings: Any) -> lis
 
 
 def test_greedy_and_beam_texts_are_those_of_each_prompt_alone(replica: Replica) -> None:
-    random = np.random.default_rng(0)
-    prompts = [random.integers(8, 61, n).astype(np.int32) for n in (3, 11, 1, 6, 9)]
+    draw = np.random.default_rng(0)
+    prompts = [draw.integers(8, 61, n).astype(np.int32) for n in (3, 11, 1, 6, 9)]
     for settings in ({}, {"num_beams": 3}):
         together = written(replica, prompts, batch_size=4, **settings)
         for prompt, (row,) in zip(prompts, together, strict=True):
@@ -114,6 +118,35 @@ def test_metrics_are_those_of_the_libraries() -> None:
     assert (scores["exact_match"], scores["final_answer"]) == (0.0, pytest.approx(1 / 3))
     assert set(signatures) == {"bleu", "chrf", "ter"}
     assert final_answer(r"####\s*(\S+)", "#### 3 then #### $1,042.") == "1042"
+
+
+def test_scores_are_those_that_the_reference_commands_show(tmp_path: Path) -> None:
+    """sacrebleu's to the last of its digits; rouge-score's of each text, of which ours are the means."""
+    draw, words = random.Random(3), ["Ein", "Hund", "läuft", "über", "die", "Straße", ",", "3,5", "the", "dogs", "ran."]
+    references = [" ".join(draw.choices(words, k=draw.randint(4, 20))) for _ in range(120)]
+    texts = [" ".join(word for word in line.split() if draw.random() > 0.2) or "nichts" for line in references]
+    for name, lines in (("texts", texts), ("references", references)):
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+    rouge = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+    task = SummarizationTask(type="summarization", rouge_stemmer=True)
+    scores, _ = text_scores(("bleu", "chrf", "ter", *rouge), texts, [[line] for line in references], task)
+
+    digits = 10
+    command = ["sacrebleu", "references", "-i", "texts", "-m", "bleu", "chrf", "ter", "-w", str(digits), "-b"]
+    assert json.loads(shown_by(command, tmp_path)) == [round(scores[name], digits) for name in ("bleu", "chrf", "ter")]
+    command = ["rouge_score.rouge", "--target_filepattern=references", "--prediction_filepattern=texts"]
+    command += ["--output_filename=scores.csv", f"--rouge_types={','.join(rouge)}", "--use_stemmer", "--noaggregate"]
+    shown_by(command, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "scores.csv").open()))
+    assert len(rows) == 120
+    for name in rouge:
+        assert scores[name] == pytest.approx(np.mean([float(row[f"{name}-F"]) for row in rows]), abs=1e-6)
+
+
+def shown_by(command: list[str], folder: Path) -> str:
+    done = subprocess.run([sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_settings_that_contradict_are_refused() -> None:

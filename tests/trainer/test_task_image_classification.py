@@ -133,10 +133,12 @@ def test_runs_learn_alike_at_one_and_two_ranks_and_exports_work_without_dsft(fol
 
     classify = transformers.pipeline("image-classification", model=str(two.export_dir), device="cpu")
     records = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
-    right = 0
+    plain = []
     for record in records:
         with Image.open(folder / record["image"]) as picture:
-            right += classify(picture.convert("RGB"))[0]["label"] == record["label"]
+            plain.append(classify(picture.convert("RGB"))[0])
+    right = sum(one["label"] == record["label"] for one, record in zip(plain, records, strict=True))
     assert right / len(records) == pytest.approx(last_scores(two)["accuracy"])
     answers = predictions_of(two.path, folder / "test.jsonl", tmp_path / "answers.jsonl")
-    assert sum(a["label"] == r["label"] for a, r in zip(answers, records, strict=True)) == right
+    assert [answer["label"] for answer in answers] == [one["label"] for one in plain]
+    assert [answer["probability"] for answer in answers] == pytest.approx([one["score"] for one in plain], rel=1e-4)

@@ -164,10 +164,11 @@ def test_starter_configs_load(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "frozen"), [("llava", ()), pytest.param("idefics3", ("*vision_model*",), marks=pytest.mark.matrix)]
+    ("family", "frozen", "processes"),
+    [("llava", (), 2), pytest.param("idefics3", ("*vision_model*",), 3, marks=pytest.mark.matrix)],
 )
 def test_runs_learn_alike_at_one_and_two_ranks(
-    folder: Path, tmp_path: Path, family: str, frozen: tuple[str, ...]
+    folder: Path, tmp_path: Path, family: str, frozen: tuple[str, ...], processes: int
 ) -> None:
     """At two ranks one of them evaluates and generates from texts alone, the other with images; neither waits."""
     task = {"generation": {"max_new_tokens": 3, "batch_size": 4}}
@@ -184,7 +185,7 @@ def test_runs_learn_alike_at_one_and_two_ranks(
     records = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
     right = sum(text == record["completion"] for text, record in zip(texts, records, strict=True))
     assert right / 30 == pytest.approx(last_scores(two)["exact_match"])
-    answers = predictions_of(two.path, folder / "test.jsonl", tmp_path / "answers.jsonl", processes=2)
+    answers = predictions_of(two.path, folder / "test.jsonl", tmp_path / "answers.jsonl", processes=processes)
     assert [answer["text"] for answer in answers] == texts
 
 

@@ -99,8 +99,8 @@ def test_a_family_writes_the_same_everywhere(family: str, texts: Path, tmp_path:
     import transformers
 
     more = FAMILIES[family](texts, tmp_path)
-    one, two = (trained(tmp_path / f"ranks{ranks}", texts, ranks, **more) for ranks in (1, 2))
-    assert samples(one, 24) == samples(two, 24)
+    one, two, three = (trained(tmp_path / f"ranks{ranks}", texts, ranks, **more) for ranks in (1, 2, 3))
+    assert samples(one, 24) == samples(two, 24) == samples(three, 24)
     assert len({sample["texts"][0] for sample in samples(two, 24)}) > 1
     first, last = [line["evaluation"] for line in two.evaluation_lines()]
     assert first == pytest.approx(one.evaluation_lines()[0]["evaluation"], rel=1e-5)
