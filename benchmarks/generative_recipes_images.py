@@ -71,7 +71,7 @@ def nlvr_questions(data: Path, folder: Path) -> Recipe:
     right = [by_question[r["prompt"]].most_common(1)[0][0] == r["completion"] for r in files["test"]]
     baseline = {"the most frequent answer to each question": {"exact_match": sum(right) / len(right)}}
     words = ["is", "in", "box", "which", "has", "most", "?", "yes", "no", "1", "2", "3", *COLOURS.values()]
-    return _llava(folder, words, files["dev"], files["test"], 160, baseline)
+    return _llava(folder, words, files["dev"], files["test"], 240, baseline)
 
 
 def nlvr_statements(data: Path, folder: Path) -> Recipe:

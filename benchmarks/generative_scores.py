@@ -1,9 +1,9 @@
 """Each task trained on public data: `python benchmarks/generative_scores.py --data DIR --task mbpp` (or `--task all`).
 
 A small model from random weights is trained by `dsft launch`, in fp32, at each number of ranks. Reported are the scores
-of the untrained model, of trivial baselines and of the trained one, and how far losses and scores at other numbers of
-ranks differ from those at the first. Fails where a recipe does not beat its baselines or its ranks do not agree.
-Results of several calls gather in one table.
+of the untrained model, of trivial baselines and of the trained one, and how far losses, scores and written texts at
+other numbers of ranks differ from those at the first. Fails where a recipe does not beat its baselines or its ranks do
+not agree. Results of several calls gather in one table.
 """
 
 from __future__ import annotations
@@ -144,6 +144,7 @@ def measure(name: str, data: Path, ranks: list[int], steps: int | None) -> dict[
         for other in runs.values()
     ]
     last = {count: list(made["evaluations"].values())[-1] for count, made in runs.items()}
+    samples = [made.pop("samples") for made in runs.values()]  # texts of the data: compared, and not kept
     sign = -1 if recipe.judged == "loss" else 1
     beaten = {
         rival: sign * (last[ranks[0]][recipe.judged] - scores[recipe.judged]) > 0
@@ -164,6 +165,7 @@ def measure(name: str, data: Path, ranks: list[int], steps: int | None) -> dict[
         "expected": recipe.beats,
         "runs": {str(count): made for count, made in runs.items()},
         "first_steps_differ": max(differences),
+        "samples_differ": sum(line != its for other in samples for line, its in zip(samples[0], other, strict=True)),
         "scores_differ": {
             score: max(abs(scores[score] - value) for scores in last.values())
             for score, value in last[ranks[0]].items()
@@ -211,11 +213,12 @@ def write_results(folder: Path, tasks: dict[str, Any]) -> None:
     lines += ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)]
     lines += [
         "",
-        "| data | date | losses of the first 10 steps differ by | last scores differ by |",
-        "|---|---|---|---|",
+        "| data | date | losses of the first 10 steps differ by | last scores differ by | samples that differ |",
+        "|---|---|---|---|---|",
     ]
     for name, one in told.items():
         differ = ", ".join(f"{score} {value:.2g}" for score, value in one["scores_differ"].items() if score in SHOWN)
+        differ += f" | {one['samples_differ']}"
         lines.append(f"| {name} | {one['machine']['date']} | {one['first_steps_differ']:.1e} | {differ} |")
     page = "\n".join([*lines, ""])
     (folder / "generative_scores.md").write_text(page)
