@@ -88,10 +88,52 @@ VARIANTS: dict[str, Variant] = {
     "HF Trainer, ZeRO-3, recomputed, Liger": _hf(3, True, **_LIGER_3),
     "HF Trainer, ZeRO-3, recomputed": _hf(3, True),
 }
+# its steps are relative to the size of the weights
+_ADAFACTOR = ("training.optimizer.type=adafactor", "training.optimizer.learning_rate=1e-3")
 LARGE: dict[str, Variant] = {
-    "dsft, 8B, Adafactor": Variant(("training.optimizer.type=adafactor",)),
-    "dsft, 8B, Adafactor, compiled": Variant(("training.optimizer.type=adafactor", "model.compile=true")),
+    "dsft, 8B, Adafactor": Variant(_ADAFACTOR),
+    "dsft, 8B, Adafactor, compiled": Variant((*_ADAFACTOR, "model.compile=true")),
 }
+
+
+def config_of(
+    model: str,
+    text: Path,
+    folder: Path,
+    *,
+    weights: Path | None = None,
+    name: str = "run",
+    length: int = 4096,
+    batch: int = 16,
+    micro: int | str = "auto",
+    steps: int = 15,
+    on_long: str = "truncate",
+) -> dict[str, Any]:
+    """The config of a run of ``model`` (of MODELS) on ``text``; without ``weights`` it draws its own."""
+    shape = {"model_type": "llama", "max_position_embeddings": length, **MODELS[model]}
+    origin: dict[str, Any] = {"path": str(weights)} if weights else {"config": shape}
+    return {
+        "name": name,
+        "output_dir": str(folder / "runs"),
+        "task": {"type": "causal-lm"},
+        "model": origin | {"tokenizer": str(folder / "tokenizer")},
+        "data": {
+            "train": [{"path": str(text), "columns": {"text": "text"}}],
+            "sequence_length": length,
+            "on_long": on_long,
+        },
+        "training": {
+            "global_batch_size": batch,
+            "micro_batch_size": micro,
+            "max_steps": steps,
+            "optimizer": {"learning_rate": LEARNING_RATE},
+            "schedule": {"type": "constant"},
+        },
+        "checkpoint": {"interval_steps": None},
+        "export": {"enabled": False},
+        "logging": {"tensorboard": False},
+        "cluster": {"processes_per_node": 1},
+    }
 
 
 @dataclass
@@ -136,32 +178,20 @@ class Bench:
         from trainer.config.loading import load_config
         from trainer.rundir import RunDirectory, write_json
 
-        options, length = self.options, self.options.sequence_length
+        options = self.options
         self.number += 1
-        shape = {"model_type": "llama", "max_position_embeddings": length, **MODELS[options.model]}
-        value = {
-            "name": f"run{self.number}",
-            "output_dir": str(self.folder / "runs"),
-            "task": {"type": "causal-lm"},
-            "model": {"path": str(self.model)} if self.model else {"config": shape},
-            "data": {
-                "train": [{"path": str(self.folder / "text.jsonl"), "columns": {"text": "text"}}],
-                "sequence_length": length,
-                "on_long": "truncate" if options.data == "documents" else "split",
-            },
-            "training": {
-                "global_batch_size": options.global_batch_size,
-                "micro_batch_size": options.micro_batch_size or "auto",
-                "max_steps": options.steps,
-                "optimizer": {"learning_rate": LEARNING_RATE},
-                "schedule": {"type": "constant"},
-            },
-            "checkpoint": {"interval_steps": None},
-            "export": {"enabled": False},
-            "logging": {"tensorboard": False},
-            "cluster": {"processes_per_node": 1},
-        }
-        value["model"]["tokenizer"] = str(self.folder / "tokenizer")
+        value = config_of(
+            options.model,
+            self.folder / "text.jsonl",
+            self.folder,
+            weights=self.model,
+            name=f"run{self.number}",
+            length=options.sequence_length,
+            batch=options.global_batch_size,
+            micro=options.micro_batch_size or "auto",
+            steps=options.steps,
+            on_long="truncate" if options.data == "documents" else "split",
+        )
         if options.profile and variant.side == "dsft":
             value["logging"]["profile"] = {"skip_steps": options.steps - 2, "steps": 1}
         if options.small:

@@ -180,17 +180,15 @@ def layer_bytes_per_token(model: ModelFacts, width: int, kernels: str = "own") -
     their rotated copies q + k, the attention's output q, two residual sums 2h, and in the MLP the two projections, the
     activation and their product 4i (3i where it is not gated).
 
-    Liger's kernels keep no copies: a norm its input, the MLP its two projections, and rotation works in place. Compiled
-    layers keep what "selective" does: all that is no matrix product is computed again from these.
+    Liger's kernels keep no copies: a norm its input, the MLP its two projections and their product, and rotation works
+    in place. Compiled layers keep as much (both measured: docs/benchmarks.md).
     """
-    if kernels == "compiled":
-        return selective_bytes_per_token(model, width)
     hidden = model.hidden_size or 0
     head = model.head_dim or 0
     queries, keys = (model.heads or 0) * head, (model.kv_heads or 0) * head
     inner = model.intermediate_size or 4 * hidden
-    if kernels == "fused" and model.model_type in FUSED_FAMILIES:
-        return width * (4 * hidden + 2 * queries + 2 * keys + 3 * inner)
+    if kernels == "compiled" or (kernels == "fused" and model.model_type in FUSED_FAMILIES):
+        return width * (4 * hidden + 2 * queries + 2 * keys + (3 if model.gated else 2) * inner)
     elements = 6 * hidden + 3 * queries + 3 * keys + (4 if model.gated else 3) * inner
     return width * elements + 4 * 2 * hidden
 
