@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from launcher.environment import describe_environment  # noqa: E402
+from launcher.facts import multiplies_bfloat16  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 SPECIAL = ("<s>", "</s>", "<pad>")
@@ -101,6 +102,11 @@ def llama(hidden: int, layers: int, vocabulary: int) -> dict[str, Any]:
         "vocab_size": vocabulary,
         "max_position_embeddings": 1024,
     }
+
+
+def quick_dtype() -> str:
+    """bfloat16, or float32 on CPUs that have no instructions for it."""
+    return "bfloat16" if multiplies_bfloat16(Path("/proc/cpuinfo").read_text()) else "float32"
 
 
 def environment(scratch: Path) -> dict[str, str]:

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
+
 
 def main() -> None:
     import deepspeed.ops
@@ -32,7 +34,7 @@ def main() -> None:
         "skip_validation": True,
         "micro_batch_size": job["micro_batch_size"],
         "exit_iteration": job["save_at"] + 2 if resumed else job["steps"],
-        "model": {"name_or_path": str(folder / "model"), "attn_implementation": "sdpa", "dtype": "bf16"},
+        "model": {"name_or_path": str(folder / "model"), "attn_implementation": "sdpa", "dtype": DTYPES[job["dtype"]]},
         "data": {
             "sources": [
                 {
@@ -48,7 +50,7 @@ def main() -> None:
         },
         "optimizer": {"learning_rate": 1e-4, "weight_decay": 0.0},
         "scheduler": {"name": "constant"},
-        "deepspeed": {"zero_optimization": settings["zero_optimization"], "bf16": {"enabled": True}},
+        "deepspeed": {"zero_optimization": settings["zero_optimization"], "bf16": settings["bf16"]},
         "logger": {"output_dir": str(folder / "arctic-logs")},
         "checkpoint": [
             {

@@ -1,6 +1,7 @@
 """A rank of a peer of peer_runs.py, as torchrun starts it: `torchrun ... peer_ranks.py JOB`.
 
-JOB: {"side": bare|hf|trl, "phase": first|resume, "folder", "steps", "save_at", "micro_batch_size", "sequence_length"}.
+JOB: {"side": bare|hf|trl, "phase": first|resume, "folder", "steps", "save_at", "micro_batch_size", "sequence_length",
+"dtype"}.
 Each rank leaves SIDE-PHASE-RANK.json: {"first_step": unix seconds, "step_seconds", "target_tokens", "losses", "stall",
 "memory_bytes"}.
 """
@@ -61,7 +62,7 @@ def bare(job: dict[str, Any], told: Told) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
     settings = json.loads((folder / "deepspeed.json").read_text())
     partitioning = HfDeepSpeedConfig(settings)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, job["dtype"]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
 
@@ -133,7 +134,7 @@ def trainer(job: dict[str, Any], told: Told) -> None:
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
         "optim": "adamw_torch_fused",
-        "bf16": True,
+        "bf16": job["dtype"] == "bfloat16",
         "use_cpu": True,
         "gradient_checkpointing": False,
         "deepspeed": settings,
@@ -161,7 +162,7 @@ def trainer(job: dict[str, Any], told: Told) -> None:
             if "loss" in logs:
                 told.losses.append(logs["loss"])
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, job["dtype"]))
     if packed:
         import trl
 

@@ -1,7 +1,7 @@
 """Whole runs of dsft and its peers beside one another, one command: `python benchmarks/peer_runs.py`.
 
-Each side trains the same random Llama from the same folder on the same records with the same ZeRO-3 settings, AdamW in
-bf16, saves at one step, ends, is started again and goes on from what it saved. In turn, one after the other:
+Each side trains the same random Llama from the same folder on the same records with the same ZeRO-3 settings, AdamW and
+dtype, saves at one step, ends, is started again and goes on from what it saved. In turn, one after the other:
 
 - dsft: `dsft launch`, with its checks, packed; ended by an interrupt, as a user ends it;
 - bare: a DeepSpeed loop by hand (`peer_ranks.py`), packed, `save_checkpoint`, records skipped on resume;
@@ -36,6 +36,7 @@ from common import (
     dsft_command,
     environment,
     llama,
+    quick_dtype,
     torchrun_command,
     write_data,
     write_result,
@@ -66,7 +67,9 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     sizes = llama(options.hidden, options.layers, options.vocabulary)
     model_config = transformers.AutoConfig.for_model(sizes.pop("model_type"), **sizes)
     torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16).save_pretrained(folder / "model")
+    transformers.AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, options.dtype)).save_pretrained(
+        folder / "model"
+    )
     for path in made["tokenizer"].iterdir():
         (folder / "model" / path.name).write_bytes(path.read_bytes())
     template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
@@ -77,7 +80,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
         "name": "dsft",
         "output_dir": str(folder / "runs"),
         "task": {"type": "causal-lm"},
-        "model": {"path": str(folder / "model"), "gradient_checkpointing": False},
+        "model": {"path": str(folder / "model"), "dtype": options.dtype, "gradient_checkpointing": False},
         "data": {
             "train": [{"path": str(made["data"]), "columns": {"prompt": "question", "completion": "answer"}}],
             "sequence_length": options.sequence_length,
@@ -137,7 +140,9 @@ def peer_side(side: str, folder: Path, options: argparse.Namespace) -> dict[str,
     program = "peer_arctic.py" if side == "arctic" else "peer_ranks.py"
     python = [str(options.arctic), "-m", "torch.distributed.run"] if side == "arctic" else torchrun_command(1)[:-2]
     command = [*python, "--standalone", f"--nproc-per-node={options.ranks}", str(ROOT / "benchmarks" / program)]
-    settings = {key: getattr(options, key) for key in ("steps", "save_at", "micro_batch_size", "sequence_length")}
+    settings = {
+        key: getattr(options, key) for key in ("steps", "save_at", "micro_batch_size", "sequence_length", "dtype")
+    }
     starts, told = [], []
     for phase in ("first", "resume"):
         job = folder / f"{side}-{phase}.job"
@@ -198,10 +203,12 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=16384)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on CPUs slow at bfloat16")
     parser.add_argument("--arctic", type=Path, help="Python of an environment with arctic-training; without: left out")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
+    options.dtype = options.dtype or quick_dtype()
     sides = [side for side in SIDES if side in options.sides]
     runs: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="dsft-runs-") as name:
