@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.facts import Facts
-from launcher.fitting import GIB, Room, Setup, choose, memory_of, recomputation_of, refuse, ways_to_fit
+from launcher.fitting import GIB, SAFE, Room, Setup, choose, memory_of, recomputation_of, refuse, ways_to_fit
 from trainer.config.loading import config_hash
 from trainer.config.schema import LaunchConfig
 from trainer.failures import UserError
@@ -179,10 +179,15 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
     flops = _flops(config, facts.model)
     peak = peak_flops(gpu_name) if gpu_name and config.model.dtype == "bfloat16" else None
 
-    def time_of(setup: Setup, batch: BatchPlan) -> StepTime | None:
-        return _step_time(config, setup, batch, flops, peak, per_node, figures)
+    def time_of(setup: Setup, batch: BatchPlan, hpz: bool | None = None) -> StepTime | None:
+        copies = communication.hpz > 1 if hpz is None else hpz
+        return _step_time(config, setup, batch, flops, peak, per_node, figures, copies)
 
     setup, batch, reason = choose(config, facts.model, room, lambda *option: _middle(time_of(*option)))
+    if config.deepspeed.hpz == "auto":
+        without, with_copies = time_of(setup, batch), time_of(setup, batch, True)
+        room = _second_copies(config, setup, room, without, with_copies)
+        communication = room.communication
     memory = memory_of(config, setup, room)
     if not room.holds(memory):
         assert memory is not None
@@ -259,7 +264,7 @@ def _communication(
     device_memory: int | None,
 ) -> Communication:
     hpz = 1
-    if config.deepspeed.hpz:
+    if config.deepspeed.hpz is True:
         if config.cluster.nodes == 1 or per_node == 1:
             raise UserError("deepspeed.hpz: it needs several nodes with several ranks each; leave it out")
         hpz = per_node
@@ -275,6 +280,26 @@ def _communication(
         device_memory=device_memory,
     )
     return replace(planned, hpz=hpz)
+
+
+_WORTH_A_COPY = 0.95  # of the time of a step without
+
+
+def _second_copies(
+    config: LaunchConfig, setup: Setup, room: Room, without: StepTime | None, with_copies: StepTime | None
+) -> Room:
+    """With a second copy of the weights on each node, if the network holds steps up, it would less with them, and
+    they fit."""
+    settings = config.deepspeed
+    possible = (
+        setup.nodes > 1 and room.per_node > 1 and settings.zero_stage == 3 and settings.offload_parameters == "none"
+    )
+    if not possible or without is None or with_copies is None or with_copies.least > _WORTH_A_COPY * without.least:
+        return room
+    why = f"hpZ: the network would hold steps up ({without.least:.3g} s, {with_copies.least:.3g} s with it)"
+    why = f"{room.communication.reason}; {why}"
+    copied = replace(room, communication=replace(room.communication, hpz=room.per_node, reason=why))
+    return copied if copied.holds(memory_of(config, setup, copied), SAFE) else room
 
 
 def _check_sharing(config: LaunchConfig, model: ModelFacts, world_size: int) -> None:
@@ -312,6 +337,7 @@ def _step_time(
     peak: float | None,
     per_node: int,
     figures: Device | None,
+    hpz: bool,
 ) -> StepTime | None:
     model = setup.model
     if flops is None or peak is None or figures is None or model.parameters is None:
@@ -334,6 +360,7 @@ def _step_time(
         gpus_per_node=per_node,
         link=figures.link,
         network=_network(config),
+        hpz=hpz,
     )
 
 

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from config_samples import facts_of
 
 from launcher.cli import main
+from launcher.plan import make_plan
+from trainer.config.loading import load_config
 from trainer.planning.throughput import EFFICIENCY, device, step_time
 
 EIGHT_GPUS: dict[str, Any] = {
@@ -120,3 +123,28 @@ def test_bad_counts(tmp_path: Path, nodes: str, capsys: pytest.CaptureFixture[st
         main(["plan", str(config(tmp_path)), "--nodes", nodes])
     assert error.value.code == 2
     assert "node counts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gigabits", "setting", "copies"),
+    [(100, "auto", True), (100, False, False), (6400, "auto", False), (6400, True, True), (None, "auto", False)],
+)
+def test_second_copies_are_taken_where_the_network_holds_steps_up(
+    gigabits: int | None, setting: bool | str, copies: bool, tmp_path: Path
+) -> None:
+    told = load_config(config(tmp_path, nodes=4, network_gigabits=gigabits), [f"deepspeed.hpz={json.dumps(setting)}"])
+    plan = make_plan(told, facts_of(told))
+    assert plan.deepspeed["zero_optimization"].get("zero_hpz_partition_size", 1) == (8 if copies else 1)
+    if setting == "auto":
+        assert ("hpZ" in plan.communication.reason) is copies
+
+
+def test_gathering_within_the_node_takes_a_quarter_off_the_network() -> None:
+    """2 + 4 of 2 + 2 + 4 bytes a parameter cross it; 2 go over the link, here no slower than nothing."""
+    options: dict[str, Any] = {"flops_per_token": 1.0, "tokens_per_rank": 1.0, "recompute": 0.0, "peak_flops": 1e15}
+    options |= {"parameters": 10**9, "trainable": 10**9, "stage": 3, "parameter_bytes": 2, "gradient_bytes": 4}
+    options |= {"micro_batches": 1, "nodes": 4, "gpus_per_node": 8, "network": 12.5e9}
+    without, with_copies = (step_time(**options, link=1e18, hpz=hpz) for hpz in (False, True))
+    assert without is not None
+    assert with_copies is not None
+    assert with_copies.communication_seconds == pytest.approx(0.75 * without.communication_seconds)

@@ -109,9 +109,10 @@ class DeepSpeedConfig(Section):
     offload_parameters: Literal["none", "cpu"] = Field(
         "none", description="Where each rank's share of the weights is; with ZeRO-3 and offload_optimizer cpu"
     )
-    hpz: Flag = Field(
-        False,
-        description="Each node keeps a second copy of the weights, so that backward passes gather them within the node",
+    hpz: Flag | Literal["auto"] = Field(
+        "auto",
+        description="Each node keeps a second copy of the weights, so that backward passes gather them in the node; "
+        "auto: where the network would hold steps up, and the memory is there",
     )
     config: dict[str, Any] = Field(default_factory=dict)
 
@@ -129,6 +130,6 @@ class DeepSpeedConfig(Section):
     def _go_together(self) -> DeepSpeedConfig:
         if self.offload_parameters == "cpu" and (self.zero_stage != 3 or self.offload_optimizer != "cpu"):
             raise ValueError('`offload_parameters` needs `zero_stage` 3 and `offload_optimizer` "cpu"')
-        if self.hpz and (self.zero_stage != 3 or self.offload_parameters != "none"):
+        if self.hpz is True and (self.zero_stage != 3 or self.offload_parameters != "none"):
             raise ValueError("`hpz` needs `zero_stage` 3, and its copies cannot be offloaded (`offload_parameters`)")
         return self
