@@ -12,7 +12,10 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from trainer.config.schema import LaunchConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -127,6 +130,19 @@ def dsft_command() -> list[str]:
     """The installed `dsft`, else the module it runs."""
     script = Path(sys.executable).parent / "dsft"
     return [str(script)] if script.exists() else [sys.executable, "-m", "launcher"]
+
+
+def plan_run(folder: Path, config: LaunchConfig) -> Path:
+    """Make ``folder`` the run directory of a first attempt, with config and plan, as `dsft launch` does; returns it."""
+    from launcher.facts import gather_facts
+    from launcher.plan import make_plan
+    from trainer.rundir import RunDirectory, write_json
+
+    run = RunDirectory(folder)
+    run.attempt_dir(1).mkdir(parents=True)
+    write_json(run.config_path, config.model_dump(mode="json"))
+    write_json(run.plan_path, make_plan(config, gather_facts(config)).to_json())
+    return run.path
 
 
 def torchrun_command(ranks: int) -> list[str]:

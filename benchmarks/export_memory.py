@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, end_rank, environment, llama, run_ranks, write_data, write_result
+from common import RESULTS, ROOT, end_rank, environment, llama, plan_run, run_ranks, write_data, write_result
 
 LIMIT = 1.2
 
@@ -71,10 +71,7 @@ def anonymous() -> int:
 
 def make_run(folder: Path, options: argparse.Namespace) -> Path:
     """A run directory as the launcher leaves it."""
-    from launcher.facts import gather_facts
-    from launcher.plan import make_plan
     from trainer.config.schema import LaunchConfig
-    from trainer.rundir import RunDirectory, write_json
 
     made = write_data(folder, 100, min(2000, options.vocabulary))
     config = LaunchConfig.model_validate(
@@ -96,11 +93,7 @@ def make_run(folder: Path, options: argparse.Namespace) -> Path:
             "cluster": {"processes_per_node": 2, "environment": {"DS_ACCELERATOR": "cpu"}},
         }
     )
-    run = RunDirectory(folder / "export_memory")
-    run.attempt_dir(1).mkdir(parents=True)
-    write_json(run.config_path, config.model_dump(mode="json"))
-    write_json(run.plan_path, make_plan(config, gather_facts(config)).to_json())
-    return run.path
+    return plan_run(folder / "export_memory", config)
 
 
 def main() -> None:

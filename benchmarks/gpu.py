@@ -34,6 +34,7 @@ from common import (
     RESULTS,
     ROOT,
     environment,
+    plan_run,
     torchrun_command,
     write_data,
     write_result,
@@ -173,10 +174,7 @@ class Bench:
 
     def make_run(self, variant: Variant) -> Path:
         """A run directory with config and plan; HF's side reads its DeepSpeed JSON and micro-batch from the plan."""
-        from launcher.facts import gather_facts
-        from launcher.plan import make_plan
         from trainer.config.loading import load_config
-        from trainer.rundir import RunDirectory, write_json
 
         options = self.options
         self.number += 1
@@ -199,11 +197,7 @@ class Bench:
         path = self.folder / "config.json"
         path.write_text(json.dumps(value))
         config = load_config(path, [*variant.sets, *(options.set if variant.side == "dsft" else [])])
-        run = RunDirectory(self.folder / "runs" / config.name)
-        run.attempt_dir(1).mkdir(parents=True)
-        write_json(run.config_path, config.model_dump(mode="json"))
-        write_json(run.plan_path, make_plan(config, gather_facts(config)).to_json())
-        return run.path
+        return plan_run(self.folder / "runs" / config.name, config)
 
     def measure(self, name: str, variant: Variant) -> dict[str, Any]:
         """One variant: {"plan", "tokens_per_second", "mfu", "peak", "losses", ...} or {"problem"}."""

@@ -25,7 +25,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, end_rank, environment, llama, math_records, run_ranks, write_data, write_result
+from common import (
+    RESULTS,
+    ROOT,
+    end_rank,
+    environment,
+    llama,
+    math_records,
+    plan_run,
+    run_ranks,
+    write_data,
+    write_result,
+)
 
 LIMIT = 1.5
 LEARNING_RATE = 1e-4
@@ -178,10 +189,8 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     """Data, tokenizer, and the run directories of dsft's sides."""
     import tokenizers
 
-    from launcher.facts import gather_facts
-    from launcher.plan import make_plan
     from trainer.config.schema import LaunchConfig
-    from trainer.rundir import RunDirectory, write_json
+    from trainer.rundir import write_json
 
     made = write_data(folder, 4000, min(2000, options.vocabulary))
     if options.data:
@@ -229,10 +238,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
                 "cluster": {"processes_per_node": options.ranks, "environment": {"DS_ACCELERATOR": "cpu"}},
             }
         )
-        run = RunDirectory(folder / "runs" / side)
-        run.attempt_dir(1).mkdir(parents=True)
-        write_json(run.config_path, config.model_dump(mode="json"))
-        write_json(run.plan_path, make_plan(config, gather_facts(config)).to_json())
+        plan_run(folder / "runs" / side, config)
 
 
 def measure(options: argparse.Namespace, sides: list[str]) -> dict[str, list[dict[str, Any]]]:

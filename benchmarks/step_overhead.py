@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, end_rank, environment, llama, run_ranks, write_data, write_result
+from common import RESULTS, ROOT, end_rank, environment, llama, plan_run, run_ranks, write_data, write_result
 
 LIMIT = 1.03
 LEARNING_RATE = 1e-4
@@ -165,10 +165,7 @@ def rank_program(run_dir: Path, block: int, cycles: int) -> None:
 
 def make_run(folder: Path, options: argparse.Namespace) -> Path:
     """A run directory as the launcher leaves it."""
-    from launcher.facts import gather_facts
-    from launcher.plan import make_plan
     from trainer.config.schema import LaunchConfig
-    from trainer.rundir import RunDirectory, write_json
 
     made = write_data(folder, 4000, min(2000, options.vocabulary))
     steps = options.block * options.cycles
@@ -198,11 +195,7 @@ def make_run(folder: Path, options: argparse.Namespace) -> Path:
             "cluster": {"processes_per_node": options.ranks, "environment": {"DS_ACCELERATOR": "cpu"}},
         }
     )
-    run = RunDirectory(folder / "step_overhead")
-    run.attempt_dir(1).mkdir(parents=True)
-    write_json(run.config_path, config.model_dump(mode="json"))
-    write_json(run.plan_path, make_plan(config, gather_facts(config)).to_json())
-    return run.path
+    return plan_run(folder / "step_overhead", config)
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
