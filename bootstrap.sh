@@ -49,8 +49,10 @@ if [ "$(cat "$venv/dsft-stamp" 2>/dev/null)" != "$wanted" ]; then
   # an old pip can need many minutes to resolve this set; seqeval, a source package, asks setuptools-scm for its version
   step "pip and setuptools" "$network" "${pip[@]}" -U pip setuptools setuptools-scm wheel
   step "torch" "$network" "${pip[@]}" torch
+  extras='test'
+  if command -v nvidia-smi >/dev/null; then extras='test,gpu'; fi
   # deepspeed is built from source: no ops ahead of time, and against the torch just installed
-  step "dsft and its dependencies" "$network" env DS_BUILD_OPS=0 "${pip[@]}" --no-build-isolation -e '.[test]'
+  step "dsft and its dependencies" "$network" env DS_BUILD_OPS=0 "${pip[@]}" --no-build-isolation -e ".[$extras]"
   printf '%s\n' "$wanted" >"$venv/dsft-stamp"
   echo "set up; to use dsft in your shell: source $venv/bin/activate"
 fi

@@ -73,6 +73,7 @@ setup(
             "setuptools>=77",
             "wheel>=0.45",
         ],
-        "gpu": ["flash-attn>=2.7", "liger-kernel>=0.6"],
+        "gpu": ["liger-kernel>=0.8"],
+        "flash": ["flash-attn>=2.7"],  # built from source, against the torch at hand
     },
 )

@@ -157,7 +157,7 @@ def test_constraints_pin_every_requirement() -> None:
     """A fresh machine gets exactly the versions that the tests run with."""
     requirements = re.findall(r'"([a-z0-9-]+)>=', (ROOT / "setup.py").read_text())
     pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
-    optional = {"flash-attn", "liger-kernel"}  # built for one GPU and one CUDA version, so not pinned
+    optional = {"flash-attn"}  # built for one GPU and one CUDA version, so not pinned
     missing = set(requirements) - pinned - optional
     assert len(requirements) > 10
     assert not missing, f"add these to constraints.txt: {missing}"
