@@ -104,13 +104,14 @@ def account(spans: Sequence[Span]) -> dict[str, Any]:
 
 def failure_times(events: Sequence[Json]) -> dict[int, dict[str, Any]]:
     """By attempt that failed: `time` (unix seconds), `injected` (the fault of a drill, or None), `detection_seconds`
-    (from the injection; None without one), `recovery_seconds` (to the end of the next optimizer step, or None).
+    (from the injection until the supervisor knew; None without one), `recovery_seconds` (from there to the end of the
+    next optimizer step, or None).
     """
     found: dict[int, dict[str, Any]] = {}
     for place, event in enumerate(events):
         if event["event"] != "failure":
             continue
-        attempt, time = int(event["attempt"]), _time(event)
+        attempt, time = int(event["attempt"]), float(event.get("noticed", event["time"]))
         drills = [e for e in events[:place] if e["event"] == "drill" and e.get("attempt") == attempt]
         drill = drills[-1] if drills else None
         later = next((e for e in events[place:] if e["event"] == "first_step" and e.get("attempt", 0) > attempt), None)

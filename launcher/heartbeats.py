@@ -13,6 +13,7 @@ from launcher.hangs import Hang, Watched, find_hang, limit_seconds
 from launcher.stragglers import Straggler, StragglerWatch
 from trainer.config.schema import ResilienceConfig
 from trainer.heartbeat import Heartbeat, read
+from trainer.rundir import RunDirectory
 
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.25, 5.0
 _PAUSES_A_LIMIT = 20
@@ -49,12 +50,14 @@ class HeartbeatWatch:
     def stop(self) -> None:
         self._over.set()
 
-    def has_stacks(self, folder: Path) -> bool:
-        """True once every rank but those that are suspended has written its stacks to `folder`."""
+    def has_told(self, run: RunDirectory, attempt: int) -> bool:
+        """True once every rank but those that are suspended has written its stacks, and every agent its report."""
         suspended = self.hang.suspended if self.hang else ()
         asked = [rank for rank, seen in self._seen.items() if rank not in suspended and seen.beat.phase != "ended"]
+        nodes = {seen.beat.node for seen in self._seen.values()}
         with contextlib.suppress(OSError):
-            return all((folder / f"rank{rank}.txt").stat().st_size > 0 for rank in asked)
+            stacks = all(run.stack_path(attempt, rank).stat().st_size > 0 for rank in asked)
+            return stacks and all(run.agent_report_path(attempt, node).exists() for node in nodes)
         return False
 
     def look(self, now: float) -> list[Watched]:

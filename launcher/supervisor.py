@@ -40,6 +40,9 @@ class AttemptHandle(Protocol):
     def poll(self) -> dict[str, int] | None:
         """Node -> exit code of its agent once all agents have ended, else None."""
 
+    def is_failing(self) -> bool:
+        """Whether an agent has failed or a node is gone, while others may have to be ended yet."""
+
     def kill(self) -> list[int]:
         """Leave nothing of the attempt running; returns what would not die. May be called at any time."""
 
@@ -117,6 +120,7 @@ class Supervisor:
     membership: Membership | None = None  # where there is more than one node to choose from
     _nodes: int | None = None  # of the attempt before
     _slow: Straggler | None = None  # its node is to be left out
+    _noticed: float | None = None  # unix seconds: when it was known that the attempt has failed
     # The reason of a stop once more is known about it: a preemption can come with the time limit's signal
     explain: Callable[[str], str] = lambda reason: reason
     released: Callable[[], None] = lambda: None  # called once, when everything is checked and the first ranks start
@@ -148,7 +152,7 @@ class Supervisor:
 
     def _attempt(self, attempt: int, signals: StopSignals, events: EventWriter) -> tuple[Verdict, str | None]:
         """Run one attempt to its end, whatever that is; nothing of it runs when this returns."""
-        gate, self.gate, self._slow = self.gate, None, None
+        gate, self.gate, self._slow, self._noticed = self.gate, None, None, None
         handle = self.backend.start(attempt)
         self._tell_size(attempt, events)
         watch = self._heartbeats(attempt)
@@ -167,6 +171,7 @@ class Supervisor:
             if self.membership is not None:
                 self.membership.begin(attempt)
             codes, reason = self._watch(attempt, handle, signals, watch, events)
+            self._noticed = self._noticed or time.time()
             if codes is None and reason is None and watch.hang is not None and not self.lease.lost.is_set():
                 with contextlib.suppress(OSError):
                     events.write("hang", attempt=attempt, **watch.hang.to_event())
@@ -203,6 +208,8 @@ class Supervisor:
         next_look = 0.0
         while (codes := handle.poll()) is None:
             self.tick()
+            if self._noticed is None and handle.is_failing():
+                self._noticed = time.time()
             if signals.count >= 2 or self.lease.lost.is_set() or time.monotonic() > deadline:
                 return None, reason or signals.reason
             if (planned := self._planned_stop(attempt, watch, events)) and reason is None and not signals.count:
@@ -270,9 +277,9 @@ class Supervisor:
             events.write("resized", attempt=attempt, nodes=nodes, ranks=plan.get("world_size"), planned_nodes=planned)
 
     def _wait_for_stacks(self, attempt: int, watch: HeartbeatWatch) -> None:
-        """Until every rank that still can has written its stacks."""
+        """Until every rank that still can has written its stacks, and every agent what its kernel said."""
         deadline = time.monotonic() + _STACKS_SECONDS
-        while time.monotonic() < deadline and not watch.has_stacks(self.run.stack_path(attempt, 0).parent):
+        while time.monotonic() < deadline and not watch.has_told(self.run, attempt):
             self.tick()
             time.sleep(_FILE_POLL_SECONDS)
 
@@ -339,7 +346,7 @@ class Supervisor:
         write_json(self.run.verdict_path(attempt), value, indent=1)
         if verdict.outcome == "failed":
             fields = {key: value[key] for key in ("class", "rank", "node", "step", "message", "victims", "action")}
-            events.write("failure", attempt=attempt, **fields)
+            events.write("failure", attempt=attempt, noticed=self._noticed or value["time"], **fields)
         elif action.kind == "retry":
             events.write("restart", attempt=attempt, reason=action.reason)
         for node, why in self.membership.nodes.pool.news() if self.membership is not None else ():

@@ -116,7 +116,7 @@ def classify(snapshot: Snapshot) -> Verdict:
     if snapshot.stop_reason is not None and not any(c.failure_class in _NEVER_RETRIED for c in candidates):
         return Verdict("stopped", step=snapshot.step, message=f"stopped on request ({snapshot.stop_reason})")
     if snapshot.hang is not None and not any(candidate.told for candidate in candidates):
-        return _of_hang(snapshot.hang)
+        return _verdict(_with_kernel(_of_hang(snapshot.hang), snapshot), snapshot, set(snapshot.hang.others))
     if not candidates:
         codes = ", ".join(f"{node}: {code}" for node, code in snapshot.agents.items()) or "none"
         message = f"nobody reported an error, nor that the training is done (exit codes of the agents: {codes})"
@@ -124,6 +124,10 @@ def classify(snapshot: Snapshot) -> Verdict:
     cause = _with_kernel(min(candidates, key=lambda candidate: (_echo(candidate), candidate.time)), snapshot)
     others = {c.rank for c in candidates if c.rank is not None and c.rank != cause.rank}
     killed = {int(rank) for report in snapshot.reports for rank in report.get("killed_ranks", ())}
+    return _verdict(cause, snapshot, others | killed)
+
+
+def _verdict(cause: _Candidate, snapshot: Snapshot, victims: set[int]) -> Verdict:
     return Verdict(
         outcome="failed",
         failure_class=cause.failure_class,
@@ -132,7 +136,7 @@ def classify(snapshot: Snapshot) -> Verdict:
         step=cause.step if cause.step is not None else snapshot.step,
         message=cause.message,
         traceback=cause.traceback,
-        victims=tuple(sorted(others | killed)),
+        victims=tuple(sorted(victims)),
         evidence=cause.evidence,
         unfit=cause.unfit,
     )
@@ -141,14 +145,15 @@ def classify(snapshot: Snapshot) -> Verdict:
 def _with_kernel(cause: _Candidate, snapshot: Snapshot) -> _Candidate:
     """`cause` with what the kernel of its node said meanwhile; a GPU that broke makes it the node's failure.
 
-    Where peers lost connections alone, the node of a broken GPU is the cause.
+    Where peers lost connections alone, or nobody gets on, the node of a broken GPU is the cause.
     """
     said = {report["node"]: report.get("kernel") or [] for report in snapshot.reports}
     broken = {node: line for node, lines in said.items() if (line := broken_device(lines))}
     node = cause.node
-    if node not in broken and cause.failure_class == "communication":
+    if node not in broken and cause.failure_class in ("communication", "hang"):
         node = next(iter(broken), node)
-    evidence = (*cause.evidence, *(f"kernel of {node}: {line}" for line in said.get(node or "", ())))
+    told = said if node is None else [node]
+    evidence = (*cause.evidence, *(f"kernel of {name}: {line}" for name in told for line in said.get(name, ())))
     if node not in broken or cause.failure_class in _NEVER_RETRIED:
         return replace(cause, evidence=evidence)
     message = f"a GPU of {node} is broken ({broken[node]}); {cause.message}"
@@ -156,18 +161,9 @@ def _with_kernel(cause: _Candidate, snapshot: Snapshot) -> _Candidate:
     return replace(cause, failure_class="node", node=node, rank=rank, message=message, evidence=evidence, unfit=True)
 
 
-def _of_hang(hang: Hang) -> Verdict:
-    return Verdict(
-        outcome="failed",
-        failure_class="hang",
-        rank=min(hang.ranks, default=None),
-        node=hang.node,
-        step=hang.step,
-        message=hang.message,
-        traceback=hang.stack,
-        victims=hang.others,
-        evidence=hang.evidence,
-    )
+def _of_hang(hang: Hang) -> _Candidate:
+    rank = min(hang.ranks, default=None)
+    return _Candidate("hang", rank, hang.node, hang.step, hang.message, 0.0, hang.stack, evidence=hang.evidence)
 
 
 def _echo(candidate: _Candidate) -> int:

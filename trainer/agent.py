@@ -10,6 +10,7 @@ and with `--hold` it waits for the line "go" on stdin, so that its import of tor
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -68,8 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if options.hold and sys.stdin.readline().strip() != "go":
             return EXIT_DONE
+
+        def report_kernel() -> None:  # in a hang: this process is killed soon
+            report.kernel = telling(read_kernel_log(), began)
+            with contextlib.suppress(OSError):
+                report.write(run.agent_report_path(options.attempt, node_name()))
+
         worker = ["-P", "-m", options.worker_module, "--run-dir", str(run.path), "--attempt", str(options.attempt)]
-        run_ranks(ranks, [sys.executable, *worker], _VICTIM_SECONDS, report)
+        run_ranks(ranks, [sys.executable, *worker], _VICTIM_SECONDS, report, report_kernel)
         code = report.exit_code()
     except BaseException as error:
         stopped = type(error).__name__ == "SignalException"  # how torch says that this process was told to stop

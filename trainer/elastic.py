@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
@@ -33,11 +33,18 @@ class RankLog(Protocol):
     def note(self, rank: int, code: int) -> None: ...
 
 
-def run_ranks(options: argparse.Namespace, command: Sequence[str], victim_seconds: float, log: RankLog) -> None:
+def run_ranks(
+    options: argparse.Namespace,
+    command: Sequence[str],
+    victim_seconds: float,
+    log: RankLog,
+    stacks_asked: Callable[[], None],
+) -> None:
     """Run `command` as every rank of this node and return when none is left; `log` is told how each ended.
 
-    `options` are torchrun's: nnodes, nproc_per_node, node_rank, master_addr, master_port, rdzv_id. Raises torch's
-    SignalException when this process is told to stop; the ranks are dead by then.
+    `options` are torchrun's: nnodes, nproc_per_node, node_rank, master_addr, master_port, rdzv_id. `stacks_asked` is
+    called once the ranks have been asked for their stacks. Raises torch's SignalException when this process is told to
+    stop; the ranks are dead by then.
     """
     rendezvous = _Rendezvous(
         options.master_addr,
@@ -59,7 +66,12 @@ def run_ranks(options: argparse.Namespace, command: Sequence[str], victim_second
     # torch names the last rank to die, here one that this agent has killed; the report names the first
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     agent = Agent(spec, victim_seconds, log)
-    signal.signal(STACK_SIGNAL, lambda *_: agent.ask_for_stacks())
+
+    def ask_for_stacks(*_: object) -> None:
+        agent.ask_for_stacks()
+        stacks_asked()
+
+    signal.signal(STACK_SIGNAL, ask_for_stacks)
     agent.run()
 
 

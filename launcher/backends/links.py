@@ -224,15 +224,21 @@ class Ends:
         if all(node.code is not None or node.lost for node in nodes):
             return self._codes()
         if self._first is None:
-            if any(node.lost or node.code for node in nodes):
+            if self.is_failing:
                 self._first = time.monotonic()
-        elif time.monotonic() - self._first > _VICTIM_SECONDS:
-            if not self._ending:
+        elif not self._ending:
+            # that a node is gone explains whatever the others may find
+            if time.monotonic() - self._first > _VICTIM_SECONDS or any(node.lost for node in nodes):
                 self._ending = True
                 self.links.end()
-            elif time.monotonic() - self._first > _VICTIM_SECONDS + END_SECONDS:
-                return self._codes()
+        elif time.monotonic() - self._first > _VICTIM_SECONDS + END_SECONDS:
+            return self._codes()
         return None
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether an agent has failed or a node is gone."""
+        return any(node.lost or node.code for node in self.links.nodes.values())
 
     def _codes(self) -> dict[str, int]:
         # an agent that had to be killed is no cause of anything: 0

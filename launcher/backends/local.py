@@ -72,6 +72,10 @@ class LocalAttempt:
         code = self.process.poll()
         return None if code is None else {self.node: code}
 
+    def is_failing(self) -> bool:
+        """There is one agent: it has ended or it has not."""
+        return False
+
     def ask_for_stacks(self) -> None:
         """Have every rank write the Python stacks of its threads."""
         self.process.send_signal(STACK_SIGNAL)

@@ -109,6 +109,10 @@ class SlurmAttempt:
         """Let the held agents start their ranks."""
         self.links.release()
 
+    def is_failing(self) -> bool:
+        """Whether an agent has failed or a node is gone, while others may have to be ended yet."""
+        return self.ends.is_failing
+
     def ask_for_stacks(self) -> None:
         """Have every rank write the Python stacks of its threads."""
         self.links.ask_for_stacks()

@@ -156,6 +156,8 @@ def test_times_of_failures() -> None:
     drilled = sorted([*failing(), event(78, "drill", 1, fault="kill-rank")], key=lambda e: e["time"])
     found = failure_times(drilled)[1]
     assert found == {"time": 81, "injected": "kill-rank", "detection_seconds": 3, "recovery_seconds": 9}
+    told = [{**e, "noticed": 80} if e["event"] == "failure" else e for e in drilled]  # then the others were ended
+    assert failure_times(told)[1] == found | {"time": 80, "detection_seconds": 2, "recovery_seconds": 10}
     assert failure_times(failing()[:5])[1]["recovery_seconds"] is None
     assert failure_times(failing())[1]["injected"] is None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from launcher.hangs import Hang
 from launcher.verdict import GROW, NODE_LOST, Attempt, Snapshot, Verdict, classify, decide
 from trainer.failures import FailureClass
 
@@ -92,6 +93,21 @@ def test_a_broken_gpu_is_its_nodes_failure() -> None:
         Snapshot({"n0": 1, "n1": 1}, [agent("n0", {0: 1}), agent("n1", {}) | {"kernel": [xid]}], records[1:])
     )
     assert (verdict.failure_class, verdict.rank, verdict.node) == ("node", None, "n1")
+
+
+def test_a_hang_of_a_broken_gpu_is_its_nodes_failure() -> None:
+    xid = "NVRM: Xid (PCI:0000:3b:00): {}, pid=1, name=python, GPU has fallen off the bus."
+    hang = Hang(70.0, 60.0, (), None, "step", 7, "every rank has entered the same collectives", others=(0, 1))
+    reports = [agent("n0", {}), agent("n1", {}) | {"kernel": [xid.format(79)]}]
+    verdict = classify(Snapshot({}, reports, hang=hang))
+    assert (verdict.failure_class, verdict.rank, verdict.node, verdict.unfit) == ("node", None, "n1", True)
+    assert xid.format(79) in verdict.message
+    assert "no rank got on for 70 s" in verdict.message
+    assert verdict.victims == (0, 1)
+    reports[1]["kernel"] = [xid.format(31)]  # a program's fault: shown, whichever node it may have been
+    verdict = classify(Snapshot({}, reports, hang=hang))
+    assert (verdict.failure_class, verdict.node) == ("hang", None)
+    assert verdict.evidence == (f"kernel of n1: {xid.format(31)}",)
 
 
 def test_an_agent_that_is_gone_without_a_report_is_its_nodes_failure() -> None:

@@ -17,6 +17,8 @@ from trainer.lease import acquire
 from trainer.processes import kill_run, processes_of_run
 from trainer.rundir import RunDirectory, read_json
 
+pytestmark = pytest.mark.faults
+
 HERE = str(Path(__file__).parent)
 
 
@@ -73,3 +75,5 @@ def test_a_rank_asleep_and_a_suspended_one_are_named_and_made_good(
     assert "no sign of life" in suspended["message"]
     assert "rank 0 could not write its stack" in suspended["evidence"]
     assert "train.py" in run.stack_path(2, 1).read_text()
+    # what the kernel said is known though the agent was killed
+    assert [len(run.agent_reports(attempt)) for attempt in (1, 2, 3)] == [1, 1, 1]
