@@ -21,7 +21,7 @@ from trainer.config.schema import SlurmCluster
 from trainer.failures import UserError
 from trainer.rundir import RunDirectory
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.faults, pytest.mark.cluster, pytest.mark.timeout(180)]
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "reduced.py"

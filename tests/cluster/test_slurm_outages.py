@@ -16,7 +16,7 @@ from slurm.job import Job
 from trainer.config.schema import SlurmCluster
 from trainer.rundir import RunDirectory
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.faults, pytest.mark.cluster, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from test_slurm_training import exported, write_inputs
 
 from trainer.rundir import RunDirectory
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.faults, pytest.mark.cluster, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parents[2]
 DSFT = (sys.executable, "-P", "-m", "launcher")

@@ -23,6 +23,8 @@ from trainer.failures import UserError
 from trainer.processes import kill_run, processes_of_run
 from trainer.rundir import RunDirectory, write_json
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture
 def receiver() -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -23,7 +23,7 @@ from launcher.report import report
 from trainer.processes import processes_of_run
 from trainer.rundir import RunDirectory, read_lines, write_json
 
-pytestmark = [pytest.mark.matrix, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.matrix, pytest.mark.timeout(900)]
 STEPS = 60
 
 
@@ -143,6 +143,7 @@ def test_the_useful_share_of_a_run_under_fire(tmp_path: Path) -> None:
         f"the account has {goodput['wall_seconds']:.1f} s of {outside:.1f} s"
     )
     assert goodput["ettr"] >= bound > 0
+    assert detection <= 5
     assert recovery <= 1.5 * cold
     assert sum(goodput["seconds"].values()) == pytest.approx(goodput["wall_seconds"], rel=1e-9)
     assert goodput["wall_seconds"] == pytest.approx(outside, rel=0.01)

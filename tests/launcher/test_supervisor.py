@@ -19,6 +19,8 @@ from launcher.state import run_state
 from trainer.processes import kill_run, processes_of_run, start_time
 from trainer.rundir import RunDirectory, read_json
 
+pytestmark = pytest.mark.faults
+
 PROGRAM = Path(__file__).with_name("supervised.py")
 ROOT = Path(__file__).resolve().parents[2]
 

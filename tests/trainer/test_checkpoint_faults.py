@@ -28,6 +28,8 @@ from trainer.engine import Shard
 from trainer.rundir import RunDirectory
 from trainer.slices import Slices
 
+pytestmark = pytest.mark.faults
+
 RANKS = 2
 # From here on the checkpoint is there, whatever happens then
 PUBLISHED = {"published", "retain"}

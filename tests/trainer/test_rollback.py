@@ -13,6 +13,8 @@ from trainer.config.schema import LossSpikeConfig, TrainingConfig
 from trainer.rundir import RunDirectory
 from trainer.spikes import cause_to_go_back, is_spike, rollbacks_of
 
+pytestmark = pytest.mark.faults
+
 WORKER = (poisoned_worker.__file__,)
 
 
