@@ -10,16 +10,14 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-_KEPT_COLLECTIVES = 2000  # torch's default where it records without being asked to
-
 
 def variables(attempt_dir: Path, agent_pid: int, environment: Mapping[str, str]) -> dict[str, str]:
     """What a rank needs in its environment before its first process group; what the user has set stays.
 
-    torch appends the rank to the file's name, and the rank and `.pipe` to the pipe's, which is on the node's own disk.
+    That it records, and 2000 collectives, is torch's default. It appends the rank to the file's name, and the rank and
+    `.pipe` to the pipe's, which is on the node's own disk.
     """
     wanted = {
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": str(_KEPT_COLLECTIVES),
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(attempt_dir / "flight" / "rank"),
         "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": _pipe_stem(agent_pid),

@@ -12,10 +12,10 @@ from trainer import flight_recorder
 
 
 def test_a_rank_records_into_its_attempt_unless_the_user_has_other_plans(tmp_path: Path) -> None:
-    found = flight_recorder.variables(tmp_path, 77, {"TORCH_NCCL_TRACE_BUFFER_SIZE": "0"})
+    found = flight_recorder.variables(tmp_path, 77, {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"})
     assert found["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == str(tmp_path / "flight" / "rank")
-    assert "TORCH_NCCL_TRACE_BUFFER_SIZE" not in found
-    assert flight_recorder.variables(tmp_path, 77, {})["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "2000"
+    assert "TORCH_NCCL_DUMP_ON_TIMEOUT" not in found
+    assert flight_recorder.variables(tmp_path, 77, {})["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
 
 
 def test_torch_knows_the_variables(tmp_path: Path) -> None:
