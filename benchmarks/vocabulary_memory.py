@@ -25,6 +25,7 @@ from typing import Any
 from common import RESULTS, environment, llama, write_result
 
 LIMIT = 0.70
+SIDES = ("dsft", "dsft, fused", "full_logits")
 _PAGE = 4096
 
 
@@ -50,10 +51,10 @@ def side(name: str, options: argparse.Namespace) -> dict[str, float]:
         learned = np.arange(length) >= round(length * (1 - options.labelled[0]))
         return PackedSequence((Sample(random.integers(0, options.vocabulary, length).astype(np.int32), learned),))
 
-    objective = LanguageModelLoss(model, 0, "sdpa", torch.device("cpu"))
+    objective = LanguageModelLoss(model, 0, "sdpa", torch.device("cpu"), fused=name == "dsft, fused")
 
     def step(sequences: list[PackedSequence]) -> float:
-        if name == "dsft":
+        if name.startswith("dsft"):
             loss, _ = objective(model, sequences)
         else:
             made = collate(sequences, 0, False, torch.device("cpu"))
@@ -110,23 +111,26 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="dsft-vocabulary-") as scratch:
         for labelled in options.labelled:
-            for name in ("dsft", "full_logits"):
+            for name in SIDES:
                 command = [sys.executable, *sys.argv, "--labelled", str(labelled), "--side", name]
                 done = subprocess.run(command, env=environment(Path(scratch)), capture_output=True, text=True)
                 if done.returncode:
                     raise SystemExit(done.stdout + done.stderr)
                 found[f"{name} {labelled}"] = json.loads(done.stdout.splitlines()[-1])
-    rows = [["tokens with a label", "dsft", "full logits", "ratio", "limit"]]
+    rows = [["tokens with a label", *SIDES, "ratio", "ratio, fused", "limit"]]
     ratios = {}
     tolerance = 1e-5 if options.dtype == "float32" else 5e-3
     for labelled in options.labelled:
-        ours, theirs = found[f"dsft {labelled}"], found[f"full_logits {labelled}"]
+        plain, fused, theirs = (found[f"{name} {labelled}"] for name in SIDES)
         for key in ("loss", "grad_norm"):
-            if not math.isclose(ours[key], theirs[key], rel_tol=tolerance):
-                raise SystemExit(f"{key} differs: {ours[key]} and {theirs[key]}")
-        ratios[str(labelled)] = ours["bytes"] / theirs["bytes"]
-        cells = [f"{value['bytes'] / 2**20:.0f} MiB" for value in (ours, theirs)]
-        rows.append([f"{labelled:.0%}", *cells, f"{ratios[str(labelled)]:.2f}", str(LIMIT)])
+            for ours in (plain, fused):
+                if not math.isclose(ours[key], theirs[key], rel_tol=tolerance):
+                    raise SystemExit(f"{key} differs: {ours[key]} and {theirs[key]}")
+        ratios[str(labelled)] = plain["bytes"] / theirs["bytes"]
+        ratios[f"{labelled}, fused"] = fused["bytes"] / theirs["bytes"]
+        cells = [f"{value['bytes'] / 2**20:.0f} MiB" for value in (plain, fused, theirs)]
+        shown = [f"{ratios[key]:.2f}" for key in (str(labelled), f"{labelled}, fused")]
+        rows.append([f"{labelled:.0%}", *cells, *shown, str(LIMIT)])
     value = {
         "command": " ".join(["python", "benchmarks/vocabulary_memory.py", *sys.argv[1:]]),
         "formula": "peak resident memory during the step minus that before it",

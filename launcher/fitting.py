@@ -91,6 +91,7 @@ def memory_of(config: LaunchConfig, setup: Setup, room: Room) -> MemoryEstimate 
         device=room.device,
         sequence_parallel=config.model.sequence_parallel,
         state_bytes=config.training.state_bytes,
+        fused_loss=config.model.fused_loss,
     )
 
 

@@ -118,12 +118,21 @@ class LanguageModelLoss:
     row_length = 1
 
     def __init__(
-        self, model: Any, pad_id: int | None, attention: str, device: torch.device, packing: bool = True
+        self,
+        model: Any,
+        pad_id: int | None,
+        attention: str,
+        device: torch.device,
+        packing: bool = True,
+        fused: bool = False,
     ) -> None:
         self._model, self._packing = model, packing
         self.head_parameters = math.prod(whole_shape(model.get_output_embeddings().weight))
         self._attention = attention
         self._head = LabelledPositions(model)
+        self._fused = fused
+        if fused:
+            self._head.fuse()
         self._pad_id = 0 if pad_id is None else pad_id  # never attended to, never a label: any id will do
         self._one_row = takes_one_row(attention)
         self._device = device
@@ -135,9 +144,10 @@ class LanguageModelLoss:
         if self.parallel is not None:
             self.parallel.begin(batch.whole_position_ids)
         bounds = batch.bounds if self._attention == VARLEN else {}
-        with self._head.only(batch.positions):
+        with self._head.only(batch.positions, batch.labels if self._fused else None):
             output = forward(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **bounds)
-        return cross_entropy_sum(output.logits, batch.labels), batch.padded_tokens
+        loss = output.logits if self._fused else cross_entropy_sum(output.logits, batch.labels)
+        return loss, batch.padded_tokens
 
     def predict(self, engine: Engine, sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, Predictions]:
         """(sum of the loss over target tokens, nothing)."""
@@ -151,6 +161,8 @@ class LanguageModelLoss:
         """That the ranks of a group compute together what one computes alone, and that packed samples are apart."""
         if self.parallel is not None:
             self.check_shards(engine, self.parallel)
+        if self._fused:
+            self.check_fused(engine)
         if self._packing:
             self.check_isolation(engine)
 
@@ -173,6 +185,24 @@ class LanguageModelLoss:
             raise UserError(
                 f"{type(self._model).__name__} with {self._attention} attention gives another loss ({together:.4f}, "
                 f"not {alone:.4f}) when {parallel.size} ranks share its sequences: leave out model.sequence_parallel"
+            )
+
+    def check_fused(self, engine: Any) -> None:
+        """Prove on the model itself that the fused loss is that of its logits.
+
+        Raises:
+            UserError: it is not: the model changes what its head gives (scaling, soft-capping).
+        """
+        samples = [Sample(np.arange(1, 17, dtype=np.int32), np.arange(16) > 0)]
+        fused = self._probe(engine, samples)
+        self._fused = False
+        plain = self._probe(engine, samples)
+        self._fused = True
+        dtype = next(self._model.parameters()).dtype
+        if abs(fused - plain) > (1e-4 if dtype == torch.float32 else 2e-2) * abs(plain):
+            raise UserError(
+                f"model.fused_loss does not go here: {type(self._model).__name__} changes the logits after its head "
+                f"(a loss of {fused:.4f}, not {plain:.4f}); set it to false"
             )
 
     def _probe(self, engine: Engine, samples: Sequence[Sample]) -> float:

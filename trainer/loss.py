@@ -12,8 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from trainer.engine import chunked_cross_entropy
+from trainer.failures import UserError
+from trainer.planning.memory import LOGIT_BLOCK
 
 IGNORED = -100  # label of a position that is not learned
 
@@ -23,6 +26,7 @@ class LabelledPositions:
 
     def __init__(self, model: Any) -> None:
         self._positions: torch.Tensor | None = None
+        self._labels: torch.Tensor | None = None
         self._model = model
         model.get_output_embeddings().register_forward_pre_hook(self._select)
 
@@ -32,14 +36,36 @@ class LabelledPositions:
         hidden = args[0]  # [rows, length, hidden size]
         return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._positions),)
 
+    def fuse(self) -> None:
+        """Have the head give the summed loss in the place of logits where `only` is told the labels.
+
+        Raises:
+            UserError: the head is more than a linear layer.
+        """
+        head = self._model.get_output_embeddings()
+        if type(head) is not torch.nn.Linear:
+            raise UserError(f"model.fused_loss does not go here: the head is a {type(head).__name__}; set it to false")
+        plain = head.forward
+
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            if self._labels is None:
+                return plain(hidden)
+            loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, self._labels)  # type: ignore[no-untyped-call]
+            return loss
+
+        head.forward = forward  # type: ignore[method-assign,assignment]
+
     @contextmanager
-    def only(self, positions: torch.Tensor) -> Iterator[None]:
-        """Inside, logits are [len(positions), vocabulary]; ``positions`` int64, into the flattened rows."""
-        self._positions = positions
+    def only(self, positions: torch.Tensor, labels: torch.Tensor | None = None) -> Iterator[None]:
+        """Inside, logits are [len(positions), vocabulary]; ``positions`` int64, into the flattened rows.
+
+        With ``labels``, int64 [len(positions)], they are the summed loss instead (see `fuse`).
+        """
+        self._positions, self._labels = positions, labels
         try:
             yield
         finally:
-            self._positions = None
+            self._positions = self._labels = None
 
 
 def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -53,3 +79,54 @@ def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     take part in the same collectives.
     """
     return chunked_cross_entropy(logits, labels, IGNORED)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """`cross_entropy_sum` of a linear layer's output, block by block; gradients are made on the way (Hsu et al. 2024,
+    arXiv 2410.10989, section 3.2), so that no more than a block of logits ever exists.
+
+    The weight's gradient is summed up in fp32 over blocks. It runs inside of the head's own forward pass, where ZeRO-3
+    has gathered the weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+    ) -> torch.Tensor:
+        wanted = ctx.needs_input_grad[:3]
+        sources = (hidden, weight, bias)
+        gradients = [
+            torch.zeros_like(source, dtype=torch.float32 if place else source.dtype)
+            if want and source is not None
+            else None
+            for place, (want, source) in enumerate(zip(wanted, sources, strict=True))
+        ]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        rows = max(LOGIT_BLOCK[hidden.device.type] // weight.shape[0], 1)
+        for start in range(0, len(hidden), rows):
+            part, told = hidden[start : start + rows], labels[start : start + rows]
+            logits = functional.linear(part, weight, bias).requires_grad_(any(wanted))
+            with torch.enable_grad():
+                loss = cross_entropy_sum(logits, told)
+            total += loss.detach()
+            if not any(wanted):
+                continue
+            (slope,) = torch.autograd.grad(loss, logits)
+            if gradients[0] is not None:
+                torch.mm(slope, weight, out=gradients[0][start : start + rows])
+            if gradients[1] is not None:
+                gradients[1] += slope.t() @ part
+            if gradients[2] is not None:
+                gradients[2] += slope.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(
+            *(
+                None if gradient is None or source is None else gradient.to(source.dtype)
+                for gradient, source in zip(gradients, sources, strict=True)
+            )
+        )
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scaled = (None if gradient is None else gradient * scale for gradient in ctx.saved_tensors)
+        return (*scaled, None)

@@ -118,7 +118,7 @@ def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) 
 
     deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's: one engine a process, it thinks
     model = build_model(model_config, transformers.AutoModelForCausalLM, config, "sdpa", seed=0)
-    loss = LanguageModelLoss(model, None, "sdpa", torch.device("cpu"))
+    loss = LanguageModelLoss(model, None, "sdpa", torch.device("cpu"), fused=case.get("fused_loss", False))
     engine = Engine(model, build_optimizer(model, optimizer, unfreeze_of(case)), config, case.get("ema_decay"))
     if case.get("probe_first"):
         loss.check_isolation(engine)

@@ -172,6 +172,7 @@ def test_loss_and_gradients_equal_a_plain_loop(world_size: int, model_folder: Pa
     cases.append(case("selective", 3, 2, model={"gradient_checkpointing": "selective"}))
     cases.append(case("offloaded", 3, 2, model={"gradient_checkpointing": {"every": 2}, "activation_offload": True}))
     cases.append(case("frozen", 3, 2, freeze=FROZEN))
+    cases.append(case("fused", 3, 2, fused_loss=True, zero=PARTS))
     cases.append(case("probed", 3, 2, probe=True))
     cases.append(case("lora", 3, 2, adapter=LORA))
     cases.append(case("groups", 3, 2, optimizer=GROUPS, zero=PARTS))

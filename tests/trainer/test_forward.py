@@ -13,6 +13,7 @@ from torch.nn import functional
 from trainer.data.sample import PackedSequence, Sample
 from trainer.failures import UserError
 from trainer.forward import LanguageModelLoss, collate
+from trainer.planning.memory import LOGIT_BLOCK
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -78,8 +79,14 @@ def gemma2(attention: str) -> Any:
     )
 
 
-@pytest.mark.parametrize(("build", "attention"), [(llama, "sdpa"), (llama, "eager"), (gemma2, "eager")])
-def test_packed_loss_and_gradients_equal_one_sample_at_a_time(build: Callable[[str], Any], attention: str) -> None:
+@pytest.mark.parametrize(
+    ("build", "attention", "fused"),
+    [(llama, "sdpa", False), (llama, "eager", False), (gemma2, "eager", False), (llama, "sdpa", True)],
+)
+def test_packed_loss_and_gradients_equal_one_sample_at_a_time(
+    build: Callable[[str], Any], attention: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOGIT_BLOCK, "cpu", 3 * SMALL["vocab_size"])  # three positions a block
     torch.manual_seed(0)
     model = build(attention).train()
     expected = torch.zeros(())
@@ -92,11 +99,31 @@ def test_packed_loss_and_gradients_equal_one_sample_at_a_time(build: Callable[[s
     expected.backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    loss, _ = LanguageModelLoss(model, None, attention, CPU)(model, SEQUENCES)
-    loss.backward()
+    loss, _ = LanguageModelLoss(model, None, attention, CPU, fused=fused)(model, SEQUENCES)
+    (2 * loss).backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(parameter.grad, 2 * gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_fused_loss_is_proved_on_the_model() -> None:
+    objective = LanguageModelLoss(llama("sdpa"), None, "sdpa", CPU, fused=True)
+    objective.check_fused(Plain(objective._model))
+    capped = LanguageModelLoss(gemma2("eager"), None, "eager", CPU, fused=True)
+    with pytest.raises(UserError, match=r"model\.fused_loss does not go here: Gemma2ForCausalLM changes the logits"):
+        capped.check_fused(Plain(capped._model))
+    odd = llama("sdpa")
+    odd.lm_head = type("Scaled", (torch.nn.Linear,), {})(SMALL["hidden_size"], SMALL["vocab_size"])
+    with pytest.raises(UserError, match="the head is a Scaled"):
+        LanguageModelLoss(odd, None, "sdpa", CPU, fused=True)
+
+
+def test_without_targets_the_fused_loss_still_reaches_the_head() -> None:
+    model = llama("sdpa")
+    loss, _ = LanguageModelLoss(model, None, "sdpa", CPU, fused=True)(model, [])
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert not model.lm_head.weight.grad.any()
 
 
 class Plain:

@@ -55,6 +55,9 @@ class ModelConfig(Section):
     kernels: Literal["auto", "liger", "none"] = Field(
         "auto", description="Fused norms, MLP and rotary embedding; auto: Liger's on GPUs, where it is installed"
     )
+    fused_loss: Flag = Field(
+        False, description="causal-lm: head and loss work through blocks of positions; logits never exist as a whole"
+    )
     freeze: tuple[str, ...] = Field(
         (), description="Not trained: names of modules or parameters, fnmatch patterns, layers:FIRST-LAST"
     )

@@ -19,6 +19,8 @@ CUDA_OVERHEAD = 3 << 29
 FUSED_FAMILIES = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3", "olmo2", "gemma", "gemma2", "gemma3_text"}
 )
+# Logits of a block of positions of the fused loss, in elements: matrix products still run at full speed
+LOGIT_BLOCK = {"cuda": 1 << 29, "cpu": 1 << 24}
 CPU_OVERHEAD = 1 << 29  # measured: 0.47 GiB resident in runs of models of some 100 kB, torch 2.13
 
 
@@ -103,6 +105,7 @@ def estimate(
     device: str,
     sequence_parallel: int = 1,
     state_bytes: int = 8,
+    fused_loss: bool = False,
 ) -> MemoryEstimate | None:
     """The memory of a rank, or None where the model's counts or sizes are not known.
 
@@ -112,6 +115,7 @@ def estimate(
         attention: ``eager`` keeps the scores, [heads, sequence, sequence] of each sequence; the others do not.
         device: ``cuda`` or ``cpu``. On a CPU host and device are the same memory.
         sequence_parallel: ranks that share each sequence; around attention they exchange tokens for heads, as many.
+        fused_loss: logits exist a block at a time.
         state_bytes: of each trained parameter besides its fp32 master: Adam's two moments, by default.
     """
     if model.parameters is None or model.trainable_parameters is None or model.hidden_size is None:
@@ -163,7 +167,7 @@ def estimate(
         gathered_parameters=live,
         communication_buffers=buffers,
         activations=activations,
-        logits=logit_bytes(model, tokens, width),
+        logits=fused_logit_bytes(model, tokens, width, device) if fused_loss else logit_bytes(model, tokens, width),
         step=step,
         overhead=CUDA_OVERHEAD if device == "cuda" else CPU_OVERHEAD,
         staging=staging if device == "cpu" else 0,
@@ -232,3 +236,11 @@ def logit_bytes(model: ModelFacts, tokens: int, width: int) -> int:
     model's dtype, and the cross-entropy's blocks of rows in fp32 (DeepSpeed's: 256 MiB, up to three at a time)."""
     elements = tokens * (model.vocabulary or 0)
     return 2 * width * elements + min(12 * elements, 3 << 28)
+
+
+def fused_logit_bytes(model: ModelFacts, tokens: int, width: int, device: str) -> int:
+    """As `logit_bytes`, a block at a time (`trainer.loss`), and the head's gradient: in fp32, summed up over blocks,
+    the last block's, and in the model's dtype."""
+    block = min(tokens * (model.vocabulary or 0), LOGIT_BLOCK[device])
+    head = (model.vocabulary or 0) * (model.hidden_size or 0)
+    return 2 * width * block + min(12 * block, 3 << 28) + (4 + 2 * width) * head

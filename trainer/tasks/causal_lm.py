@@ -45,7 +45,9 @@ class CausalLM(BaseTask):
     def objective(self, model: Any, attention: str, device: torch.device) -> LanguageModelLoss:
         from trainer.forward import LanguageModelLoss
 
-        loss = LanguageModelLoss(model, self.tokenizer.pad_id, attention, device, self._data.packing)
+        loss = LanguageModelLoss(
+            model, self.tokenizer.pad_id, attention, device, self._data.packing, self.config.model.fused_loss
+        )
         if self.config.model.compile and self._data.packing:  # every further shape would be compiled again
             loss.row_length = self._data.sequence_length
         return loss
