@@ -87,7 +87,14 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(folder: Path, small_disk:
     assert all(len(values) == 1 for values in losses.values())  # the second time as the first, to the last bit
     assert run.published_checkpoints()[-1] == STEPS
     assert processes_of_run(run.path) == []
-    print(f"full disk: {len(failed)} checkpoints not written, then {verdict['message']}")
+    code, _, errors = dsft(folder, "launch", str(config_file(folder, "undisturbed", max_steps=STEPS)))
+    assert code == 0, errors
+    weights, expected = (
+        {path.name: path.read_bytes() for path in one.export_dir.glob("*.safetensors")}
+        for one in (run, RunDirectory(folder / "runs" / "undisturbed"))
+    )
+    assert weights == expected != {}
+    print(f"full disk: {len(failed)} checkpoints not written, then {verdict['message']}; the same weights in the end")
 
 
 def test_a_bad_record_that_no_check_saw_is_never_retried(folder: Path) -> None:  # noqa: F811
