@@ -159,6 +159,9 @@ class SshAttempt:
         """Close the links, upon which every host kills what it has; then end what ssh is left."""
         if not self._closed:
             self._closed = True
+            for node in self.links.nodes.values():
+                if node.lost:  # its ssh would be waited for in vain
+                    self.processes[node.name].kill()
             self.links.close()
             end_processes(list(self.processes.values()), END_SECONDS)
         return []

@@ -31,7 +31,7 @@ from trainer.rundir import RunDirectory
 
 pytestmark = [pytest.mark.faults, pytest.mark.matrix, pytest.mark.cluster, pytest.mark.timeout(600)]
 
-STEPS = 60
+STEPS = 120
 Inject = Callable[[Launched], AbstractContextManager[None]]
 # The kernel's word for a GPU that is gone, in the format of /dev/kmsg and later than anything
 XID = "4,1,9000000000000000,-;NVRM: Xid (PCI:0000:3b:00): 79, pid=1, name=python, GPU has fallen off the bus."
