@@ -59,7 +59,10 @@ def _wait_for_step(run: RunDirectory, after_step: int | None) -> tuple[int, int]
             if float(told.get("time", 0)) > began > 0:
                 step = max(step, int(told["step"]))
         if step and step >= (after_step or 0):
-            return int(attempts[-1]["attempt"]), step
+            attempt = int(attempts[-1]["attempt"])
+            if not any(e["event"] == "failure" and e["attempt"] == attempt for e in events):
+                return attempt, step
+            # it has just failed: the next attempt is about to begin
         time.sleep(_POLL_SECONDS)
 
 
