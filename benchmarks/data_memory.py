@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, environment, math_records, write_data, write_result
+from common import RESULTS, ROOT, command_line, environment, math_records, write_data, write_result
 
 LIMIT = 1.1
 
@@ -99,7 +99,7 @@ def main() -> None:
     ratio = runs[1]["peak_anonymous"] / runs[0]["peak_anonymous"]
     rows.append(["ratio", "", "", f"{ratio:.2f} (limit {LIMIT})"])
     value = {
-        "command": " ".join(["python", "benchmarks/data_memory.py", *sys.argv[1:]]),
+        "command": command_line("data_memory"),
         "formula": "peak anonymous memory of the process with the larger file / with the smaller one",
         "settings": {"batches": options.batches, "megabytes": options.megabytes},
         "limit": LIMIT,

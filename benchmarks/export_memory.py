@@ -17,7 +17,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, end_rank, environment, llama, plan_run, run_ranks, write_data, write_result
+from common import (
+    RESULTS,
+    ROOT,
+    command_line,
+    end_rank,
+    environment,
+    llama,
+    plan_run,
+    run_ranks,
+    write_data,
+    write_result,
+)
 
 LIMIT = 1.2
 
@@ -130,7 +141,7 @@ def main() -> None:
             cells = [f"{value / 2**20:.0f} MiB" for value in (max(told["files"]), told["peak"] - told["before"])]
             rows.append([str(len(told["files"])), *cells, f"{told['ratio']:.2f}", str(LIMIT)])
     value = {
-        "command": " ".join(["python", "benchmarks/export_memory.py", *sys.argv[1:]]),
+        "command": command_line("export_memory"),
         "formula": "(peak anonymous memory - that with the libraries loaded) / largest file of the export",
         "settings": {key: str(value) for key, value in vars(options).items() if key in ("hidden", "layers")},
         "limit": LIMIT,

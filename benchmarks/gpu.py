@@ -33,6 +33,7 @@ from common import (
     PROCESS_SECONDS,
     RESULTS,
     ROOT,
+    command_line,
     environment,
     plan_run,
     torchrun_command,
@@ -348,7 +349,7 @@ def main() -> None:
     one = next((run for run in runs.values() if "problem" not in run), {})
     peak = f"{one['peak_flops'] / 1e12:.0f} TFLOP/s" if one.get("peak_flops") else "not known"
     value = {
-        "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
+        "command": command_line("gpu"),
         "formula": f"MFU = tokens/s * ({one.get('flops_formula')}) / peak ({one.get('device', 'CPU')}: {peak})",
         "limits": LIMITS,
         "ratio": ratio,

@@ -14,14 +14,13 @@ import argparse
 import ctypes
 import gc
 import json
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, end_rank, environment, llama, run_ranks, write_result
+from common import RESULTS, ROOT, command_line, end_rank, environment, llama, run_ranks, write_result
 
 
 def status(key: str) -> int:
@@ -139,7 +138,7 @@ def main() -> None:
             names = ("partition", "peak", "peak_anonymous", "held_anonymous", "largest_parameter")
             rows.append([label, str(told["rank"]), *(f"{told[name] / size:.2f}" for name in names)])
     value = {
-        "command": " ".join(["python", "benchmarks/load_memory.py", *sys.argv[1:]]),
+        "command": command_line("load_memory"),
         "formula": f"growth of a rank's memory while loading / bytes of the model's bf16 file ({size / 2**20:.0f} MiB)",
         "settings": {"hidden": options.hidden, "layers": options.layers, "vocabulary": options.vocabulary},
         "model_bytes": size,

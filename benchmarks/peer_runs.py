@@ -23,7 +23,6 @@ import json
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -33,6 +32,7 @@ from common import (
     PROCESS_SECONDS,
     RESULTS,
     ROOT,
+    command_line,
     dsft_command,
     environment,
     llama,
@@ -231,7 +231,7 @@ def main() -> None:
         cells = ["-" if value is None else f"{value:,.{0 if value > 100 else 2}f}" for value in table[side].values()]
         rows.append([NAMES[side], *cells])
     value = {
-        "command": " ".join(["python", "benchmarks/peer_runs.py", *sys.argv[1:]]),
+        "command": command_line("peer_runs"),
         "formula": "see the head of benchmarks/peer_runs.py",
         "settings": {k: str(v) for k, v in vars(options).items() if k not in ("output", "arctic")},
         "table": table,

@@ -28,6 +28,7 @@ from typing import Any
 from common import (
     RESULTS,
     ROOT,
+    command_line,
     end_rank,
     environment,
     llama,
@@ -297,7 +298,7 @@ def main() -> None:
         limit = {"hf": str(LIMIT), "hf_fixed": "1.0"}.get(theirs, "-")
         rows.append([names[theirs], *cells, f"{statistics.median(ratios[theirs]):.2f}", limit])
     value = {
-        "command": " ".join(["python", "benchmarks/peers.py", *(word for word in sys.argv[1:])]),
+        "command": command_line("peers"),
         "formula": "target tokens/s over all ranks, steps after the warm-up; ratio within a round, median over rounds",
         "settings": {k: str(v) for k, v in vars(options).items() if k not in ("output", "side", "folder")},
         "limit": LIMIT,

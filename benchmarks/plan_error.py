@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 from common import (
     RESULTS,
     ROOT,
+    command_line,
     end_rank,
     environment,
     llama,
@@ -165,7 +165,7 @@ def main() -> None:
         cells = [f"{planned / 2**20:,.0f} MiB", f"{peak / 2**20:,.0f} MiB", f"{run['error']:+.0%}", last]
         rows.append([run["case"], str(run["ranks"]), *cells])
     value = {
-        "command": " ".join(["python", "benchmarks/plan_error.py", *sys.argv[1:]]),
+        "command": command_line("plan_error"),
         "formula": "plan's total without overhead / fullest rank's peak - 1 (CPU: growth of anonymous memory; GPU: "
         f"torch.cuda.max_memory_allocated); {dtype} where nothing else is said",
         "runs": runs,

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 import time
 import traceback
@@ -21,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, write_result
+from common import RESULTS, command_line, write_result
 
 SIZES = (8, 64, 512, 4096)
 GPUS_PER_NODE = 8
@@ -254,7 +253,7 @@ def main() -> None:
             )
             rows.append([f"gloo, {mode}: {key} ({shown})", *[""] * len(options.sizes), ""])
     value = {
-        "command": " ".join(["python", "benchmarks/scale.py", *sys.argv[1:]]),
+        "command": command_line("scale"),
         "formula": "median of 3 calls; growth = log(t2 / t1) / log(n2 / n1) of the two largest sizes",
         "pieces": found,
         "groups": real,

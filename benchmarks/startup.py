@@ -23,6 +23,7 @@ from typing import Any
 from common import (
     RESULTS,
     ROOT,
+    command_line,
     dsft_command,
     environment,
     llama,
@@ -186,7 +187,7 @@ def main() -> None:
     label = f"`dsft launch` to the first step / bare DeepSpeed script, {options.ranks} ranks"
     rows.append([label, *seconds, f"{first['ratio']:.3f}", str(LIMITS["first_step"])])
     value = {
-        "command": " ".join(["python", "benchmarks/startup.py", *sys.argv[1:]]),
+        "command": command_line("startup"),
         "formula": "ratio = median over alternated pairs of dsft's time / the peer's time; times are medians",
         "settings": {key: value for key, value in vars(options).items() if key != "output"},
         "limits": LIMITS,

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -25,7 +24,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, end_rank, environment, llama, plan_run, run_ranks, write_data, write_result
+from common import (
+    RESULTS,
+    ROOT,
+    command_line,
+    end_rank,
+    environment,
+    llama,
+    plan_run,
+    run_ranks,
+    write_data,
+    write_result,
+)
 
 LIMIT = 1.03
 LEARNING_RATE = 1e-4
@@ -246,7 +256,7 @@ def main() -> None:
     for name, label in (("bare", "same loss function"), ("full_logits", "HF's loss on all logits")):
         rows.append([f"bare loop, {label}", seconds["dsft"], seconds[name], f"{told[f'ratio_{name}']:.3f}", str(LIMIT)])
     value = {
-        "command": " ".join(["python", "benchmarks/step_overhead.py", *sys.argv[1:]]),
+        "command": command_line("step_overhead"),
         "formula": "ratio = median over cycles of a block's seconds, dsft / bare; "
         f"{told['target_tokens'] / told['tokens']:.2f} of the tokens carry a label",
         "settings": {key: value for key, value in vars(options).items() if key not in ("output", "rank_program")},

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, environment, llama, write_result
+from common import RESULTS, command_line, environment, llama, write_result
 
 LIMIT = 0.70
 SIDES = ("dsft", "dsft, fused", "full_logits")
@@ -132,7 +132,7 @@ def main() -> None:
         shown = [f"{ratios[key]:.2f}" for key in (str(labelled), f"{labelled}, fused")]
         rows.append([f"{labelled:.0%}", *cells, *shown, str(LIMIT)])
     value = {
-        "command": " ".join(["python", "benchmarks/vocabulary_memory.py", *sys.argv[1:]]),
+        "command": command_line("vocabulary_memory"),
         "formula": "peak resident memory during the step minus that before it",
         "settings": {key: value for key, value in vars(options).items() if key not in ("output", "side")},
         "limit": LIMIT,

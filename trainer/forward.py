@@ -180,8 +180,7 @@ class LanguageModelLoss:
         together = self._probe(engine, samples)
         with parallel.whole():
             alone = self._probe(engine, samples)
-        dtype = next(self._model.parameters()).dtype
-        if abs(together - alone) > (1e-4 if dtype == torch.float32 else 2e-2) * abs(alone):
+        if self._differ(together, alone):
             raise UserError(
                 f"{type(self._model).__name__} with {self._attention} attention gives another loss ({together:.4f}, "
                 f"not {alone:.4f}) when {parallel.size} ranks share its sequences: leave out model.sequence_parallel"
@@ -198,12 +197,16 @@ class LanguageModelLoss:
         self._fused = False
         plain = self._probe(engine, samples)
         self._fused = True
-        dtype = next(self._model.parameters()).dtype
-        if abs(fused - plain) > (1e-4 if dtype == torch.float32 else 2e-2) * abs(plain):
+        if self._differ(fused, plain):
             raise UserError(
                 f"model.fused_loss does not go here: {type(self._model).__name__} changes the logits after its head "
                 f"(a loss of {fused:.4f}, not {plain:.4f}); set it to false"
             )
+
+    def _differ(self, loss: float, expected: float) -> bool:
+        """By more than rounding in the model's dtype."""
+        dtype = next(self._model.parameters()).dtype
+        return abs(loss - expected) > (1e-4 if dtype == torch.float32 else 2e-2) * abs(expected)
 
     def _probe(self, engine: Engine, samples: Sequence[Sample]) -> float:
         """The loss of one packed sequence of these samples."""
