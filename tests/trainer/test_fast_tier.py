@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from plain_state import make_state
-from training_runs import figures, launch, launch_and_kill, logs, make_run, make_workspace
+from training_runs import figures, launch, launch_and_kill, logs, make_run
 
 from trainer.checkpoint import Saver
 from trainer.checkpoint_files import Retention, abandon_after, differences, folder_name
@@ -94,11 +94,6 @@ def test_without_room_there_it_is_written_directly(tmp_path: Path) -> None:
 
 
 SECTIONS = {"evaluation": {}, "export": {"enabled": False}}
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workspace(tmp_path_factory.mktemp("workspace"))
 
 
 @pytest.fixture(scope="module")

@@ -10,24 +10,12 @@ from pathlib import Path
 
 import pytest
 from test_hang_runs import supervise
-from training_runs import figures, launch, make_run, make_workspace
+from training_runs import figures, make_run
 
 from trainer.processes import kill_run, processes_of_run
 from trainer.rundir import RunDirectory
 
 pytestmark = [pytest.mark.faults, pytest.mark.matrix, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workspace(tmp_path_factory.mktemp("workspace"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, workspace: Path) -> RunDirectory:
-    run = make_run(tmp_path_factory.mktemp("runs") / "undisturbed", workspace, 2)
-    assert launch(run, 2) == 0
-    return run
 
 
 @pytest.fixture
@@ -50,14 +38,14 @@ def found_after(run: RunDirectory) -> float:
 
 @pytest.mark.parametrize(("kind", "failure_class"), [("nan", "numeric"), ("bug", "unknown")])
 def test_what_does_not_come_again_is_made_good(
-    run: RunDirectory, undisturbed: RunDirectory, kind: str, failure_class: str
+    run: RunDirectory, finished: RunDirectory, kind: str, failure_class: str
 ) -> None:
     result = supervise(run, f"1:6:{kind}")
     assert (result.verdict.outcome, result.attempts) == ("finished", 2)
     first = run.verdicts()[0]
     assert (first["class"], first["step"], first["action"]) == (failure_class, 6, "retry")
-    assert figures(run) == figures(undisturbed)
-    assert exported(run) == exported(undisturbed) != {}
+    assert figures(run) == figures(finished)
+    assert exported(run) == exported(finished) != {}
     seconds = found_after(run)
     assert seconds <= 5
     print(f"| local | {kind} at step 7, once | {failure_class} (retry) | found after {seconds:.1f} s | 0 | 0 |")

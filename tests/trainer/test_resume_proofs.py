@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import recording_worker
 import torch
-from training_runs import figures, logs, make_run, make_workspace, rank_environment
+from training_runs import figures, logs, make_run, rank_environment
 
 from trainer.checkpoint_files import differences, folder_name
 from trainer.engine import Shard
@@ -55,11 +55,6 @@ VARIANTS: dict[str, Variant] = {
     "offload": ({}, {"offload_optimizer": "cpu"}, {}),
     "bfloat16": ({"dtype": "bfloat16"}, {"config": WHOLE_SLICES}, {}),
 }
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workspace(tmp_path_factory.mktemp("workspace"))
 
 
 def planned(folder: Path, workspace: Path, variant: str, ranks: int) -> RunDirectory:

@@ -7,7 +7,7 @@ from typing import Any
 
 import poisoned_worker
 import pytest
-from training_runs import launch, logs, make_run, make_workspace
+from training_runs import launch, logs, make_run
 
 from trainer.config.schema import LossSpikeConfig, TrainingConfig
 from trainer.rundir import RunDirectory
@@ -16,11 +16,6 @@ from trainer.spikes import cause_to_go_back, is_spike, rollbacks_of
 pytestmark = pytest.mark.faults
 
 WORKER = (poisoned_worker.__file__,)
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workspace(tmp_path_factory.mktemp("workspace"))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_runs import copy_run, figures, launch, logs, make_run, make_workspace
+from training_runs import copy_run, figures, launch, logs, make_run
 
 from trainer.rundir import RunDirectory
 
@@ -38,11 +38,6 @@ def assert_same(run: RunDirectory, other: RunDirectory, first: int = 1) -> None:
         assert norm == pytest.approx(norm_, rel=1e-5)
     scores, others = ([line["evaluation"]["loss"] for line in each.evaluation_lines()] for each in (run, other))
     assert scores == pytest.approx(others, rel=1e-6)
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workspace(tmp_path_factory.mktemp("workspace"))
 
 
 @pytest.fixture(scope="module")

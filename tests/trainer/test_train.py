@@ -8,22 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import STEPS, copy_run, figures, launch, launch_and_kill, logs, make_run, make_workspace
+from training_runs import STEPS, copy_run, figures, launch, launch_and_kill, logs, make_run
 
 from trainer.checkpoint_files import differences
 from trainer.rundir import RunDirectory
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workspace(tmp_path_factory.mktemp("workspace"))
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, workspace: Path) -> RunDirectory:
-    run = make_run(tmp_path_factory.mktemp("runs") / "whole", workspace, 2)
-    assert launch(run, 2) == 0, logs(run)
-    return run
 
 
 def test_a_run_learns_and_leaves_what_it_promises(finished: RunDirectory) -> None:

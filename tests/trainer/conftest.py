@@ -1,0 +1,23 @@
+"""What tests of whole runs share; a file whose runs are of another kind has fixtures of its own by these names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from training_runs import launch, logs, make_run, make_workspace
+
+from trainer.rundir import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, workspace: Path) -> RunDirectory:
+    """A run of two ranks that nothing has disturbed."""
+    run = make_run(tmp_path_factory.mktemp("runs") / "whole", workspace, 2)
+    assert launch(run, 2) == 0, logs(run)
+    return run
