@@ -83,7 +83,8 @@ def facts_of_model(config: LaunchConfig, model: ModelConfig) -> ModelFacts:
     training = config.training
     patterns = {f"training.optimizer.groups.{i}.match": rule.match for i, rule in enumerate(training.optimizer.groups)}
     patterns |= {f"training.unfreeze.{i}.match": later.match for i, later in enumerate(training.unfreeze)}
-    return model_facts(model, patterns, new_head=config.task.type != "causal-lm")
+    head = getattr(config.task, "head", None)
+    return model_facts(model, patterns, config.task.type != "causal-lm", () if head is None else head.hidden_sizes)
 
 
 def adapted_facts(config: LaunchConfig) -> ModelFacts | None:

@@ -51,6 +51,8 @@ def export_run(
     alone = (adapter or config.export.adapter) == "adapter"
     if alone and config.model.adapter is None:
         raise UserError("--adapter adapter: this run has no `model.adapter`; leave it out to export the whole model")
+    if alone and getattr(config.task, "head", None) is not None:
+        raise UserError("--adapter adapter: an adapter's folder cannot hold the layers of `task.head`; leave it out")
     chosen = dtype or config.export.dtype
     if chosen == "auto":
         chosen = "float32" if alone else config.model.dtype
@@ -105,15 +107,12 @@ def _save_configs(model: Any, task: BaseTask, folder: Path, dtype: str) -> None:
 
 def _meta_model(config: ModelConfig, task: BaseTask) -> Any:
     """The model's structure, without memory for its weights."""
-    import transformers
-
     model_config = load_model_config(config)
     task.configure(model_config)
     if (size := wanted_vocabulary(config, model_config)) is not None:
         model_config.get_text_config().vocab_size = size
-    auto_class = getattr(transformers, task.auto_class)
     with torch.device("meta"):
-        return auto_class.from_config(model_config, trust_remote_code=config.trust_remote_code)
+        return task.auto.from_config(model_config, trust_remote_code=config.trust_remote_code)
 
 
 def _model_card(run: RunDirectory, config: LaunchConfig, step: int) -> str:

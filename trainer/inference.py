@@ -71,12 +71,10 @@ def load_replica(config: LaunchConfig) -> tuple[BaseTask, Replica, Objective]:
 
 
 def _load(config: ModelConfig, task: BaseTask, device: torch.device) -> Any:
-    import transformers
-
     try:
         model_config = load_model_config(config)
         task.configure(model_config)
-        model, found = getattr(transformers, task.auto_class).from_pretrained(
+        model, found = task.auto.from_pretrained(
             config.path,
             config=model_config,
             dtype=DTYPES[config.dtype],

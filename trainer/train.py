@@ -75,14 +75,12 @@ class Trainer:
 
         self.task = get_task(self.config, task_tokenizer(self.config))
         self.config = self.task.config  # with what the task has found in the data
-        import transformers
-
         planned = {"gradient_checkpointing": self.plan["recompute"]}
         auto = self.config.model.gradient_checkpointing == "auto"
         chosen, why = choose_attention(self.config, load_model_config(self.config.model), self.device)
         model = build_model(
             self.config.model.model_copy(update=planned if auto else {}),
-            getattr(transformers, self.task.auto_class),
+            self.task.auto,
             self.plan["deepspeed"],
             chosen,
             self.config.training.seed,

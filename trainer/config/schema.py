@@ -367,6 +367,8 @@ class LaunchConfig(Section):
                 raise ValueError("export.adapter: there is no `model.adapter`; leave it out to export the whole model")
             if self.model.path is None:
                 raise ValueError("export.adapter: random weights (`model.config`) are in no folder; use merge")
+            if getattr(self.task, "head", None) is not None:
+                raise ValueError("export.adapter: an adapter's folder cannot hold the layers of task.head; use merge")
         if self.training.optimizer.type == "adafactor" and self.deepspeed.zero_stage != 3:
             raise ValueError("training.optimizer.type: adafactor needs deepspeed.zero_stage 3, or use adamw")
         if self.data.packing and self.task.type not in PACKED_TASKS:

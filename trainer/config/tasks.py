@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -31,6 +31,21 @@ class CausalLMTask(WritingTask):
         return self
 
 
+class HeadConfig(Section):
+    """Layers in place of the model's own head."""
+
+    hidden_sizes: tuple[PositiveInt, ...] = Field((), description="Widths of the layers before the last, with GELU")
+    dropout: Fraction = Field(0.1, description="In front of each layer")
+
+
+class PooledHeadConfig(HeadConfig):
+    """Layers in place of the model's own head, which read a text as one vector."""
+
+    pooling: Literal["cls", "mean", "max", "last"] = Field(
+        "mean", description="Of the vectors of a text's tokens: the first, their mean or maximum, the last"
+    )
+
+
 class TextClassificationTask(Section):
     """A class, several, or a number for a text or a pair of texts (`text`, `text_pair`, `label`)."""
 
@@ -50,10 +65,12 @@ class TextClassificationTask(Section):
     pooling: Literal["cls", "mean"] | None = Field(
         None, description="What the head reads, where the model lets choose (ModernBERT): the first token, or the mean"
     )
+    head: PooledHeadConfig | None = Field(None, description="Layers of one's own choice; default: the model's own head")
 
     @model_validator(mode="after")
     def _sensible(self) -> TextClassificationTask:
         _check_labels(self.labels)
+        _check_head(self.head, dropout=self.dropout, pooling=self.pooling)
         if self.problem == "regression" and self.labels:
             raise ValueError("`labels` name classes, which a regression has none of")
         if self.problem != "single-label" and (self.label_smoothing or self.class_weights):
@@ -78,10 +95,12 @@ class TokenClassificationTask(Section):
     label_smoothing: Fraction = 0.0
     class_weights: tuple[PositiveFloat, ...] = Field((), description="Weight of each tag in the loss, one per label")
     dropout: Fraction | None = Field(None, description="Of the head; default: the model's")
+    head: HeadConfig | None = Field(None, description="Layers of one's own choice; default: the model's own head")
 
     @model_validator(mode="after")
     def _sensible(self) -> TokenClassificationTask:
         _check_labels(self.labels)
+        _check_head(self.head, dropout=self.dropout)
         if self.class_weights and self.labels and len(self.class_weights) != len(self.labels):
             raise ValueError(f"{len(self.class_weights)} class_weights for {len(self.labels)} labels")
         return self
@@ -108,6 +127,12 @@ class MultipleChoiceTask(Section):
 
     type: Literal["multiple-choice"]
     dropout: Fraction | None = Field(None, description="Of the head; default: the model's")
+    head: PooledHeadConfig | None = Field(None, description="Layers of one's own choice; default: the model's own head")
+
+    @model_validator(mode="after")
+    def _sensible(self) -> MultipleChoiceTask:
+        _check_head(self.head, dropout=self.dropout)
+        return self
 
 
 class ImageClassificationTask(Section):
@@ -137,6 +162,12 @@ class ImageTextToTextTask(WritingTask):
         if self.generation is not None and self.generation.num_beams > 1:
             raise ValueError("generation.num_beams: beams of prompts with several images get them mixed up; leave it 1")
         return self
+
+
+def _check_head(head: HeadConfig | None, **of_the_models_own: Any) -> None:
+    for name, value in of_the_models_own.items():
+        if head is not None and value is not None:
+            raise ValueError(f"`{name}` is of the model's own head: with `head`, give `head.{name}`")
 
 
 def _check_labels(labels: tuple[str, ...] | None) -> None:

@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -20,6 +21,8 @@ from trainer.config.trained import AdapterConfig
 from trainer.failures import UserError
 from trainer.planning.layouts import FAMILIES, Json, Shape, parameter_shapes, sizes_of
 from trainer.selection import adapter_shapes, select, trained_names
+
+HEAD = "task_head"  # what `trainer.modeling_head` calls the layers of `task.head`
 
 
 @dataclass(frozen=True)
@@ -59,21 +62,27 @@ class ModelFacts:
 
 
 def model_facts(
-    model: ModelConfig, patterns: Mapping[str, Sequence[str]] = MappingProxyType({}), new_head: bool = False
+    model: ModelConfig,
+    patterns: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    new_head: bool = False,
+    head_sizes: Sequence[int] = (),
 ) -> ModelFacts:
     """The facts of the config's `model` section: reads config.json and safetensors headers, never weights.
 
     Args:
         model: the section.
         patterns: of parameters besides the section's own, by their keys in the config.
-        new_head: the task puts one of its own on the model. Its parameters, and so what patterns match, are not known.
+        new_head: the task puts one of its own on the model. Its parameters, and so what patterns match, are not known;
+        head_sizes: but for layers of these widths in it.
 
     Raises:
         UserError: the folder or its config.json cannot be read, a size in it is wrong, or `freeze`, an adapter or one
             of ``patterns`` matches nothing.
     """
     if model.config is not None:
-        return facts_of_config(model.config, model.freeze, model.train_only, model.adapter, patterns, new_head)
+        return facts_of_config(
+            model.config, model.freeze, model.train_only, model.adapter, patterns, new_head, head_sizes
+        )
     assert model.path is not None
     folder = model_folder(model.path)
     if folder is None:
@@ -90,7 +99,7 @@ def model_facts(
         raise UserError(f"model.path: {path} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"model.path: {path} is not a JSON object; expected a Hugging Face model config")
-    facts = facts_of_config(config, model.freeze, model.train_only, model.adapter, patterns, new_head)
+    facts = facts_of_config(config, model.freeze, model.train_only, model.adapter, patterns, new_head, head_sizes)
     shapes = {} if facts.parameters is not None else safetensors_shapes(folder)
     facts = replace(facts, pinned=next(folder.glob("*.safetensors"), None) is not None)
     if not shapes:
@@ -106,6 +115,7 @@ def facts_of_config(
     adapter: AdapterConfig | None = None,
     patterns: Mapping[str, Sequence[str]] = MappingProxyType({}),
     new_head: bool = False,
+    head_sizes: Sequence[int] = (),
 ) -> ModelFacts:
     """As `model_facts`, of a Hugging Face config dict; the counts only for families whose layout is known here."""
     model_type = str(config.get("model_type", "unknown"))
@@ -128,6 +138,8 @@ def facts_of_config(
     shapes = dict(parameter_shapes(config))
     if new_head:
         shapes.pop("lm_head.weight", None)
+        for index, (width, size) in enumerate(pairwise((sizes["hidden_size"], *head_sizes))):
+            shapes |= {f"{HEAD}.{index}.weight": (size, width), f"{HEAD}.{index}.bias": (size,)}
     elif adapter is None:  # which adds parameters
         for key, found in patterns.items():
             select(list(shapes), found, key)
@@ -149,6 +161,7 @@ def _counted(
     else:
         added = dict(adapter_shapes(shapes, adapter))
         trained = added.keys() | select(list(shapes), adapter.modules_to_save, "model.adapter.modules_to_save", strict)
+        trained |= {name for name in shapes if name.startswith(f"{HEAD}.")}
         shapes = {**shapes, **added}
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
     blocks: dict[str, int] = {}

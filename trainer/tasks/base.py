@@ -87,6 +87,13 @@ class BaseTask:
         """The sample with what is too large to be held for a whole window, made when its batch is."""
         return sample
 
+    @property
+    def auto(self) -> Any:
+        """What makes and loads the model: transformers' `auto_class`, or what stands in its place."""
+        import transformers
+
+        return getattr(transformers, self.auto_class)
+
     def configure(self, model_config: Any) -> None:
         """Set what the task needs in a transformers config, before the model is built."""
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trainer.config.schema import LaunchConfig
+from trainer.config.tasks import HeadConfig
 from trainer.data.sample import Sample
 from trainer.data.sources import open_source
 from trainer.failures import DataError, UserError
+from trainer.head import HeadAuto, save_head
 from trainer.tasks.base import BaseTask, Objective
 from trainer.tokenizer import Tokenizer
 
@@ -67,6 +70,19 @@ class EncoderTask(HeadTask):
         from trainer.objective import EncoderObjective
 
         return EncoderObjective(model, self, self.tokenizer.pad_id, device)
+
+    @property
+    def head(self) -> HeadConfig | None:
+        """Layers in place of the model's own head."""
+        return getattr(self.config.task, "head", None)
+
+    @property
+    def auto(self) -> Any:
+        return super().auto if self.head is None else HeadAuto(self.auto_class)
+
+    def save(self, folder: Path) -> None:
+        if self.head is not None:
+            save_head(folder)
 
     def encode_texts(self, texts: Sequence[Any], **options: Any) -> list[Any]:
         """`tokenizers.Encoding` of each text or (text, text), cut to `data.sequence_length`, with special tokens."""

@@ -15,6 +15,7 @@ import numpy as np
 from trainer.config.schema import LaunchConfig
 from trainer.config.tasks import MultipleChoiceTask
 from trainer.data.sample import Sample
+from trainer.head import set_head
 from trainer.tasks.base import Predictions, named_columns
 from trainer.tasks.encoder import EncoderTask, inputs_of, label_text, set_head_dropout, set_padding
 from trainer.tokenizer import Tokenizer
@@ -71,6 +72,7 @@ class MultipleChoice(EncoderTask):
     def configure(self, model_config: Any) -> None:
         set_padding(model_config, self.tokenizer)
         set_head_dropout(model_config, self.task.dropout)
+        set_head(model_config, self.auto_class, self.task.head)
 
     def loss(self, output: Any, samples: Sequence[Sample]) -> torch.Tensor:
         import torch

@@ -15,6 +15,7 @@ from trainer.config.schema import LaunchConfig
 from trainer.config.tasks import TextClassificationTask
 from trainer.data.sample import Sample
 from trainer.failures import UserError
+from trainer.head import set_head
 from trainer.tasks.base import Predictions, named_columns
 from trainer.tasks.encoder import (
     EncoderTask,
@@ -100,6 +101,7 @@ class TextClassification(EncoderTask):
         set_padding(model_config, self.tokenizer)
         set_head_dropout(model_config, self.task.dropout)
         set_pooling(model_config, self.task.pooling)
+        set_head(model_config, self.auto_class, self.task.head)
 
     def loss(self, output: Any, samples: Sequence[Sample]) -> torch.Tensor:
         import torch

@@ -18,6 +18,7 @@ from trainer.config.schema import LaunchConfig
 from trainer.config.tasks import TokenClassificationTask
 from trainer.data.sample import Sample
 from trainer.failures import UserError
+from trainer.head import set_head
 from trainer.tasks.base import Predictions, named_columns
 from trainer.tasks.encoder import (
     EncoderTask,
@@ -75,6 +76,7 @@ class TokenClassification(EncoderTask):
     def configure(self, model_config: Any) -> None:
         set_labels(model_config, self.labels.names)
         set_head_dropout(model_config, self.task.dropout)
+        set_head(model_config, self.auto_class, self.task.head)
 
     def loss(self, output: Any, samples: Sequence[Sample]) -> torch.Tensor:
         import torch
