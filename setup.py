@@ -63,6 +63,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "bitsandbytes>=0.46",
             "hypothesis>=6.100",
             "jsonschema>=4.20",
             "mypy>=1.18",
@@ -74,6 +75,7 @@ setup(
             "wheel>=0.45",
         ],
         "gpu": ["liger-kernel>=0.8"],
+        "qlora": ["bitsandbytes>=0.46"],  # 4-bit kernels, on CPUs as well; a wheel of 43 MB
         "flash": ["flash-attn>=2.7"],  # built from source, against the torch at hand
     },
 )

@@ -8,7 +8,8 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.config.schema import LaunchConfig, ModelConfig
@@ -39,7 +40,7 @@ class Facts:
         memory_available: what of it is free now.
         disk_free: on the file system of `output_dir`.
         model: facts of the config's model.
-        adapted_model: those of the same model with a LoRA adapter, where it could have one and has none.
+        adapted_models: those of the same model with an adapter that takes less memory, by its type.
         multiplies_bfloat16: whether the CPU has instructions for that.
         liger: whether liger-kernel is installed.
     """
@@ -51,7 +52,7 @@ class Facts:
     memory_available: int
     disk_free: int
     model: ModelFacts
-    adapted_model: ModelFacts | None = None
+    adapted_models: Mapping[str, ModelFacts] = field(default_factory=dict)
     multiplies_bfloat16: bool = True
     liger: bool = False
 
@@ -72,7 +73,7 @@ def gather_facts(config: LaunchConfig) -> Facts:
         memory_available=available,
         disk_free=shutil.disk_usage(existing_parent(Path(config.output_dir))).free,
         model=facts_of_model(config, config.model),
-        adapted_model=adapted_facts(config),
+        adapted_models=adapted_facts(config),
         multiplies_bfloat16=multiplies_bfloat16(Path("/proc/cpuinfo").read_text()),
         liger=importlib.util.find_spec("liger_kernel") is not None,
     )
@@ -87,15 +88,20 @@ def facts_of_model(config: LaunchConfig, model: ModelConfig) -> ModelFacts:
     return model_facts(model, patterns, config.task.type != "causal-lm", () if head is None else head.hidden_sizes)
 
 
-def adapted_facts(config: LaunchConfig) -> ModelFacts | None:
-    """Facts of the model with a LoRA adapter on all its linear layers; None where it has one or cannot have it."""
+def adapted_facts(config: LaunchConfig) -> dict[str, ModelFacts]:
+    """Facts of the model with an adapter, the one it has or one on all its linear layers, by what it can have: LoRA if
+    it has none, and QLoRA."""
     model = config.model
-    if model.adapter is not None or model.freeze or model.train_only or model.resize_embeddings:
-        return None
-    try:
-        return facts_of_model(config, model.model_copy(update={"adapter": AdapterConfig()}))
-    except UserError:  # nothing in it that could have one
-        return None
+    kinds = [] if model.adapter or model.freeze or model.train_only or model.resize_embeddings else ["lora"]
+    packable = model.path is not None and not model.compile and config.deepspeed.zero_stage == 3
+    if packable and (kinds or (model.adapter and model.adapter.type == "lora" and not model.adapter.use_dora)):
+        kinds.append("qlora")
+    found = {}
+    with suppress(UserError):  # nothing in it that could have one
+        for kind in kinds:
+            adapter = (model.adapter or AdapterConfig()).model_copy(update={"type": kind})
+            found[kind] = facts_of_model(config, model.model_copy(update={"adapter": adapter}))
+    return found
 
 
 def find_gpus(environment: Mapping[str, str]) -> tuple[Gpu, ...]:

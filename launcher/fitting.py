@@ -5,7 +5,7 @@ after which a model fits that does not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
@@ -214,17 +214,21 @@ def _batch(config: LaunchConfig, setup: Setup, room: Room) -> BatchPlan:
 # -- what does not fit -------------------------------------------------------------------------------------------------
 
 
-def ways_to_fit(config: LaunchConfig, setup: Setup, room: Room, adapted: ModelFacts | None) -> list[str]:
+def ways_to_fit(config: LaunchConfig, setup: Setup, room: Room, adapted: Mapping[str, ModelFacts]) -> list[str]:
     """The smallest changes after which it fits, as `--set` would take them: single ones if any does, else pairs.
 
     Args:
-        adapted: facts of the same model with a LoRA adapter; None: not to be proposed.
+        adapted: facts of the same model with an adapter of a type, the smallest change first.
     """
     kinds: list[Callable[[Setup], Iterator[tuple[str, Setup]]]] = [_smaller_batches, _recompute]
     if room.device == "cuda":  # on a CPU, more ranks on the same machine share the same memory, and so does offload
         kinds += [lambda start: _offload(config, start, room), lambda start: _more_nodes(config, start, room)]
-    if adapted is not None:
-        kinds.append(lambda start: iter([("model.adapter.type=lora", replace(start, model=adapted))]))
+    if adapted:
+        kinds.append(
+            lambda start: (
+                (f"model.adapter.type={kind}", replace(start, model=model)) for kind, model in adapted.items()
+            )
+        )
 
     def first(options: Iterator[tuple[str, Setup]]) -> str | None:
         return next((text for text, changed in options if room.holds(memory_of(config, changed, room), SAFE)), None)

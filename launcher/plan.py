@@ -191,7 +191,7 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
     memory = memory_of(config, setup, room)
     if not room.holds(memory):
         assert memory is not None
-        raise refuse(memory, room, ways_to_fit(config, setup, room, facts.adapted_model))
+        raise refuse(memory, room, ways_to_fit(config, setup, room, facts.adapted_models))
     if facts.model.note:
         warnings.append(f"no memory estimate: {facts.model.note}")
     elif memory is not None and device_memory is None:
@@ -350,7 +350,7 @@ def _step_time(
         / config.model.sequence_parallel,
         recompute=recomputation_of(config, setup).share,
         peak_flops=peak,
-        parameters=model.parameters,
+        parameters=model.held_elements or model.parameters,
         trainable=model.trainable_parameters or 0,
         stage=config.deepspeed.zero_stage,
         parameter_bytes=2,

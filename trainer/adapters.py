@@ -46,7 +46,7 @@ def add_adapter(model: Any, config: AdapterConfig, seed: int) -> None:
     """
     import peft
 
-    linear = [name for name, module in model.named_modules() if _is_linear(module)]
+    linear = [name for name, module in model.named_modules() if is_linear(module)]
     targets = adapter_targets(linear, config.targets)
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is not None and model.config.get_text_config().tie_word_embeddings:
@@ -100,5 +100,6 @@ def lora_config(config: AdapterConfig, targets: Iterable[str], transposed: bool,
     )
 
 
-def _is_linear(module: torch.nn.Module) -> bool:
+def is_linear(module: torch.nn.Module) -> bool:
+    """Whether an adapter can go onto a module."""
     return isinstance(module, torch.nn.Linear) or is_transposed(module)

@@ -8,6 +8,7 @@ Never imports torch.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Iterable
@@ -46,6 +47,10 @@ def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
             f"the tokenizer has {tokenizer.vocab_size} ids and the model's vocab_size is {vocabulary}: use the model's "
             f"own tokenizer, or {raised}"
         )
+    adapter = config.model.adapter
+    if adapter and adapter.type == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+        report["class"] = "user"
+        report["errors"].append("model.adapter.type: qlora needs bitsandbytes; pip install bitsandbytes, or use lora")
     if tokenizer.eos_id is None and task.splits:
         report["warnings"].append("the tokenizer has no end-of-text token: the model will not learn where to stop")
     for part, sources in (("train", config.data.train), ("evaluation", config.data.evaluation)):

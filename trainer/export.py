@@ -118,6 +118,7 @@ def _meta_model(config: ModelConfig, task: BaseTask) -> Any:
 def _model_card(run: RunDirectory, config: LaunchConfig, step: int) -> str:
     scores = run.evaluation_lines()
     origin = config.model.path or f"random weights ({(config.model.config or {}).get('model_type')})"
+    four_bits = config.model.adapter is not None and config.model.adapter.type == "qlora"
     lines = [
         "---",
         "library_name: transformers",
@@ -131,6 +132,7 @@ def _model_card(run: RunDirectory, config: LaunchConfig, step: int) -> str:
         f"{config.training.global_batch_size} sequences of up to {config.data.sequence_length} tokens.",
         "",
         f"- starts from: {origin}",
+        *(["- trained over these weights in 4 bits (NF4, scales in 8 bits)"] if four_bits else []),
         *(f"- training data: {source.path}" for source in config.data.train),
         "",
     ]

@@ -94,6 +94,8 @@ class Weights:
         kind, frozen = weights_kind(self.state), None
         for held, shape, trained in self.state["parameters"]:
             name = plain_name(held) if adapter else held
+            if self._slices.origin and held in self._slices.origin.packed:  # merged into what its 4 bits stand for
+                shape = self._slices.origin.packed[held][0]
             self._shapes[name], self._keys[name] = tuple(shape), f"{kind if trained else 'frozen'}/{held}"
             if not trained and frozen is None:
                 frozen = self._slices.dtype(self._keys[name])
@@ -174,12 +176,12 @@ class Weights:
         numel = math.prod(self._shapes[name])
         return self._chunk(name, 0, numel).to(dtype).view(self._shapes[name]) if numel else torch.empty(0, dtype=dtype)
 
-    def _copy_to(self, target: torch.Tensor, name: str) -> None:
-        """Fill a contiguous tensor with the checkpoint's values."""
+    def _copy_to(self, target: torch.Tensor, name: str, merged: bool = True) -> None:
+        """Fill a contiguous tensor with the checkpoint's values; not ``merged``: without an adapter's update."""
         numel, flat = math.prod(self._shapes[name]), target.view(-1)
         for begin in range(0, numel, _CHUNK):
             length = min(_CHUNK, numel - begin)
-            flat[begin : begin + length] = self._chunk(name, begin, length)
+            flat[begin : begin + length] = (self._chunk if merged else self._held)(name, begin, length)
 
     def chunks(self, entry: Entry) -> Iterator[torch.Tensor]:
         """The flattened tensor of an entry, in order, in its dtype."""
@@ -307,6 +309,9 @@ class Weights:
         if base:
             import peft
 
+            if self._slices.origin:  # the adapter was trained over what the 4 bits stand for
+                for name in map(plain_name, self._slices.origin.packed):
+                    self._copy_to(loaded.get_parameter(name).data, name, merged=False)
             expected = kind._from_config(loaded.config, dtype=dtype)
             loaded = peft.PeftModel.from_pretrained(loaded.float(), str(folder)).base_model.model
         with torch.no_grad():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from trainer.adapters import add_adapter, plain_name
 from trainer.config.schema import ModelConfig, OptimizerConfig
 from trainer.config.trained import ParameterGroup, Unfreeze
 from trainer.failures import UserError
+from trainer.four_bit import packing, share_scales
 from trainer.kernels import fuse_kernels
 from trainer.layers import compile_layers, set_recomputation
 from trainer.parameters import whole_shape
@@ -78,6 +80,14 @@ def build_model(
     """
     from transformers.integrations import HfDeepSpeedConfig
 
+    replaced: AbstractContextManager[None] = nullcontext()
+    packed = config.adapter if config.adapter is not None and config.adapter.type == "qlora" else None
+    if packed is not None:
+        structure = load_model_config(config)
+        configure(structure)
+        make = functools.partial(auto_class.from_config, structure, trust_remote_code=config.trust_remote_code)
+        with named_errors(config):
+            replaced = packing(make, packed)
     # transformers keeps only a weak reference to this object, and partitions models while it lives
     partitioning = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config["zero_optimization"]["stage"] == 3 else None
     dtype = DTYPES[config.dtype]
@@ -88,14 +98,17 @@ def build_model(
         if config.config is not None:
             model = auto_class.from_config(model_config, dtype=dtype, attn_implementation=attention)
         else:
-            model = auto_class.from_pretrained(
-                config.path,
-                config=model_config,
-                dtype=dtype,
-                attn_implementation=attention,
-                trust_remote_code=config.trust_remote_code,
-                use_safetensors=True,  # never a pickle
-            )
+            with replaced:
+                model = auto_class.from_pretrained(
+                    config.path,
+                    config=model_config,
+                    dtype=dtype,
+                    attn_implementation=attention,
+                    trust_remote_code=config.trust_remote_code,
+                    use_safetensors=True,  # never a pickle
+                )
+            if packed is not None:
+                share_scales(model, packed)
     resize_embeddings(model, config)
     choose_trained(model, config, seed)
     del partitioning

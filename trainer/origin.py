@@ -1,16 +1,18 @@
 """Frozen weights that a checkpoint need not hold: they are, bit for bit, in the files that the model came from.
 
 A checkpoint then says which (``origin`` in its state.json): the files with their checksums, and for every such
-parameter the file and the name there. What is not found in the files unchanged is stored as ever.
+parameter the file and the name there. What is not found in the files unchanged is stored as ever. Weights in 4 bits
+are packed from the files at each start, always with the same result, of which the checkpoint has the checksum.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,8 @@ from safetensors import safe_open
 
 from trainer.adapters import plain_name
 from trainer.checkpoint_files import checksum
-from trainer.failures import StorageError
+from trainer.failures import StorageError, UserError
+from trainer.four_bit import Linear4bit, pack, packed_layers, unpack
 from trainer.planning.model_facts import model_folder
 from trainer.rundir import RunDirectory, read_json, write_json
 
@@ -40,16 +43,19 @@ class Origin:
         files: name -> checksum of each file that a parameter lies in.
         keys: parameter -> (file, name in it).
         dtype: in which the run holds the weights; files may have another.
+        packed: parameter -> (shape in the files, checksum once packed) of those that the run holds in 4 bits.
     """
 
     folder: Path
     files: dict[str, str]
     keys: dict[str, tuple[str, str]]
     dtype: torch.dtype
+    packed: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         dtype = str(self.dtype).removeprefix("torch.")
-        return {"folder": str(self.folder), "files": self.files, "parameters": self.keys, "dtype": dtype}
+        found = {"folder": str(self.folder), "files": self.files, "parameters": self.keys, "dtype": dtype}
+        return {**found, "packed": self.packed} if self.packed else found
 
     def holds(self, other: Origin) -> bool:
         """Whether everything of ``other`` is here as well, the same bits; the folder may be another."""
@@ -57,6 +63,7 @@ class Origin:
             self.dtype == other.dtype
             and other.files.items() <= self.files.items()
             and all(self.keys.get(name) == key for name, key in other.keys.items())
+            and self.packed == other.packed
         )
 
     def verify(self, run_path: Path) -> None:
@@ -69,8 +76,10 @@ class Origin:
                 raise StorageError(f"{path} has changed, {_ADVICE}")
 
     def read(self, name: str, begin: int, length: int) -> torch.Tensor:
-        """Elements of a flattened parameter, in the run's dtype."""
+        """Elements of a flattened parameter, in the run's dtype; of one in 4 bits, those of what it stands for."""
         file, key = self.keys[name]
+        if name in self.packed:
+            return _repacked(self.folder / file, key, self.dtype).view(-1)[begin : begin + length]
         with safe_open(self.folder / file, framework="pt") as opened:
             return _flat(opened, key, begin, length).to(self.dtype)
 
@@ -84,30 +93,49 @@ def origin_of(state: dict[str, Any]) -> Origin | None:
     if not found:
         return None
     keys = {name: (file, key) for name, (file, key) in found["parameters"].items()}
-    return Origin(Path(found["folder"]), found["files"], keys, getattr(torch, found["dtype"]))
+    packed = {name: (tuple(shape), digest) for name, (shape, digest) in found.get("packed", {}).items()}
+    return Origin(Path(found["folder"]), found["files"], keys, getattr(torch, found["dtype"]), packed)
+
+
+@functools.lru_cache(maxsize=1)
+def _repacked(path: Path, key: str, dtype: torch.dtype) -> torch.Tensor:
+    """A matrix of a file as it is once packed in 4 bits and unpacked."""
+    with safe_open(path, framework="pt") as opened:
+        return unpack(*pack(opened.get_tensor(key).to(dtype)))
 
 
 def find_origin(
     model_path: str | None, engine: Engine, run: RunDirectory, gather: Callable[[np.ndarray], list[np.ndarray]]
 ) -> Origin | None:
-    """The frozen weights that are in the model's safetensors files as they are here; every rank compares its slices.
+    """The frozen weights that are in the model's safetensors files as they are here; every rank compares its slices,
+    and packs its share of those in 4 bits anew.
 
     A collective. The files' checksums are computed once a run, each by one rank.
 
     Args:
         model_path: `model.path`; None where weights are random.
         gather: see `collectives.make_gather`.
+
+    Raises:
+        UserError: a weight in 4 bits is not in the files.
     """
     frozen = [(name, shape) for name, shape, trained in engine.parameters() if not trained]
     if model_path is None or not frozen:
         return None
-    folder, places = _places(model_path, getattr(engine.model, "base_model_prefix", ""), frozen)
-    equal = _compare(folder, places, engine)
+    packed = packed_layers(engine.model)
+    whole = [(name, packed[name].shape if name in packed else shape) for name, shape in frozen]
+    folder, places = _places(model_path, getattr(engine.model, "base_model_prefix", ""), whole)
+    equal = _compare(folder, places, engine, packed)
     dtypes = {name: parameter.dtype for name, parameter in engine.model.named_parameters()}
     dtype = dtypes[frozen[0][0]]
     equal = {name: same and dtypes[name] == dtype for name, same in equal.items()}
     alike = np.min(gather(np.array([equal.get(name, False) for name, _ in frozen], dtype=np.int64)), axis=0)
     keys = {name: places[name] for (name, _), same in zip(frozen, alike, strict=True) if same}
+    if missing := sorted(packed.keys() - keys.keys()):
+        raise UserError(
+            f"model.path: {plain_name(missing[0])} is not in its safetensors files as the model has it: qlora packs "
+            "weights that are there one by one; use lora"
+        )
     if not keys:
         return None
     names = sorted({file for file, _ in keys.values()})
@@ -122,7 +150,7 @@ def find_origin(
         with suppress(OSError):
             entries = {str(folder / name): [*_stamp(folder / name), digest] for name, digest in files.items()}
             write_json(run.path / _CACHE, entries)
-    return Origin(folder, files, keys, dtype)
+    return Origin(folder, files, keys, dtype, {name: (layer.shape, layer.digest) for name, layer in packed.items()})
 
 
 def _places(
@@ -146,18 +174,24 @@ def _places(
     return folder, places
 
 
-def _compare(folder: Path, places: dict[str, tuple[str, str]], engine: Engine) -> dict[str, bool]:
-    """Parameter -> whether this rank's slice is in the files, bit for bit."""
-    equal: dict[str, bool] = {}
+def _compare(
+    folder: Path, places: dict[str, tuple[str, str]], engine: Engine, packed: dict[str, Linear4bit]
+) -> dict[str, bool]:
+    """Parameter -> whether this rank's slice is in the files, bit for bit; of those in 4 bits, every W-th by a rank."""
+    equal = {name: name in places for name in packed}
+    looked_at = set(list(packed)[engine.rank :: engine.world_size])
     opened: dict[str, Any] = {}
     for shard in engine.shards():
-        if shard.name not in places:
+        if shard.name not in places or (shard.name in packed and shard.name not in looked_at):
             continue
         file, key = places[shard.name]
         try:
             if file not in opened:
                 opened[file] = safe_open(folder / file, framework="pt")
-            equal[shard.name] = _equal(opened[file], key, shard)
+            if shard.name in packed:
+                equal[shard.name] = packed[shard.name].stands_for(opened[file].get_tensor(key))
+            else:
+                equal[shard.name] = _equal(opened[file], key, shard)
         except (OSError, ValueError, RuntimeError):  # this rank's node has other files
             equal[shard.name] = False
     return equal

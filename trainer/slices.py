@@ -108,6 +108,11 @@ def load_slices(slices: Slices, state: dict[str, Any], folder: Path, engine: Eng
         pinned = slices.origin.keys
     elif slices.origin:
         slices.origin.verify(folder.parent.parent)
+        if slices.origin.packed:
+            raise StorageError(
+                f"{folder} was trained over other 4-bit weights than these, though from the same files: put back the "
+                "model, kind of GPU and version of bitsandbytes that it began with"
+            )
     with torch.no_grad():
         for shard in engine.shards():
             for kind, target in shard.tensors.items():

@@ -117,7 +117,9 @@ def _summary(plan: Plan) -> RenderableType:
     else:
         frozen = model.parameters - model.trainable_parameters
         text = f"{_escape(model.model_type)}, {count(model.parameters)} parameters"
-        rows.append(("model", text + (f", {count(frozen)} of them frozen" if frozen else "")))
+        text += f", {count(frozen)} of them frozen" if frozen else ""
+        packed = model.packed_parameters
+        rows.append(("model", text + (f", {count(packed)} in 4 bits" if packed else "")))
     device = plan.device_name or ("CPU" if plan.device == "cpu" else "GPU")
     nodes = "1 node" if plan.nodes == 1 else f"{plan.nodes} nodes"
     rows.append(

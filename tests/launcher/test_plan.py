@@ -5,7 +5,7 @@ import os
 from dataclasses import replace
 
 import pytest
-from config_samples import GIB, H100, LLAMA_8B, facts_of, runnable
+from config_samples import GIB, H100, LLAMA_8B, facts_of, runnable, write
 
 from launcher.facts import find_gpus, gather_facts, host_memory, multiplies_bfloat16, usable_cores
 from launcher.plan import make_plan
@@ -148,6 +148,29 @@ def test_each_change_proposed_fits(tmp_path):
     settings[-1] = "model.gradient_checkpointing=false"
     with pytest.raises(UserError, match=r"model.gradient_checkpointing=true and deepspeed.offload_optimizer=cpu"):
         plan_of(tmp_path, *settings, "training.micro_batch_size=8")
+
+
+def test_four_bits_are_proposed_where_an_adapter_is_not_enough(tmp_path):
+    """45B parameters on one GPU of 80 GiB: 83 GiB in bf16, 21 in 4 bits."""
+    folder = tmp_path / "model"
+    write(folder / "config.json", json.dumps({**LLAMA_8B, "num_hidden_layers": 200}))
+    write(folder / "model.safetensors", "")
+    model = {"path": str(folder), "tokenizer": "data/test_model.model"}
+    settings = ["training.micro_batch_size=1", "model.freeze=[]", "cluster={}"]
+    for adapter in ({}, {"adapter": {"type": "lora"}}):
+        overrides = [f"model={json.dumps({**model, **adapter})}", *settings]
+        with pytest.raises(UserError, match=r"It fits with .*model\.adapter\.type=qlora") as caught:
+            plan_of(tmp_path, *overrides, gpus=(H100,), memory=512 * GIB)
+        assert "type=lora" not in str(caught.value)
+        plan = plan_of(tmp_path, *overrides, "model.adapter.type=qlora", gpus=(H100,), memory=512 * GIB)
+        assert 21 * GIB < plan.memory.parameters < 25 * GIB
+    with pytest.raises(UserError, match="qlora packs"):
+        plan_of(tmp_path, f"model={json.dumps({**model, 'path': str(gpt2(tmp_path)), 'adapter': {'type': 'qlora'}})}")
+
+
+def gpt2(folder):
+    write(folder / "gpt2/config.json", json.dumps({"model_type": "gpt2"}))
+    return folder / "gpt2"
 
 
 def test_a_model_that_cannot_be_sized_is_planned_and_said_so(tmp_path):

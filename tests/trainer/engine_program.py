@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer import checkpoint, collectives, slices
+from trainer import checkpoint, collectives, four_bit, slices
 from trainer.checkpoint_files import Retention
 from trainer.config.schema import ModelConfig, OptimizerConfig
 from trainer.config.trained import Unfreeze
 from trainer.data.sample import PackedSequence, Sample
-from trainer.engine import Engine, init_distributed
+from trainer.engine import Engine, gathered, init_distributed
 from trainer.forward import LanguageModelLoss
 from trainer.model import build_model, build_optimizer
 from trainer.rundir import RunDirectory
@@ -163,6 +163,11 @@ def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) 
         assert not collectives.any_rank(group, saver.error is not None), saver.error
     if model_config.compile:
         results[-1]["compiled"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    if packed := list(four_bit.packed_layers(engine.model).values()):
+        weights: list[Any] = [layer.weight for layer in packed]
+        results[-1]["packed_bytes"] = sum(weight.ds_tensor.nbytes for weight in weights)
+        with gathered(weights):  # as they are after training
+            results[-1]["intact"] = all(four_bit.digest(x.weight.data, x.state) == x.digest for x in packed)
     if rank == 0:
         (output / f"{case['name']}.json").write_text(json.dumps(results))
 

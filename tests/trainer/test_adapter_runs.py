@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from training_runs import copy_run, figures, launch, logs, make_run, make_workspace
+from training_runs import copy_run, figures, four_bits, launch, logs, make_run, make_workspace
 
 from trainer.checkpoint_files import checksum
 from trainer.config.schema import LaunchConfig
@@ -71,10 +71,10 @@ def test_a_run_learns_and_stores_only_what_it_trains(finished: RunDirectory, bas
     assert set(state["origin"]["parameters"]) == {name for name, _, is_trained in state["parameters"] if not is_trained}
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path, **more: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more).eval()
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -151,3 +151,42 @@ def test_a_changed_original_is_noticed(resumes: bool, finished: RunDirectory, ba
     path.unlink()
     with pytest.raises(StorageError, match="is missing"):
         export_run(run, config, output=tmp_path / "missing")
+
+
+@pytest.mark.matrix
+def test_a_run_in_4_bits(base: Path, tmp_path: Path) -> None:
+    """Stores what LoRA does, packs the same at each start, resumes bit for bit and on other numbers of ranks; merged
+    export: the adapter over a model that plain transformers has loaded in 4 bits."""
+    import peft
+
+    run = lora_run(tmp_path / "qlora", base, adapter={**ADAPTER, "type": "qlora"})
+    assert launch(run, 2) == 0, logs(run)
+    lines = run.step_lines()
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    last = run.checkpoints_dir / "step-00000012"
+    assert {key.partition("/")[0] for key in stored(last)} == {"master", "exp_avg", "exp_avg_sq"}
+    states = [json.loads((path / "state.json").read_text()) for path in sorted(run.checkpoints_dir.glob("step-*"))]
+    assert len(states[0]["origin"]["packed"]) == 14
+    assert all(state["origin"] == states[0]["origin"] for state in states)
+
+    for ranks in (2, 1, 3):
+        again = copy_run(run, tmp_path / f"again{ranks}")
+        shutil.rmtree(again.checkpoints_dir / last.name)
+        assert launch(again, ranks, attempt=2) == 0, logs(again)
+        assert "resumed from" in logs(again)
+        if ranks == 2:
+            assert figures(again) == figures(run)
+        else:
+            for found, expected in zip(again.step_lines(), lines, strict=True):
+                assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        for file in sorted(run.export_dir.glob("*.safetensors")):
+            here, there = load_file(again.export_dir / file.name), load_file(file)
+            for name, tensor in there.items():
+                torch.testing.assert_close(here[name], tensor, rtol=0, atol=0 if ranks == 2 else 1e-5)
+
+    config = LaunchConfig.model_validate_json(run.config_path.read_text())
+    folder = export_run(run, config, output=tmp_path / "adapter", adapter="adapter")
+    adapted = peft.PeftModel.from_pretrained(load(base, quantization_config=four_bits()), str(folder)).eval()
+    merged = load(run.export_dir)
+    torch.testing.assert_close(logits(adapted), logits(merged), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(merged), logits(load(base)), atol=1e-2)

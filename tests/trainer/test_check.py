@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from trainer.check import check
 from trainer.config.schema import LaunchConfig
+from trainer.config.trained import AdapterConfig
 from trainer.tasks import get_task
 from trainer.tokenizer import load_tokenizer
 
@@ -86,6 +87,18 @@ def test_vocabulary_beyond_the_model_is_refused(tmp_path: Path) -> None:
     report = check(make_config(tmp_path, [{"text": "a"}], vocab_size=4))
     assert not report["ok"]
     assert "6 ids" in report["errors"][0]
+
+
+def test_qlora_without_bitsandbytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tmp_path, [{"text": "a b"}])
+    (tmp_path / "config.json").write_text(json.dumps(config.model.config))
+    changed = {"config": None, "path": str(tmp_path), "adapter": AdapterConfig(type="qlora")}
+    config = config.model_copy(update={"model": config.model.model_copy(update=changed)})
+    assert check(config)["ok"]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    report = check(config)
+    assert (report["ok"], report["class"]) == (False, "user")
+    assert "pip install bitsandbytes" in report["errors"][0]
 
 
 def test_command_line_names_each_bad_source_and_never_imports_torch(tmp_path: Path) -> None:

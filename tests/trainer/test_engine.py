@@ -16,10 +16,13 @@ import pytest
 import torch
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from training_runs import four_bits
 
 from trainer.config.schema import ModelConfig, OptimizerConfig
+from trainer.config.trained import AdapterConfig
 from trainer.data.sample import Sample
 from trainer.model import build_optimizer, choose_trained
+from trainer.planning.model_facts import facts_of_config
 from trainer.selection import select
 
 STEPS = 4
@@ -27,6 +30,7 @@ ADAFACTOR = {"type": "adafactor", "betas": (0.9, 0.999), "learning_rate": 3e-3}
 UNFREEZE = [{"match": ["layers:1", "*embed*"], "from_step": 3}, {"match": ["layers:0"], "from_step": 4}]
 FROZEN = ("layers:0", "model.embed_tokens")
 LORA = {"rank": 3, "alpha": 6.0, "modules_to_save": ["model.norm"]}
+QLORA = {**LORA, "type": "qlora"}
 GROUPS = {
     "groups": [
         {"match": ["*.mlp"], "learning_rate": 1e-3, "weight_decay": 0.3},
@@ -89,11 +93,14 @@ def plain_loop(
     unfreeze: Sequence[dict[str, Any]] = (),
     ema_decay: float | None = None,
     steps: int = STEPS,
+    **loading: Any,
 ) -> list[dict[str, float]]:
     """One process, one sample at a time, no packing, no DeepSpeed: what the figures ought to be."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folder, dtype=torch.float32, attn_implementation="sdpa", **loading
+    )
     choose_trained(model, ModelConfig(path=str(model_folder), freeze=frozen), 0)
     model = prepare(model)
     model.train()
@@ -175,6 +182,7 @@ def test_loss_and_gradients_equal_a_plain_loop(world_size: int, model_folder: Pa
     cases.append(case("fused", 3, 2, fused_loss=True, zero=PARTS))
     cases.append(case("probed", 3, 2, probe=True))
     cases.append(case("lora", 3, 2, adapter=LORA))
+    cases.append(case("qlora", 3, 2, adapter=QLORA))
     cases.append(case("groups", 3, 2, optimizer=GROUPS, zero=PARTS))
     cases.append(case("adafactor", 3, 2, optimizer=ADAFACTOR, zero=PARTS))
     cases.append(case("unfreezing", 3, 2, unfreeze=UNFREEZE))
@@ -184,6 +192,7 @@ def test_loss_and_gradients_equal_a_plain_loop(world_size: int, model_folder: Pa
     special = {
         "frozen": plain_loop(model_folder, FROZEN),
         "lora": plain_loop(model_folder, prepare=peft_model),
+        "qlora": plain_loop(model_folder, prepare=peft_model, quantization_config=four_bits()),
         "groups": plain_loop(model_folder, optimizer_options=GROUPS),
         "adafactor": plain_loop(model_folder, optimizer_options=ADAFACTOR),
         "unfreezing": plain_loop(model_folder, unfreeze=UNFREEZE),
@@ -193,6 +202,11 @@ def test_loss_and_gradients_equal_a_plain_loop(world_size: int, model_folder: Pa
     special["average"] = plain_loop(model_folder, ema_decay=0.7)
     for name, found in results.items():
         assert_same(found, special.get(name, expected), 1e-6)
+    about = json.loads((model_folder / "config.json").read_text())
+    planned = facts_of_config(about, adapter=AdapterConfig.model_validate(QLORA), dtype="float32")
+    # ZeRO-3 pads each of the 14 matrices
+    assert results["qlora"][-1]["intact"]
+    assert results["qlora"][-1]["packed_bytes"] == pytest.approx(planned.packed_parameters / 2 / world_size, rel=0.02)
     gathered = [results[name][-1]["gathered"] for name in ("stage3-micro2", "probed")]
     assert gathered[0] == gathered[1] > 0  # a probe teaches ZeRO-3 nothing
 
@@ -225,13 +239,19 @@ def test_adapters_equal_a_plain_loop(world_size: int, model_folder: Path, tmp_pa
         case("lora-stage2", 2, 2, adapter=LORA),
         case("lora-persistent", 3, 2, adapter=LORA, persistence_threshold=100_000),
         case("dora", 3, 2, adapter={**LORA, "use_dora": True}),
+        case("qlora-persistent", 3, 2, adapter=QLORA, persistence_threshold=100_000),
+        case("qlora-kept", 3, 2, adapter=QLORA, model={"gradient_checkpointing": False}, zero=HELD_BRIEFLY),
+        case("qlora-selective", 3, 2, adapter=QLORA, model={"gradient_checkpointing": "selective"}),
+        case("qlora-offloaded", 3, 2, adapter=QLORA, model={"activation_offload": True}),
     ]
     results = run_ranks(world_size, {"model": str(model_folder), "cases": cases}, tmp_path)
     lora = plain_loop(model_folder, prepare=peft_model)
     dora = plain_loop(model_folder, prepare=functools.partial(peft_model, use_dora=True))
     assert dora[-1]["loss"] != pytest.approx(lora[-1]["loss"], rel=1e-6)
+    qlora = plain_loop(model_folder, prepare=peft_model, quantization_config=four_bits())
     for name, found in results.items():
-        assert_same(found, dora if name == "dora" else lora, 1e-6)
+        assert_same(found, {"dora": dora, "qlora": qlora}.get(name.partition("-")[0], lora), 1e-6)
+        assert found[-1].get("intact", True)
 
 
 USUAL: dict[str, dict[str, Any]] = {
@@ -258,6 +278,10 @@ FURTHER: dict[str, dict[str, Any]] = {
     "lora-bfloat16": {"stage": 3, "dtype": "bfloat16", "adapter": LORA},
     "lora-offload": {"stage": 3, "dtype": "bfloat16", "offload": True, "adapter": LORA},
     "lora-persistent": {"stage": 3, "persistence_threshold": 100_000, "adapter": LORA},
+    "qlora": {"stage": 3, "adapter": QLORA},
+    "qlora-bfloat16": {"stage": 3, "dtype": "bfloat16", "adapter": QLORA},
+    "qlora-offload": {"stage": 3, "dtype": "bfloat16", "offload": True, "zero": OFFLOADED, "adapter": QLORA},
+    "qlora-persistent": {"stage": 3, "persistence_threshold": 100_000, "adapter": QLORA},
     "lora-stage2": {"stage": 2, "adapter": LORA},
     "groups-stage2": {"stage": 2, "optimizer": GROUPS},
     "groups-stage1": {"stage": 1, "optimizer": GROUPS},

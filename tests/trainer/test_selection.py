@@ -166,9 +166,7 @@ def test_adapters_that_cannot_be(options: dict[str, Any], more: dict[str, Any], 
         add_adapter(make_model("llama", **more), AdapterConfig(**options), 0)
 
 
-def test_the_config_says_what_to_do_about_qlora_and_contradictions() -> None:
-    with pytest.raises(ValidationError, match="4-bit weights cannot be cut"):
-        AdapterConfig.model_validate({"type": "qlora"})
+def test_the_config_says_what_to_do_about_contradictions() -> None:
     with pytest.raises(ValidationError, match="leave out `freeze`"):
         ModelConfig.model_validate({"path": "/m", "freeze": ["a"], "adapter": {}})
     with pytest.raises(ValidationError, match="not both"):

@@ -37,6 +37,19 @@ def make_workspace(folder: Path) -> Path:
     return folder
 
 
+def four_bits() -> Any:
+    """For transformers to load a model as the paper on QLoRA has it."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+
+
 def make_run(
     folder: Path,
     workspace: Path,

@@ -79,6 +79,13 @@ class ModelConfig(Section):
                 "`adapter` freezes all of the model's weights: leave out `freeze` and `train_only`; "
                 "`adapter.targets` and `adapter.modules_to_save` say what is trained"
             )
+        if self.adapter is not None and self.adapter.type == "qlora":
+            if self.path is None:
+                raise ValueError(
+                    "`adapter.type` qlora needs pretrained weights (`path`); random ones have no use in 4 bits"
+                )
+            if self.compile:
+                raise ValueError("`compile` does not go with `adapter.type` qlora: leave one of them out")
         self._speed_and_memory()
         if self.config is not None and self.resize_embeddings:
             raise ValueError("`resize_embeddings` is for pretrained weights (`path`); set `vocab_size` in `config`")

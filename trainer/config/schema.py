@@ -369,6 +369,8 @@ class LaunchConfig(Section):
                 raise ValueError("export.adapter: random weights (`model.config`) are in no folder; use merge")
             if getattr(self.task, "head", None) is not None:
                 raise ValueError("export.adapter: an adapter's folder cannot hold the layers of task.head; use merge")
+        if self.model.adapter is not None and self.model.adapter.type == "qlora" and self.deepspeed.zero_stage != 3:
+            raise ValueError("model.adapter.type: qlora needs deepspeed.zero_stage 3 (on one rank as well)")
         if self.training.optimizer.type == "adafactor" and self.deepspeed.zero_stage != 3:
             raise ValueError("training.optimizer.type: adafactor needs deepspeed.zero_stage 3, or use adamw")
         if self.data.packing and self.task.type not in PACKED_TASKS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,7 +12,9 @@ from trainer.config.section import Auto, Beta, Flag, NonNegativeFloat, PositiveF
 class AdapterConfig(Section):
     """LoRA (Hu et al. 2021): low-rank updates of linear layers are trained, the model's own weights are not."""
 
-    type: Literal["lora"] = "lora"
+    type: Literal["lora", "qlora"] = Field(
+        "lora", description="qlora: the weights under the adapter are kept in 4 bits (NF4, scales in 8 bits)"
+    )
     rank: PositiveInt = Field(16, description="Of the update B A of each matrix")
     alpha: PositiveFloat = Field(32.0, description="The update is scaled by alpha / rank")
     dropout: Annotated[float, Field(ge=0, lt=1, strict=True)] = Field(0.0, description="Of the adapter's input")
@@ -26,22 +28,18 @@ class AdapterConfig(Section):
         (), description="Modules trained as a whole besides the adapter; the head of a task always is"
     )
 
-    @field_validator("type", mode="before")
-    @classmethod
-    def _no_quantisation(cls, value: Any) -> Any:
-        if value == "qlora":
-            raise ValueError(
-                "4-bit weights cannot be cut into ZeRO's pieces; use lora: ZeRO-3 spreads the frozen weights over all "
-                "ranks, so each holds 1 / ranks of them in bfloat16"
-            )
-        return value
-
     @field_validator("targets")
     @classmethod
     def _some_target(cls, value: Auto | tuple[str, ...]) -> Auto | tuple[str, ...]:
         if not value:
             raise ValueError('name at least one module, or "auto"')
         return value
+
+    @model_validator(mode="after")
+    def _no_lengths_of_packed_rows(self) -> AdapterConfig:
+        if self.type == "qlora" and self.use_dora:
+            raise ValueError("`use_dora` would unpack every matrix in each pass to measure its rows: use it with lora")
+        return self
 
 
 class ParameterGroup(Section):

@@ -123,10 +123,11 @@ def estimate(
     width = 2 if dtype == "bfloat16" else 4
     stage = int(zero["stage"])
     everything, trained = model.parameters, model.trainable_parameters
+    held = everything if model.held_elements is None else model.held_elements
     share = math.ceil(trained / world_size)
-    whole = everything if stage < 3 else math.ceil(everything / world_size) + model.small_parameters
+    whole = held if stage < 3 else math.ceil(held / world_size) + model.small_parameters
     if (node := int(zero.get("zero_hpz_partition_size", 1))) > 1:
-        whole += math.ceil(everything / node)
+        whole += math.ceil(held / node)
     # Gradients are accumulated in fp32: stage 1 keeps whole ones, stages 2 and 3 each rank's share.
     gradients = 4 * (trained if stage == 1 else share)
     masters, moments = 4 * share, state_bytes * share
@@ -134,7 +135,8 @@ def estimate(
     if stage == 3:
         # What was gathered stays until stage3_max_live_parameters is reached; a layer must fit in any case.
         limit = max(int(zero["stage3_max_live_parameters"]), 2 * (model.largest_block or 0))
-        live = width * min(everything, limit + int(zero["stage3_prefetch_bucket_size"]))
+        live = width * min(held, limit + int(zero["stage3_prefetch_bucket_size"]))
+    live += unpacking_bytes(model, width)
     # A bucket is filled in the model's dtype (twice, where it overlaps with the backward pass) and reduced in fp32.
     bucket = int(zero["reduce_bucket_size"])
     if device == "cpu":  # allocated whole, but memory that nothing touches costs nothing
@@ -149,9 +151,10 @@ def estimate(
             gradients, masters, moments, step = 0, 0, 0, 0
         else:
             host = 0
-    parameters = width * whole
+    scales = scale_bytes(model)
+    parameters = width * whole + scales
     if device == "cuda" and zero.get("offload_param", {}).get("device", "none") != "none":
-        small = width * model.small_parameters  # these stay
+        small = width * model.small_parameters + scales  # these stay
         host, parameters = host + parameters - small, small
     staging = 12 * share + (0 if model.pinned else math.ceil(width * (everything - trained) / world_size))
     tokens = math.ceil(micro_batch_size * sequence_length / sequence_parallel)
@@ -174,6 +177,16 @@ def estimate(
         host_offload=host,
         host_staging=staging if device == "cuda" else 0,
     )
+
+
+def scale_bytes(model: ModelFacts) -> int:
+    """Bytes of what undoes 4 bits, whole on every rank: a byte for 64 weights, and 4 for 256 of those bytes."""
+    return math.ceil(model.packed_parameters * (1 / 64 + 4 / (64 * 256)))
+
+
+def unpacking_bytes(model: ModelFacts, width: int) -> int:
+    """Bytes of a matrix as its 4 bits are undone for a product, one at a time: itself and its scales in fp32."""
+    return math.ceil(model.largest_packed * (width + 4 / 64))
 
 
 def layer_bytes_per_token(model: ModelFacts, width: int, kernels: str = "own") -> int:

@@ -23,6 +23,7 @@ from trainer.planning.layouts import FAMILIES, Json, Shape, parameter_shapes, si
 from trainer.selection import adapter_shapes, select, trained_names
 
 HEAD = "task_head"  # what `trainer.modeling_head` calls the layers of `task.head`
+TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt"})  # their layers keep weights as [in, out]
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,13 @@ class ModelFacts:
         parameters: how many there are; tied weights count once.
         trainable_parameters: those that are not frozen.
         lookup_parameters: embeddings that are only looked up, not multiplied with.
-        largest_block: parameters of the largest layer (embeddings and the head count as one each).
+        packed_parameters: those in 4 bits (QLoRA). ZeRO-3 holds four to a bfloat16, eight to a float32, and the next
+            three count what it holds.
+        largest_block: elements of the largest layer (embeddings and the head count as one each).
+        small_parameters: elements in tensors of at most 100,000, which ZeRO-3 keeps whole on every rank.
+        held_elements: all of them.
+        largest_packed: parameters of the largest matrix in 4 bits.
         pinned: frozen weights are in the model's own files, and checkpoints leave them out.
-        small_parameters: parameters in tensors of at most 100,000 elements, which ZeRO-3 keeps whole on every rank.
         gated: whether the MLP multiplies two projections (SwiGLU, GeGLU).
         source: where the counts come from.
         note: what is not known, and why.
@@ -45,8 +50,11 @@ class ModelFacts:
     parameters: int | None = None
     trainable_parameters: int | None = None
     lookup_parameters: int = 0
+    packed_parameters: int = 0
     largest_block: int | None = None
     small_parameters: int = 0
+    held_elements: int | None = None
+    largest_packed: int = 0
     pinned: bool = False
     vocabulary: int | None = None
     hidden_size: int | None = None
@@ -81,7 +89,7 @@ def model_facts(
     """
     if model.config is not None:
         return facts_of_config(
-            model.config, model.freeze, model.train_only, model.adapter, patterns, new_head, head_sizes
+            model.config, model.freeze, model.train_only, model.adapter, patterns, new_head, head_sizes, model.dtype
         )
     assert model.path is not None
     folder = model_folder(model.path)
@@ -99,13 +107,16 @@ def model_facts(
         raise UserError(f"model.path: {path} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"model.path: {path} is not a JSON object; expected a Hugging Face model config")
-    facts = facts_of_config(config, model.freeze, model.train_only, model.adapter, patterns, new_head, head_sizes)
+    facts = facts_of_config(
+        config, model.freeze, model.train_only, model.adapter, patterns, new_head, head_sizes, model.dtype
+    )
     shapes = {} if facts.parameters is not None else safetensors_shapes(folder)
     facts = replace(facts, pinned=next(folder.glob("*.safetensors"), None) is not None)
     if not shapes:
         return facts
     # names in a file may carry another prefix than the model's own
-    return _counted(replace(facts, source="safetensors"), shapes, model.freeze, model.train_only, model.adapter, False)
+    facts = replace(facts, source="safetensors")
+    return _counted(facts, shapes, model.freeze, model.train_only, model.adapter, False, model.dtype)
 
 
 def facts_of_config(
@@ -116,6 +127,7 @@ def facts_of_config(
     patterns: Mapping[str, Sequence[str]] = MappingProxyType({}),
     new_head: bool = False,
     head_sizes: Sequence[int] = (),
+    dtype: str = "bfloat16",
 ) -> ModelFacts:
     """As `model_facts`, of a Hugging Face config dict; the counts only for families whose layout is known here."""
     model_type = str(config.get("model_type", "unknown"))
@@ -133,6 +145,8 @@ def facts_of_config(
         gated=family.gated if family else True,
         max_positions=sizes.get("max_position_embeddings"),
     )
+    if adapter is not None and adapter.type == "qlora" and model_type in TRANSPOSED:
+        raise UserError(f"model.adapter: qlora packs torch.nn.Linear, which {model_type} has not; use lora")
     if family is None:
         return replace(facts, note=f"the parameter layout of model_type {model_type!r} is not known to dsft")
     shapes = dict(parameter_shapes(config))
@@ -144,7 +158,8 @@ def facts_of_config(
         for key, found in patterns.items():
             select(list(shapes), found, key)
     tied = bool(sizes["tie_word_embeddings"]) and not new_head
-    return _counted(replace(facts, source="config"), shapes, freeze, train_only, adapter, not new_head, tied)
+    facts = replace(facts, source="config")
+    return _counted(facts, shapes, freeze, train_only, adapter, not new_head, dtype, tied)
 
 
 def _counted(
@@ -154,18 +169,24 @@ def _counted(
     train_only: tuple[str, ...],
     adapter: AdapterConfig | None,
     strict: bool,
+    dtype: str,
     tied: bool = True,
 ) -> ModelFacts:
+    packed: set[str] = set()
     if adapter is None:
         trained = trained_names(list(shapes), freeze, train_only, strict)
     else:
         added = dict(adapter_shapes(shapes, adapter))
+        if adapter.type == "qlora":
+            packed = {name.replace(".lora_A.", ".") for name in added if ".lora_A." in name}
         trained = added.keys() | select(list(shapes), adapter.modules_to_save, "model.adapter.modules_to_save", strict)
         trained |= {name for name in shapes if name.startswith(f"{HEAD}.")}
         shapes = {**shapes, **added}
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
+    to_an_element = 4 if dtype == "bfloat16" else 8
+    held = {name: count // to_an_element if name in packed else count for name, count in counts.items()}
     blocks: dict[str, int] = {}
-    for name, count in counts.items():
+    for name, count in held.items():
         match = re.match(r".*?\.\d+(?=\.)", name)
         block = match[0] if match else name
         blocks[block] = blocks.get(block, 0) + count
@@ -176,8 +197,11 @@ def _counted(
         parameters=sum(counts.values()),
         trainable_parameters=sum(counts[name] for name in trained),
         lookup_parameters=sum(counts[name] for name in lookups),
+        packed_parameters=sum(counts[name] for name in packed),
         largest_block=max(blocks.values()),
-        small_parameters=sum(count for count in counts.values() if count <= 100_000),
+        small_parameters=sum(count for count in held.values() if count <= 100_000),
+        held_elements=sum(held.values()),
+        largest_packed=max((counts[name] for name in packed), default=0),
         note=None,
     )
 
