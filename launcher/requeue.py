@@ -85,7 +85,7 @@ def _explain(reason: str) -> str:
     """TERM comes with a preemption and with scancel; where `preempt_send_user_signal` is set, so does USR1."""
     if reason in ("time_limit", "terminate"):
         with contextlib.suppress(DsftError):
-            if client.is_preempted(os.environ["SLURM_JOB_ID"], _ASK_SECONDS):
+            if client.is_preempted(client.own_id(), _ASK_SECONDS):
                 return "preemption"
     return reason
 

@@ -61,6 +61,8 @@ class Tuner:
     signals: StopSignals
     say: Callable[[str], None]
     changed: Callable[[], object]  # called whenever a trial has ended
+    is_task: bool = False  # a job of an array: it sees one trial through
+    again: bool = False  # out: the trial is to go on in the same job, requeued
     running: list[Running] = field(default_factory=list)
     _told: int = 0
     _next_ask: float = 0.0
@@ -74,12 +76,12 @@ class Tuner:
 
         Raises UserError if a trial fails by the user's mistake before any has succeeded.
         """
-        patient = True
+        patient, room = True, 1 if self.is_task else sys.maxsize
         try:
             while True:
-                while not self.signals.count and len(self.running) < self.search.settings.parallel:
+                while room and not self.signals.count and len(self.running) < self.search.settings.parallel:
                     taken = self.study.take(patient)
-                    patient = False
+                    patient, room = False, room - 1
                     if taken is None:
                         break
                     self.running.append(self._begin(*taken))
@@ -178,7 +180,9 @@ class Tuner:
         if running.pruned:
             self._tell(running, TrialState.PRUNED, f"pruned at step {max(running.reported)}")
             return
-        if self.signals.count:
+        if self.is_task and code == EXIT_TEMPORARY:  # the time limit, a preemption, nodes that are gone
+            self.again = True
+        if self.signals.count or self.again:
             self._let_go(running)
             return
         failure, message = _failure(running.run, running.attempts, code, state.reason)
@@ -223,13 +227,16 @@ class Tuner:
                 # not submitted yet, or over already: the next try or the watcher tells
                 with contextlib.suppress(DsftError), contextlib.redirect_stdout(io.StringIO()):
                     cancel.run(argparse.Namespace(run=str(running.run.path), now=self.signals.count > 1))
+        elif self.is_task and self.signals.reason == "terminate":
+            return  # SLURM has told the launch as well
         elif self._told < min(self.signals.count, 2):
             if self._told == 0 and self.running:
                 self.say("stopping the trials; `dsft tune` goes on with them")
             self._told += 1
+            number = signal.SIGUSR1 if self.is_task and self.signals.reason == "time_limit" else signal.SIGINT
             for running in self.running:
                 if running.process is not None and running.process.poll() is None:
-                    running.process.send_signal(signal.SIGINT)
+                    running.process.send_signal(number)
 
     def _is_over(self, running: Running) -> bool:
         if running.process is not None and running.process.poll() is None:

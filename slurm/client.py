@@ -81,6 +81,12 @@ def jobs(job_ids: Sequence[str]) -> dict[str, Job]:
     return found
 
 
+def own_id() -> str:
+    """The id of the job that this process runs in. Its number alone may mean the whole array that it is one of."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+
+
 def job(job_id: str) -> Job | None:
     """One job; None if SLURM answers that it knows of none. Raises SlurmUnavailable."""
     return jobs([job_id]).get(job_id)

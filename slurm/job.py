@@ -63,10 +63,11 @@ class Job:
     run_dir: Path
     command: Sequence[str]
     package_path: str | None = None
+    array: str | None = None  # several at a time, unlike the chain of `cluster.array`
 
     @property
     def log_path(self) -> Path:
-        """Where the output of the batch script and of the supervisor is appended to."""
+        """Where the output of the batch script and of the supervisor is appended to; job N of an array adds `.N`."""
         return self.run_dir / "job.log"
 
     @property
@@ -100,7 +101,7 @@ def sbatch_options(job: Job, cluster: SlurmCluster) -> dict[str, str | None]:
     most = cluster.nodes + cluster.spare_nodes
     given: dict[str, str | int | bool | None] = {
         "job-name": job.name,
-        "output": _file_name(str(job.log_path)),
+        "output": _file_name(str(job.log_path)) + (".%a" if job.array else ""),
         "open-mode": "append",
         "export": "ALL",
         "nodes": f"{cluster.fewest_nodes}-{most}" if most > cluster.fewest_nodes else cluster.nodes,
@@ -109,7 +110,7 @@ def sbatch_options(job: Job, cluster: SlurmCluster) -> dict[str, str | None]:
         "requeue": cluster.requeue,
         "no-requeue": not cluster.requeue,
         "signal": f"B:USR1@{cluster.grace_seconds}",
-        "array": cluster.array,
+        "array": job.array or cluster.array,
     }
     given |= {
         "partition": cluster.partition,

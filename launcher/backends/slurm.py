@@ -249,7 +249,7 @@ class SlurmBackend:
     def _usable(self, allocated: list[str]) -> list[str]:
         """SLURM takes nodes that are down out of a running job, and marks those that do not answer."""
         with contextlib.suppress(DsftError, ValueError):
-            if (job := client.job(os.environ["SLURM_JOB_ID"])) is not None and job.node_list:
+            if (job := client.job(client.own_id())) is not None and job.node_list:
                 allocated = [node for node in expand(job.node_list) if node in allocated]
             states = client.node_states(",".join(allocated)) if allocated else {}
             return [node for node in allocated if not _is_down(states.get(node, ""))]

@@ -185,25 +185,32 @@ def _submitted(
 ) -> tuple[str, Job]:
     """Check data and tokenizer, and submit; returns the job's id, and what was submitted."""
     from launcher.backends.slurm import job_of, submit
-    from launcher.gate import CheckProcess
     from launcher.grace import grace_problem
     from launcher.jobs import refuse_second_job
 
     refuse_second_job(target)
     _write_records(target, resolved, plan)
-    gate = CheckProcess(target.config_path)
-    try:
-        while not gate.poll():
-            time.sleep(0.05)
-    finally:
-        gate.cancel()
+    warnings = checked(target.config_path)
     problem = grace_problem(target, cluster)
-    for warning in (*gate.result.get("warnings", ()), *([problem] if problem else [])):
+    for warning in (*warnings, *([problem] if problem else [])):
         print(f"warning: {warning}", file=sys.stderr)
     job = job_of(target, config.name, cluster)
     job_id = submit(job, cluster)
     target.event_writer("submission").write("submitted", job_id=job_id, backend="slurm")
     return job_id, job
+
+
+def checked(config_path: Path) -> list[str]:
+    """Check the data and tokenizer of a config; its warnings. Raises UserError, DataError."""
+    from launcher.gate import CheckProcess
+
+    gate = CheckProcess(config_path)
+    try:
+        while not gate.poll():
+            time.sleep(0.05)
+    finally:
+        gate.cancel()
+    return list(gate.result.get("warnings", ()))
 
 
 def _follow(config: LaunchConfig, target: RunDirectory, job_id: str, as_json: bool) -> int:

@@ -397,6 +397,15 @@ class LaunchConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _array_of_jobs(self) -> LaunchConfig:
+        if self.tune is not None and self.tune.array:
+            if self.cluster.backend != "slurm":
+                raise ValueError("tune.array: only SLURM has arrays of jobs: set cluster.backend, or leave it out")
+            if self.cluster.array is not None:
+                raise ValueError("cluster.array: a chain of jobs for one run; leave it out with tune.array")
+        return self
+
+    @model_validator(mode="after")
     def _data_ends(self) -> LaunchConfig:
         if self.training.max_steps is None and all(source.epochs == "repeat" for source in self.data.train):
             raise ValueError(

@@ -76,7 +76,10 @@ class TuneConfig(Section):
         min_length=1, description='Key of the config, as --set takes it ("training.global_batch_size") -> its values'
     )
     trials: PositiveInt | None = Field(None, description="In all, failed ones too; default: 20, of a grid all of it")
-    parallel: PositiveInt = Field(1, description="Trials at a time of each `dsft tune`")
+    parallel: PositiveInt = Field(1, description="Trials at a time of each `dsft tune`, or of the array")
+    array: Flag = Field(
+        False, description="On SLURM: an array of jobs, one a trial, in place of jobs from a login node"
+    )
     metric: str | None = Field(None, description="What to search by; default: `evaluation.metric`")
     sampler: Literal["tpe", "random", "grid"] = Field("tpe", description="tpe: see Bergstra et al. 2011")
     pruner: Literal["none", "median", "hyperband"] = Field(
