@@ -34,10 +34,12 @@ def test_eight_trials_as_an_array_find_the_best_although_jobs_are_killed(cluster
     study = tmp_path / "runs/words"
     runs = [RunDirectory(study / "trials" / f"{number:04d}") for number in range(8)]
 
-    def tune(*options: str) -> subprocess.CompletedProcess[str]:
+    def tune(*options: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, "-P", "-m", "launcher", "tune", str(config), *sets, *options]
         variables = {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(tmp_path / "state"), "COLUMNS": "200"}
-        return cluster.run(*words, seconds=600, **variables)
+        done = cluster.run(*words, check=False, seconds=600, **variables)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
 
     def log() -> str:
         return "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(study.glob("job.log.*")))
@@ -49,9 +51,10 @@ def test_eight_trials_as_an_array_find_the_best_although_jobs_are_killed(cluster
 
     def task_of(number: int) -> str:
         """The job, as `12_3`, that a trial runs in."""
-        node = worker_of(number)[0]
-        command = ["squeue", "--noheader", "-r", f"--nodelist={node}", "--states=running", "--format=%i"]
-        return cluster.run(*command).stdout.strip()
+        node, pid = worker_of(number)
+        variables = cluster("exec", node, "cat", f"/proc/{pid}/environ").split("\0")
+        found = dict(variable.split("=", 1) for variable in variables if "=" in variable)
+        return f"{found['SLURM_ARRAY_JOB_ID']}_{found['SLURM_ARRAY_TASK_ID']}"
 
     def learning(number: int, steps: int = 5) -> None:
         cluster.wait(lambda: len(runs[number].step_lines()) >= steps, log(), 240)
@@ -59,7 +62,9 @@ def test_eight_trials_as_an_array_find_the_best_although_jobs_are_killed(cluster
     assert "submitted array" in tune().stdout
     array = job_id(read_lines(study / "events/submission.jsonl"))
     learning(TOLD, 12)
-    cluster.run("scancel", "--signal=USR1", "--batch", task_of(TOLD))
+    node, pid = worker_of(TOLD)
+    script = cluster("exec", node, "ps", "-o", "ppid=", "-p", str(pid)).strip()
+    cluster("exec", node, "kill", "-USR1", script)  # scancel --signal never ends for a job of an array
     learning(BEST)
     node, pid = worker_of(BEST)
     cluster("exec", node, "kill", "-9", str(pid))
@@ -69,12 +74,11 @@ def test_eight_trials_as_an_array_find_the_best_although_jobs_are_killed(cluster
     learning(CANCELLED)
     cluster.run("scancel", task_of(CANCELLED))
 
-    said = tune("--watch").stdout  # follows what is there
-    assert "submitted" not in said
-    if (
-        "submits what is missing" in said
-    ):  # the cancelled job's trial was taken over by the last one, which left its own
-        assert "submitted array" in tune("--watch").stdout
+    # follows what is there: another job takes the trial of the cancelled one over, so that the last one is missing
+    followed = tune("--watch", code=75)
+    assert "submitted" not in followed.stdout
+    assert "submits what is missing" in followed.stdout
+    assert "submitted array" in tune("--watch").stdout
     value = json.loads(tune("--json").stdout)
     assert [trial["state"] for trial in value["trials"]] == ["finished"] * 8, log()
     assert value["finished"]
