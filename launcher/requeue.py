@@ -13,7 +13,7 @@ from launcher.backends.slurm import SlurmBackend
 from launcher.nodes import BAD_NODE_HOURS, bad_nodes
 from launcher.state import ledger
 from launcher.supervisor import Supervisor, progress
-from launcher.verdict import Action, Attempt, Verdict
+from launcher.verdict import Action, Attempt, Verdict, decide
 from slurm import client
 from slurm.hostlist import expand
 from trainer.config.schema import SlurmCluster
@@ -24,13 +24,14 @@ _ASK_SECONDS = 2.0  # after TERM, everything is killed soon: the verdict cannot 
 
 
 class GivenUpError(DsftError):
-    """An earlier job of the chain has stopped the run for good."""
+    """The job, or an earlier one of its chain, is at the end of the ladder."""
 
 
 def continue_job(supervisor: Supervisor, backend: SlurmBackend) -> None:
     """Give the supervisor what earlier starts of this job went through, and the backend the nodes that failed lately.
 
-    Raises GivenUpError in a chain of jobs if one of them has stopped the run for good.
+    Raises GivenUpError if the start before has used up what restarts there are, or if one of a chain of jobs has
+    stopped the run for good.
     """
     run = supervisor.run
     job_id = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ["SLURM_JOB_ID"]
@@ -39,7 +40,7 @@ def continue_job(supervisor: Supervisor, backend: SlurmBackend) -> None:
     supervisor.explain = _explain
     is_chain = "SLURM_ARRAY_JOB_ID" in os.environ
     if is_chain or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0:  # else a person has started it
-        supervisor.history = attempts_of(run, job_id, time.time())
+        supervisor.history = attempts_of(run, job_id, time.time(), supervisor.resilience.max_restarts)
         last = run.verdicts()[-1:] if supervisor.history else []
         if last and last[0]["outcome"] == "failed" and last[0]["action"] == "stop" and not last[0].get("requeue"):
             if is_chain:
@@ -50,16 +51,19 @@ def continue_job(supervisor: Supervisor, backend: SlurmBackend) -> None:
     backend.pool.remember(ledger(run), time.time(), supervisor.resilience.bad_node_hours)
 
 
-def attempts_of(run: RunDirectory, job_id: str, now: float) -> list[Attempt]:
+def attempts_of(run: RunDirectory, job_id: str, now: float, max_restarts: int) -> list[Attempt]:
     """The attempts that earlier starts of this very job have made; one that left no verdict gets its verdict here.
 
-    The caller holds the lock of the run. now: unix seconds.
+    The caller holds the lock of the run. now: unix seconds. Raises GivenUpError if such a one was the last allowed.
     """
     ledger = [e for e in read_lines(run.events_dir / "supervisor.jsonl") if e["event"] == "attempt"]
     mine = [event for event in ledger if event.get("job_id") == job_id]
     history: list[Attempt] = []
+    given_up = False
     for event in mine:
         attempt = int(event["attempt"])
+        if given_up:  # and a person has requeued the job
+            history.clear()
         value = read_json(run.verdict_path(attempt))
         if value is None:
             step = progress(run)[1] or None
@@ -70,12 +74,20 @@ def attempts_of(run: RunDirectory, job_id: str, now: float) -> list[Attempt]:
                 head = event.get("head")
                 message = f"the supervisor on {head} was killed, or its node went down: it left no verdict"
                 verdict = Verdict("failed", "node", message=message, step=step)
-            value = verdict.to_json() | {"action": "retry", "reason": "the job was requeued", "delay_seconds": 0.0}
-            value |= {"requeue": True, "exit_code": EXIT_TEMPORARY, "time": now, "progress": list(progress(run))}
+            now_at = progress(run)
+            action = Action("retry", EXIT_TEMPORARY, reason="the job was requeued", requeue=True)
+            if verdict.outcome == "failed":
+                decided = decide([*history, Attempt(verdict, now_at)], max_restarts)
+                action = decided if decided.kind == "stop" else action
+            value = verdict.to_json() | {"action": action.kind, "reason": action.reason, "delay_seconds": 0.0}
+            value |= {"requeue": action.requeue, "exit_code": action.exit_code, "time": now, "progress": list(now_at)}
             write_json(run.verdict_path(attempt), value, indent=1)
             if verdict.outcome == "failed":
                 fields = {key: value[key] for key in ("class", "rank", "node", "step", "message", "victims", "action")}
                 run.event_writer("supervisor").write("failure", attempt=attempt, **fields)
+            if action.kind == "stop":
+                raise GivenUpError(f"{action.reason} ({verdict.message})")
+        given_up = value["outcome"] == "failed" and value["action"] == "stop" and not value.get("requeue")
         reached = value.get("progress") or (0, 0)
         history.append(Attempt(Verdict.from_json(value), (int(reached[0]), int(reached[1]))))
     return history

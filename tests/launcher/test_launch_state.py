@@ -13,9 +13,9 @@ from launcher.consistency import refuse_changes
 from launcher.grace import grace_problem
 from launcher.registry import find_run, known_runs, register
 from launcher.report import report
-from launcher.requeue import attempts_of
+from launcher.requeue import GivenUpError, attempts_of
 from launcher.state import CUT_SHORT, run_state
-from launcher.verdict import Verdict, decide
+from launcher.verdict import Verdict
 from trainer.config.schema import SlurmCluster
 from trainer.failures import UserError
 from trainer.lease import acquire
@@ -136,12 +136,18 @@ def test_attempts_before_a_requeue_count_and_one_without_a_verdict_is_a_failure(
             verdict = Verdict("failed", "hang", rank=1, step=5, message="m").to_json()
             write_json(run.verdict_path(attempt), verdict | {"action": "retry", "progress": [4, 5]})
     append_line(run.metrics_path, {"step": 5, "loss": 1.0})
-    history = attempts_of(run, "7", 100.0)
+    history = attempts_of(run, "7", 100.0, 2)
     assert [(past.verdict.failure_class, past.progress) for past in history] == [("hang", (4, 5)), ("node", (0, 5))]
     assert run.verdicts()[2]["message"].startswith("the supervisor on n1 was killed")
-    assert attempts_of(run, "7", 100.0) == history  # read back, not made anew
-    assert decide(history, max_restarts=1).kind == "stop"
-    assert decide(history, max_restarts=2).kind == "retry"
+    assert attempts_of(run, "7", 100.0, 2) == history  # read back, not made anew
+    run.verdict_path(3).unlink()
+    with pytest.raises(GivenUpError, match=r"max_restarts \(1\) is used up"):
+        attempts_of(run, "7", 100.0, 1)
+    assert (run.verdicts()[2]["action"], run.verdicts()[2]["requeue"]) == ("stop", False)
+    run.new_attempt()  # a person has requeued it, and the count begins anew
+    append_line(run.events_dir / "supervisor.jsonl", {"time": 4, "event": "attempt", "attempt": 4, "job_id": "7"})
+    assert len(attempts_of(run, "7", 100.0, 1)) == 1
+    assert run.verdicts()[3]["action"] == "retry"
 
 
 def test_an_attempt_killed_while_it_was_stopping_is_no_failure(run: RunDirectory) -> None:
@@ -151,7 +157,7 @@ def test_an_attempt_killed_while_it_was_stopping_is_no_failure(run: RunDirectory
     assert run_state(run).state == "failed"
     run.request_stop(1, "terminate")
     assert (run_state(run).state, run_state(run).reason) == ("stopped", CUT_SHORT)
-    history = attempts_of(run, "7", 100.0)
+    history = attempts_of(run, "7", 100.0, 2)
     assert [past.verdict.outcome for past in history] == ["stopped"]
     assert run.verdicts()[0]["message"] == "stopped on request (terminate)"
     assert (run.events_dir / "supervisor.jsonl").read_text().count("\n") == 1  # nothing counts against the run
