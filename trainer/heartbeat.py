@@ -115,6 +115,11 @@ def step_done(began: float, data_seconds: float) -> float:
     return seconds
 
 
+def step_under_way() -> int | None:
+    """The step that this process works at, or has done last; None before the first."""
+    return _state.step or None
+
+
 def note_probe(seconds: float) -> None:
     """The straggler probe took so long."""
     _state.probe_seconds = seconds
