@@ -106,7 +106,11 @@ def dsft_side(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from trainer.rundir import RunDirectory
 
     run = RunDirectory(folder / "runs" / "dsft")
-    starts = []
+    starts: list[float] = []
+
+    def firsts() -> list[float]:
+        return [float(event["time"]) for event in run.merged_events() if event["event"] == "first_step"]
+
     for last in (options.steps, options.steps + RESUMED_STEPS):
         starts.append(time.time())
         with open(folder / "dsft.txt", "ab") as output:
@@ -114,7 +118,7 @@ def dsft_side(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             process = subprocess.Popen(command, env=environment(folder), stdout=output, stderr=output)
         while process.poll() is None:
             lines = run.step_lines() if run.metrics_path.exists() else []
-            if lines and lines[-1]["step"] >= last:
+            if lines and lines[-1]["step"] >= last and len(firsts()) == len(starts):
                 process.send_signal(signal.SIGINT)
                 break
             time.sleep(0.2)
@@ -122,11 +126,11 @@ def dsft_side(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         if not run.metrics_path.exists():
             raise SystemExit((folder / "dsft.txt").read_text()[-4000:])
     events = run.merged_events()
-    firsts = [float(event["time"]) for event in events if event["event"] == "first_step"]
+    first, resumed = firsts()
     lines = [line for line in run.step_lines() if line["step"] <= options.steps]
     return {
-        "first_step": firsts[0] - starts[0],
-        "resume": firsts[1] - starts[1],
+        "first_step": first - starts[0],
+        "resume": resumed - starts[1],
         "step_seconds": [line["step_seconds"] for line in lines],
         "target_tokens": [line["target_tokens"] for line in lines],
         "stall": next(float(e["stall_seconds"]) for e in events if e["event"] == "checkpoint_started"),
