@@ -33,7 +33,7 @@ def main() -> None:
         "type": "sft",
         "skip_validation": True,
         "micro_batch_size": job["micro_batch_size"],
-        "exit_iteration": job["save_at"] + 2 if resumed else job["steps"],
+        "exit_iteration": job["steps"] + (2 if resumed else 0),  # it saves where it ends, too
         "model": {"name_or_path": str(folder / "model"), "attn_implementation": "sdpa", "dtype": DTYPES[job["dtype"]]},
         "data": {
             "sources": [

@@ -169,7 +169,7 @@ def peer_side(side: str, folder: Path, options: argparse.Namespace) -> dict[str,
     first, resumed = told
     return {
         "first_step": first[0]["first_step"] - starts[0],
-        "resume": resumed[0]["first_step"] - starts[1] if resumed else None,
+        "resume": resumed[0]["first_step"] - starts[1] if resumed and resumed[0]["first_step"] else None,
         "step_seconds": first[0]["step_seconds"],
         "target_tokens": [sum(counts) for counts in zip(*(part["target_tokens"] for part in first), strict=True)],
         "stall": max(part["stall"] for part in first),
