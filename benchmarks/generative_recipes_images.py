@@ -23,9 +23,8 @@ def nlvr_colours(data: Path, folder: Path) -> Recipe:
     for name in ("dev", "test"):
         records = []
         for made in _scenes(data, folder, name):
-            (first, most), *others = Counter(item["color"] for box in made["boxes"] for item in box).most_common()
-            if not others or others[0][1] < most:
-                records.append({"image": made["image"], "label": COLOURS[first]})
+            if (most := _most(made)) is not None:
+                records.append({"image": made["image"], "label": most})
         files[name] = records
     ViTImageProcessorPil(size={"height": PICTURE, "width": PICTURE}).save_pretrained(folder / "processor")
     best = Counter(r["label"] for r in files["dev"]).most_common(1)[0][0]
@@ -48,30 +47,24 @@ def nlvr_colours(data: Path, folder: Path) -> Recipe:
 
 
 def nlvr_questions(data: Path, folder: Path) -> Recipe:
-    """NLVR's images by a LLaVA: questions on colours in boxes, with the answers of its structured descriptions."""
+    """NLVR's images by a LLaVA: which colour most of the items have, and whether it is this one."""
     draw = random.Random(0)
-    files: dict[str, Records] = {}
-    for name, number in (("dev", 12), ("test", 1)):
-        files[name] = []
+    files: dict[str, Records] = {"dev": [], "test": []}
+    for name, records in files.items():
         for made in _scenes(data, folder, name):
-            asked = [(colour, box) for colour in COLOURS for box in range(4)]
-            for colour, box in draw.sample(asked, number):
-                counts = [sum(item["color"] == colour for item in items) for items in made["boxes"]]
-                question, answer = f"is {COLOURS[colour]} in box {box} ?", "yes" if counts[box - 1] else "no"
-                if box == 0:
-                    most = [n + 1 for n, count in enumerate(counts) if count == max(counts)]
-                    if len(most) > 1:
-                        continue
-                    question, answer = f"which box has most {COLOURS[colour]} ?", str(most[0])
-                files[name].append({"image": made["image"], "prompt": question, "completion": answer})
-    files["test"] = files["test"][:400]
+            if (most := _most(made)) is None:
+                continue
+            other = draw.choice([colour for colour in COLOURS.values() if colour != most])
+            asked = [("which has most ?", most), (f"is most {most} ?", "yes"), (f"is most {other} ?", "no")]
+            records += [{"image": made["image"], "prompt": prompt, "completion": answer} for prompt, answer in asked]
+    files["test"] = files["test"][:600]
     by_question: dict[str, Counter[str]] = {}
     for record in files["dev"]:
         by_question.setdefault(record["prompt"], Counter())[record["completion"]] += 1
     right = [by_question[r["prompt"]].most_common(1)[0][0] == r["completion"] for r in files["test"]]
     baseline = {"the most frequent answer to each question": {"exact_match": sum(right) / len(right)}}
-    words = ["is", "in", "box", "which", "has", "most", "?", "yes", "no", "1", "2", "3", *COLOURS.values()]
-    return _llava(folder, words, files["dev"], files["test"], 240, baseline)
+    words = ["which", "has", "most", "is", "?", "yes", "no", *COLOURS.values()]
+    return _llava(folder, words, files["dev"], files["test"], 300, baseline)
 
 
 def nlvr_statements(data: Path, folder: Path) -> Recipe:
@@ -89,6 +82,12 @@ def nlvr_statements(data: Path, folder: Path) -> Recipe:
     learned = {"path": str(write(folder / "learned.jsonl", files["dev"][:200])), "name": "learned"}
     named = [{**made.evaluation[0], "name": "held_out"}, learned]
     return replace(made, evaluation=named, judged="held_out/exact_match", beats=False)
+
+
+def _most(scene: dict[str, Any]) -> str | None:
+    """The colour of most of the items; None where two have as many."""
+    (first, most), *others = Counter(item["color"] for box in scene["boxes"] for item in box).most_common()
+    return COLOURS[first] if not others or others[0][1] < most else None
 
 
 def _scenes(data: Path, folder: Path, split: str) -> Records:
