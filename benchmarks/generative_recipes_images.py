@@ -64,7 +64,7 @@ def nlvr_questions(data: Path, folder: Path) -> Recipe:
     right = [by_question[r["prompt"]].most_common(1)[0][0] == r["completion"] for r in files["test"]]
     baseline = {"the most frequent answer to each question": {"exact_match": sum(right) / len(right)}}
     words = ["which", "has", "most", "is", "?", "yes", "no", *COLOURS.values()]
-    return _llava(folder, words, files["dev"], files["test"], 300, baseline)
+    return _llava(folder, words, files["dev"], files["test"], 450, baseline)
 
 
 def nlvr_statements(data: Path, folder: Path) -> Recipe:
@@ -133,6 +133,7 @@ def _llava(folder: Path, words: list[str], train: Records, test: Records, steps:
     text |= {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
     vision = {"model_type": "clip_vision_model", "image_size": PICTURE, "patch_size": 8, "projection_dim": 96, **body}
     config = {"model_type": "llava", "text_config": text, "vision_config": vision, "image_token_id": 4}
+    config["vision_feature_layer"] = -1  # of two layers the usual one before the last has seen nothing but patches
     return Recipe(
         {"type": "image-text-to-text", "generation": {"max_new_tokens": 2, "batch_size": 32}},
         {"config": {**config, "image_seq_length": (PICTURE // 8) ** 2}, "processor": str(folder / "processor")},
