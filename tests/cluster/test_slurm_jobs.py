@@ -21,7 +21,7 @@ from trainer.config.schema import SlurmCluster
 from trainer.failures import UserError
 from trainer.rundir import RunDirectory
 
-pytestmark = [pytest.mark.faults, pytest.mark.cluster, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "reduced.py"
@@ -95,6 +95,7 @@ def test_a_chain_of_jobs_goes_on_where_a_signal_stopped_one(cluster: Cluster, tm
     assert log(run).count('["') == 2  # the output of both
 
 
+@pytest.mark.faults
 def test_a_preempted_job_saves_and_comes_back(cluster: Cluster, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     job = start(run, seconds=3, exclusive=True)
@@ -111,6 +112,7 @@ def test_a_preempted_job_saves_and_comes_back(cluster: Cluster, tmp_path: Path) 
 
 @pytest.mark.matrix
 @pytest.mark.timeout(400)
+@pytest.mark.faults
 def test_a_time_limit_is_met_with_time_to_spare(cluster: Cluster, tmp_path: Path) -> None:
     """Two minutes, the shortest limit with a signal a minute before; no output is lost."""
     run = RunDirectory(tmp_path / "run")
@@ -139,6 +141,7 @@ def test_a_cancelled_job_does_not_come_back(cluster: Cluster, tmp_path: Path) ->
     assert "Restarts=0" in text
 
 
+@pytest.mark.faults
 def test_a_user_error_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
     """Three nodes are asked for, and the allocation has two."""
     run = RunDirectory(tmp_path / "run")
@@ -149,6 +152,7 @@ def test_a_user_error_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
     assert "Restarts=0" in text
 
 
+@pytest.mark.faults
 def test_a_lost_node_ends_the_attempt_and_a_spare_takes_its_place(cluster: Cluster, tmp_path: Path) -> None:
     """Two nodes and a spare; the processes of one node are killed all at once."""
     run = RunDirectory(tmp_path / "run")
@@ -171,6 +175,7 @@ def test_a_lost_node_ends_the_attempt_and_a_spare_takes_its_place(cluster: Clust
         cluster("boot", "n2")
 
 
+@pytest.mark.faults
 def test_a_node_that_fails_every_time_is_left_out(cluster: Cluster, tmp_path: Path) -> None:
     """Twice in the allocation, then the job is requeued on others."""
     run = RunDirectory(tmp_path / "run")
@@ -192,6 +197,7 @@ def test_a_node_that_fails_every_time_is_left_out(cluster: Cluster, tmp_path: Pa
     assert "ExcNodeList=n1" in text
 
 
+@pytest.mark.faults
 def test_a_killed_supervisor_is_counted_and_its_job_comes_back(cluster: Cluster, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     job = start(run, seconds=4)
@@ -205,6 +211,7 @@ def test_a_killed_supervisor_is_counted_and_its_job_comes_back(cluster: Cluster,
 
 
 @pytest.mark.matrix
+@pytest.mark.faults
 def test_a_supervisor_that_dies_every_time_ends_the_run(cluster: Cluster, tmp_path: Path) -> None:
     """max_restarts of these jobs is 2: the third death is the last, requeues or not."""
     run = RunDirectory(tmp_path / "run")
@@ -216,6 +223,7 @@ def test_a_supervisor_that_dies_every_time_ends_the_run(cluster: Cluster, tmp_pa
     assert "max_restarts (2) is used up" in run.verdicts()[-1]["reason"]
 
 
+@pytest.mark.faults
 def test_a_failed_rank_ends_the_others_on_all_nodes(cluster: Cluster, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     job = start(run, seconds=60)

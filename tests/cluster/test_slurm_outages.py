@@ -55,6 +55,7 @@ def test_a_cut_shorter_than_the_timeout_is_survived(cluster: Cluster, tmp_path: 
     assert [note["node"] for note in notes(run, 1)] == ["n2"]
 
 
+@pytest.mark.matrix
 def test_after_a_longer_cut_two_of_three_go_on_until_the_third_is_back(cluster: Cluster, tmp_path: Path) -> None:
     """Before SLURM has noticed anything: it never knows that a node was away."""
     run = RunDirectory(tmp_path / "run")

@@ -17,7 +17,7 @@ from test_slurm_training import exported, write_inputs
 
 from trainer.rundir import RunDirectory
 
-pytestmark = [pytest.mark.faults, pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parents[2]
 DSFT = (sys.executable, "-P", "-m", "launcher")
@@ -86,6 +86,7 @@ def test_three_hosts_end_where_one_machine_does(cluster: Cluster, config: Path, 
     assert {report["node"] for report in run.agent_reports(1)} == set(HOSTS)
 
 
+@pytest.mark.faults
 def test_a_killed_rank_is_restarted(cluster: Cluster, config: Path, tmp_path: Path) -> None:
     launched = launch(config, "training.max_steps=40")
     run = RunDirectory(tmp_path / "runs" / "words")
@@ -146,6 +147,7 @@ def test_cancel_from_elsewhere(cluster: Cluster, config: Path, tmp_path: Path) -
     assert run.published_checkpoints()[-1] == run.step_lines()[-1]["step"]
 
 
+@pytest.mark.faults
 def test_nothing_outlives_a_killed_launcher(cluster: Cluster, config: Path, tmp_path: Path) -> None:
     launched = launch(config)
     steps(cluster, RunDirectory(tmp_path / "runs" / "words"), 2)
@@ -158,6 +160,7 @@ def test_nothing_outlives_a_killed_launcher(cluster: Cluster, config: Path, tmp_
     launched.communicate(timeout=10)
 
 
+@pytest.mark.faults
 def test_a_host_cut_off_ends_its_ranks(cluster: Cluster, config: Path, tmp_path: Path) -> None:
     """The cable of n3 is pulled: its ranks end by themselves, and the launcher says which host was lost."""
     launched = launch(config, "resilience.max_restarts=0")
@@ -173,6 +176,7 @@ def test_a_host_cut_off_ends_its_ranks(cluster: Cluster, config: Path, tmp_path:
     assert (run.verdicts()[0]["class"], run.verdicts()[0]["node"]) == ("node", "n3")
 
 
+@pytest.mark.faults
 def test_a_spare_takes_the_place_of_a_host_that_lost_its_power(cluster: Cluster, config: Path, tmp_path: Path) -> None:
     launched = launch(config, "training.max_steps=300", "cluster.spare_nodes=1", "cluster.connect_seconds=3")
     run = RunDirectory(tmp_path / "runs" / "words")
@@ -230,6 +234,7 @@ def test_a_setup_line_that_fails_is_named(cluster: Cluster, config: Path) -> Non
     assert "line 2 of cluster.setup failed" in errors
 
 
+@pytest.mark.faults
 def test_a_launcher_killed_during_setup_leaves_none(cluster: Cluster, config: Path) -> None:
     launched = launch(config, 'cluster.setup=["sleep 987"]')
     sleeping = ("exec", "n1", "sh", "-c", "pgrep -f '^[s]leep 987' || true")
