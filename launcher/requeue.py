@@ -18,7 +18,7 @@ from slurm import client
 from slurm.hostlist import expand
 from trainer.config.schema import SlurmCluster
 from trainer.failures import EXIT_FAILED, EXIT_TEMPORARY, DsftError, node_name
-from trainer.rundir import RunDirectory, read_json, read_lines, write_json
+from trainer.rundir import Json, RunDirectory, read_json, read_lines, write_json
 
 _ASK_SECONDS = 2.0  # after TERM, everything is killed soon: the verdict cannot wait for long
 
@@ -42,7 +42,7 @@ def continue_job(supervisor: Supervisor, backend: SlurmBackend) -> None:
     if is_chain or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0:  # else a person has started it
         supervisor.history = attempts_of(run, job_id, time.time(), supervisor.resilience.max_restarts)
         last = run.verdicts()[-1:] if supervisor.history else []
-        if last and last[0]["outcome"] == "failed" and last[0]["action"] == "stop" and not last[0].get("requeue"):
+        if last and _gave_up(last[0]):
             if is_chain:
                 raise GivenUpError(
                     f"an earlier job of this chain has given up: {last[0]['reason']} ({last[0]['message']})"
@@ -87,10 +87,15 @@ def attempts_of(run: RunDirectory, job_id: str, now: float, max_restarts: int) -
                 run.event_writer("supervisor").write("failure", attempt=attempt, **fields)
             if action.kind == "stop":
                 raise GivenUpError(f"{action.reason} ({verdict.message})")
-        given_up = value["outcome"] == "failed" and value["action"] == "stop" and not value.get("requeue")
+        given_up = _gave_up(value)
         reached = value.get("progress") or (0, 0)
         history.append(Attempt(Verdict.from_json(value), (int(reached[0]), int(reached[1]))))
     return history
+
+
+def _gave_up(verdict: Json) -> bool:
+    """Whether a verdict stopped the run for good: nobody but a person starts it again."""
+    return verdict["outcome"] == "failed" and verdict["action"] == "stop" and not verdict.get("requeue")
 
 
 def _explain(reason: str) -> str:

@@ -203,10 +203,10 @@ def share_scales(model: torch.nn.Module, adapter: AdapterConfig) -> None:
     """
     linear = [name for name, module in model.named_modules() if is_linear(module)]
     wanted = {f"{name}.weight" for name in adapter_targets(linear, adapter.targets)}
-    if wanted != packed_layers(model).keys():
+    layers = packed_layers(model)
+    if wanted != layers.keys():
         raise UserError("model.adapter: the model is not made twice in the same order, as qlora needs it; use lora")
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
-    layers = packed_layers(model)
     if dist.get_rank() == 0:
         for name, layer in layers.items():
             if layer.state is None:
