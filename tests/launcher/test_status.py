@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from slurm_programs import program, program_folder
 
 from launcher import jobs
 from launcher.registry import register
@@ -30,17 +31,9 @@ NO_ACCOUNTING = 'echo "Slurm accounting storage is disabled" >&2; exit 1'
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for programs in the place of SLURM's, each of which notes its calls."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    folder = program_folder(tmp_path, monkeypatch)
     program(folder, "sacct", NO_ACCOUNTING)
     return folder
-
-
-def program(folder: Path, name: str, text: str) -> None:
-    (folder / name).write_text(f"#!/bin/sh\necho {name} >> {folder}/calls\n{text}\n")
-    (folder / name).chmod(0o755)
 
 
 def make_run(folder: Path, name: str, *events: tuple[float, str], job: str = "") -> RunDirectory:

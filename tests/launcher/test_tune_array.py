@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from slurm_programs import program, program_folder
 from tune_inputs import write_inputs
 
 from launcher.tuning import Study, open_study, read_search
@@ -17,18 +18,10 @@ from trainer.failures import UserError
 CLUSTER = {"backend": "slurm", "nodes": 1, "environment": {"NOTE": "seen"}}
 
 
-def program(folder: Path, name: str, text: str) -> None:
-    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
-    (folder / name).chmod(0o755)
-
-
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of programs; sbatch notes the scripts that it is given."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    folder = program_folder(tmp_path, monkeypatch)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     program(folder, "sbatch", f'case "$*" in *--test-only*) ;; *) echo "$*" >> {folder}/submitted; echo 12;; esac')
     program(folder, "squeue", "true")
