@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
-from trainer.config.model import CheckpointedLayers
+from trainer.config.model import CheckpointedLayers, DeepSpeedConfig
 from trainer.config.schema import LaunchConfig
 from trainer.failures import UserError
 from trainer.planning.batches import BatchPlan, choose_micro_batch, plan_batches
@@ -38,7 +38,7 @@ class Setup:
     Attributes:
         micro_batch_size: sequences.
         recompute: `model.gradient_checkpointing`, without "auto".
-        offload: where the optimizer's states are: ``none`` (the device) or ``cpu``.
+        offload: where the optimizer's states are: ``none`` (the device), ``cpu`` or ``nvme``.
         nodes: of the job.
         model: the facts of the model, with an adapter or without.
     """
@@ -76,7 +76,7 @@ class Room:
 
 def memory_of(config: LaunchConfig, setup: Setup, room: Room) -> MemoryEstimate | None:
     """The estimate for a rank."""
-    section = config.deepspeed.model_copy(update={"offload_optimizer": setup.offload})
+    section = section_of(config, setup)
     clip = config.training.max_grad_norm
     settings = deepspeed_config(section, config.model.dtype, setup.micro_batch_size, 1, clip, room.communication)
     return estimate(
@@ -92,7 +92,13 @@ def memory_of(config: LaunchConfig, setup: Setup, room: Room) -> MemoryEstimate 
         sequence_parallel=config.model.sequence_parallel,
         state_bytes=config.training.state_bytes,
         fused_loss=config.model.fused_loss,
+        on_disk=section.on_disk,
     )
+
+
+def section_of(config: LaunchConfig, setup: Setup) -> DeepSpeedConfig:
+    """The config's section `deepspeed`, without "auto" for the optimizer's place."""
+    return config.deepspeed.model_copy(update={"offload_optimizer": setup.offload})
 
 
 def recomputation_of(config: LaunchConfig, setup: Setup, fused: bool = False) -> Recomputation:
@@ -106,9 +112,10 @@ def choose(
     """(micro-batch, recomputation and offload of the run, its batch arithmetic, why these).
 
     Where "auto" leaves it open: the optimizer is offloaded (its states then cross PCIe in every step) only if it does
-    not fit in either mode; activations are kept where they fit and a step is not expected to take longer for it
-    (recomputation is a third more computation, but larger micro-batches make fewer gathers of the parameters). Where
-    the memory is not known, they are recomputed: too slow is better than too large.
+    not fit in either mode, and to files only if host memory does not hold it either; activations are kept where they
+    fit and a step is not expected to take longer for it (recomputation is a third more computation, but larger
+    micro-batches make fewer gathers of the parameters). Where the memory is not known, they are recomputed: too slow is
+    better than too large.
 
     Args:
         seconds: expected time of a step, or None.
@@ -125,8 +132,9 @@ def choose(
         model,
     )
     known = room.device_memory is not None and memory_of(config, start, room) is not None
-    # on a CPU the optimizer's memory is the same wherever it is said to be
-    places = ("none", "cpu") if offload == "auto" and known and room.device == "cuda" else (start.offload,)
+    places = [start.offload]
+    if offload == "auto" and known:  # on a CPU, host memory is the device's
+        places += ["cpu"] * (room.device == "cuda") + ["nvme"] * (config.deepspeed.nvme_path is not None)
     free = recompute == "auto" and known and not config.model.activation_offload
     modes = (False, True) if free else (start.recompute,)
     given = config.training.micro_batch_size
@@ -171,8 +179,9 @@ def _reason(config: LaunchConfig, setup: Setup, known: bool, fitting: int) -> st
         else:
             parts.append("activations fit and are kept")
     if config.deepspeed.offload_optimizer == "auto":
-        moved = setup.offload == "cpu"
-        parts.append("the optimizer is offloaded: it would not fit" if moved else "the optimizer stays on the device")
+        where = "" if setup.offload == "cpu" else f" to {config.deepspeed.nvme_path}"
+        moved = f"the optimizer is offloaded{where}: it would not fit"
+        parts.append(moved if setup.offload != "none" else "the optimizer stays on the device")
     return "; ".join(parts)
 
 
@@ -221,8 +230,9 @@ def ways_to_fit(config: LaunchConfig, setup: Setup, room: Room, adapted: Mapping
         adapted: facts of the same model with an adapter of a type, the smallest change first.
     """
     kinds: list[Callable[[Setup], Iterator[tuple[str, Setup]]]] = [_smaller_batches, _recompute]
-    if room.device == "cuda":  # on a CPU, more ranks on the same machine share the same memory, and so does offload
-        kinds += [lambda start: _offload(config, start, room), lambda start: _more_nodes(config, start, room)]
+    kinds.append(lambda start: _offload(config, start, room))
+    if room.device == "cuda":  # on a CPU, more ranks on the same machine share the same memory
+        kinds.append(lambda start: _more_nodes(config, start, room))
     if adapted:
         kinds.append(
             lambda start: (
@@ -256,15 +266,22 @@ def _recompute(start: Setup) -> Iterator[tuple[str, Setup]]:
 
 
 def _offload(config: LaunchConfig, start: Setup, room: Room) -> Iterator[tuple[str, Setup]]:
-    if start.offload == "none":
-        moved = replace(start, offload="cpu")
+    """To host memory (a CPU has no other), then to files."""
+    settings = config.deepspeed
+    places = ["cpu"] * (start.offload == "none" and room.device == "cuda")
+    places += ["nvme"] * (start.offload != "nvme" and settings.zero_stage == 3)
+    for place in places:
+        moved = replace(start, offload=place)
         memory = memory_of(config, moved, room)
-        host = (
-            f" ({room.per_node * (memory.host_offload + memory.host_staging) / GIB:.0f} GiB of each node's memory)"
-            if memory
-            else ""
-        )
-        yield f"deepspeed.offload_optimizer=cpu{host}", moved
+        text = f"deepspeed.offload_optimizer={place}"
+        if place == "nvme" and settings.nvme_path is None:
+            text += " and deepspeed.nvme_path=FOLDER"
+        if memory and place == "cpu":
+            needed = room.per_node * (memory.host_offload + memory.host_staging)
+            text += f" ({needed / GIB:.0f} GiB of each node's memory)"
+        elif memory:
+            text += f" ({room.per_node * memory.nvme / GIB:.0f} GiB of each node's disk)"
+        yield text, moved
 
 
 def _more_nodes(config: LaunchConfig, start: Setup, room: Room) -> Iterator[tuple[str, Setup]]:
@@ -280,7 +297,7 @@ def _more_nodes(config: LaunchConfig, start: Setup, room: Room) -> Iterator[tupl
 
 def refuse(memory: MemoryEstimate, room: Room, ways: list[str]) -> UserError:
     """The error that says what does not fit, and what would."""
-    on_device = [(name, size) for name, size in memory.components().items() if not name.startswith("host_")]
+    on_device = [(name, size) for name, size in memory.components().items() if not name.startswith(("host_", "nvme"))]
     largest = sorted(on_device, key=lambda item: -item[1])[:3]
     parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.1f}" for name, size in largest)
     there = room.device_memory

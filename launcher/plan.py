@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from launcher.console import gib
 from launcher.facts import Facts
-from launcher.fitting import GIB, SAFE, Room, Setup, choose, memory_of, recomputation_of, refuse, ways_to_fit
+from launcher.fitting import SAFE, Room, Setup, choose, memory_of, recomputation_of, refuse, section_of, ways_to_fit
 from trainer.config.loading import config_hash
 from trainer.config.schema import LaunchConfig
 from trainer.failures import UserError
@@ -36,7 +37,8 @@ class Plan:
         step_time: bounds of an optimizer step's time, where the GPUs are known ones.
         sequence_parallel: ranks that share each sequence.
         recompute: whether activations are computed again in the backward pass.
-        offload: where the optimizer's states are, ``none`` or ``cpu``.
+        offload: where the optimizer's states are, ``none``, ``cpu`` or ``nvme``.
+        nvme: ``path`` (on each node) and what it ``holds`` (``optimizer``, ``parameters``); None: nothing is in files.
         memory_reason: why, where the config leaves it open; else empty.
         sequence_length: tokens.
         state_bytes: of each trained parameter besides its fp32 master.
@@ -61,6 +63,7 @@ class Plan:
     sequence_parallel: int
     recompute: bool
     offload: str
+    nvme: dict[str, Any] | None
     memory_reason: str
     threads_per_rank: int
     deepspeed: dict[str, Any]
@@ -127,6 +130,7 @@ class Plan:
             "step_time": asdict(self.step_time) if self.step_time else None,
             "sequence_parallel": self.sequence_parallel,
             "recompute": self.recompute,
+            "nvme": self.nvme,
             "memory_reason": self.memory_reason,
             "deepspeed": self.deepspeed,
             "communication": asdict(self.communication),
@@ -197,13 +201,14 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
     elif memory is not None and device_memory is None:
         warnings.append("the nodes cannot be seen from here: whether the model fits their memory is not checked")
     elif memory is not None and device == "cpu" and per_node * memory.total > facts.memory_available:
-        free, needed = facts.memory_available / GIB, per_node * memory.total / GIB
-        warnings.append(f"{free:.1f} GiB of host memory are free now, {per_node} ranks need about {needed:.1f} GiB")
+        free, needed = gib(facts.memory_available), gib(per_node * memory.total)
+        warnings.append(f"{free} of host memory are free now, {per_node} ranks need about {needed}")
     if local and device == "cpu" and config.model.dtype == "bfloat16" and not facts.multiplies_bfloat16:
         warnings.append(
             "this CPU has no instructions for bfloat16 (AVX-512 or Arm's BF16): steps take many times as long as with "
             "model.dtype=float32"
         )
+    section = section_of(config, setup)
     warnings += _batch_warnings(config, batch, facts.model, per_node)
     return Plan(
         name=config.name,
@@ -225,10 +230,11 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
         sequence_parallel=config.model.sequence_parallel,
         recompute=setup.recompute is not False,
         offload=setup.offload,
+        nvme={"path": section.nvme_path, "holds": section.on_disk} if section.on_disk else None,
         memory_reason=reason,
         threads_per_rank=max(1, (facts.cores if local else _cores_of_a_node(config)) // per_node),
         deepspeed=deepspeed_config(
-            config.deepspeed.model_copy(update={"offload_optimizer": setup.offload}),
+            section,
             config.model.dtype,
             batch.micro_batch_size,
             batch.micro_batches_per_rank,

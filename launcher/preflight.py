@@ -12,6 +12,7 @@ from launcher import notify
 from launcher.console import gib
 from launcher.facts import Facts, existing_parent
 from launcher.plan import Plan
+from trainer import local_disk
 from trainer.config.loading import is_image_file
 from trainer.config.schema import LaunchConfig
 from trainer.failures import UserError
@@ -32,6 +33,7 @@ def preflight_problems(config: LaunchConfig, plan: Plan, facts: Facts) -> list[s
     """Every problem, in the config's order; empty where the run can start."""
     return [
         *_output(config, plan, facts),
+        *_disk(config, plan),
         *_tokenizer(config),
         *_data(config),
         *_image(config),
@@ -65,6 +67,15 @@ def _output(config: LaunchConfig, plan: Plan, facts: Facts) -> Iterator[str]:
             f"{gib(plan.checkpoint_bytes)}, {gib(export)} for the export), and {gib(facts.disk_free)} are free; "
             "free some, choose another output_dir, or lower checkpoint.keep_last"
         )
+
+
+def _disk(config: LaunchConfig, plan: Plan) -> Iterator[str]:
+    """Of this machine; every rank looks at its own node's."""
+    if plan.nvme and config.cluster.backend == "local":
+        needed = plan.processes_per_node * plan.memory.nvme if plan.memory else 0
+        problem = local_disk.problem(Path(plan.nvme["path"]), needed)
+        if problem:
+            yield f"deepspeed.nvme_path: {problem}"
 
 
 def _tokenizer(config: LaunchConfig) -> Iterator[str]:

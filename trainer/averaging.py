@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -15,11 +15,17 @@ class Average:
     Args:
         flats: this rank's masters, fp32.
         decay: between 0 and 1.
+        copy: of a tensor, to where averages are kept.
     """
 
-    def __init__(self, flats: Sequence[torch.Tensor], decay: float) -> None:
+    def __init__(
+        self,
+        flats: Sequence[torch.Tensor],
+        decay: float,
+        copy: Callable[..., torch.Tensor] = torch.clone,
+    ) -> None:
         self._flats, self._decay = [flat.detach() for flat in flats], decay
-        self._averages = [flat.clone() for flat in self._flats]
+        self._averages = [copy(flat) for flat in self._flats]
 
     def __getitem__(self, group: int) -> torch.Tensor:
         """The average of a flat tensor."""

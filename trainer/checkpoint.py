@@ -23,7 +23,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,9 @@ class Saver:
         self.step: int | None = None  # of the latest save
         self.error: str | None = None  # of that save
         self.seconds = 0.0  # of the latest save, from its start to its publication
+        if engine.memory:  # its disk has room for the buffers now
+            for key, source, _ in self._sources():
+                self._buffer(key, source)
 
     def save(self, step: int, state: dict[str, Any]) -> float:
         """Stage this rank's slices and write them in the background; returns the seconds training stood still.
@@ -172,32 +175,38 @@ class Saver:
         """Frozen weights that are in the model's files and not in checkpoints."""
         return self._engine.origin.keys if self._engine.origin else ()
 
-    def _stage(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        tensors: dict[str, torch.Tensor] = {}
-        offsets: dict[str, int] = {}
+    def _sources(self) -> Iterator[tuple[str, torch.Tensor, int]]:
+        """(key, 1-D tensor, its offset) of all that this rank saves."""
         pinned = self._pinned()
         for shard in self._engine.shards():
-            if shard.length == 0 or shard.name in pinned:
-                continue
-            for kind, source in shard.tensors.items():
-                key = f"{kind}/{shard.name}"
-                tensors[key], offsets[key] = self._staged(key, source), shard.offset
+            if shard.length and shard.name not in pinned:
+                for kind, source in shard.tensors.items():
+                    yield f"{kind}/{shard.name}", source, shard.offset
         if self._engine.rank == 0 or self.fast:  # equal on all ranks
             named = [(f"buffer/{name}", buffer) for name, buffer in self._engine.buffers()]
             for key, tensor in named + self._engine.replicated():
                 if tensor.numel():
-                    tensors[key], offsets[key] = self._staged(key, tensor.detach().reshape(-1)), 0
+                    yield key, tensor.detach().reshape(-1), 0
+
+    def _stage(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        tensors: dict[str, torch.Tensor] = {}
+        offsets: dict[str, int] = {}
+        for key, source, offset in self._sources():
+            tensors[key], offsets[key] = self._buffer(key, source).copy_(source, non_blocking=True), offset
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         return tensors, offsets
 
-    def _staged(self, key: str, source: torch.Tensor) -> torch.Tensor:
+    def _buffer(self, key: str, source: torch.Tensor) -> torch.Tensor:
         buffer = self._buffers.get(key)
         if buffer is None:
             pinned = source.device.type == "cuda"
-            buffer = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=pinned)
+            if self._engine.memory:
+                buffer = self._engine.memory.zeros(source.numel(), source.dtype)
+            else:
+                buffer = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=pinned)
             self._buffers[key] = buffer
-        return buffer.copy_(source, non_blocking=True)
+        return buffer
 
     def _write(
         self,

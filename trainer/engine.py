@@ -24,7 +24,8 @@ import torch.distributed as dist
 
 from trainer.adafactor import Adafactor, Piece, make_piece
 from trainer.averaging import Average
-from trainer.parameters import persistent_buffers, whole_shape
+from trainer.file_memory import FileMemory, share_gradients
+from trainer.parameters import Shard, persistent_buffers, whole_shape
 from trainer.unfreezing import FROM_STEP, Unfreezing
 
 if TYPE_CHECKING:
@@ -32,27 +33,6 @@ if TYPE_CHECKING:
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _FULL_MESH_RANKS = 64
-
-
-@dataclass(frozen=True)
-class Shard:
-    """This rank's slice of one parameter.
-
-    Attributes:
-        name: the parameter's name in the model.
-        numel: elements of the whole parameter.
-        offset: where the slice begins in the flattened parameter.
-        length: elements of the slice, without ZeRO's padding.
-        tensors: ``master`` (fp32) and the optimizer's moments (Adam's ``exp_avg`` and ``exp_avg_sq``, Adafactor's
-            ``variance`` of vectors), ``ema`` (fp32) where weights are averaged, for trained parameters; ``frozen`` (the
-            model's dtype) for the others. 1-D views of ``length`` elements: writing to them changes the state.
-    """
-
-    name: str
-    numel: int
-    offset: int
-    length: int
-    tensors: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -87,6 +67,14 @@ def init_distributed(device: str, timeout_seconds: float) -> torch.device:
         verbose=False,
     )
     return torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+
+
+def in_files(memory: FileMemory | None) -> AbstractContextManager[None]:
+    """Inside, ZeRO-3 makes in files what ``memory`` is for."""
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    return memory.serving(Init, DeepSpeedZeroOptimizer_Stage3) if memory else contextlib.nullcontext()
 
 
 def gathered(parameters: Sequence[torch.nn.Parameter], modifier_rank: int | None = None) -> AbstractContextManager[Any]:
@@ -140,6 +128,7 @@ class Engine:
         optimizer: a torch optimizer over the trained parameters.
         config: the whole DeepSpeed JSON, as planned.
         ema_decay: of an average of the weights to keep (see `averaged`); None: none.
+        memory: where states are kept that ``config`` has in host memory, if not there; the model was built `in_files`.
     """
 
     origin: Origin | None = None  # of frozen weights that checkpoints leave out
@@ -150,11 +139,14 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         config: dict[str, Any],
         ema_decay: float | None = None,
+        memory: FileMemory | None = None,
     ) -> None:
         import deepspeed
 
         self._unfreezing = Unfreezing(optimizer)
-        self._engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.memory = memory
+        with in_files(memory):
+            self._engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.model: torch.nn.Module = self._engine.module
         self.optimizer = optimizer
         self.stage = int(config["zero_optimization"]["stage"])
@@ -163,7 +155,12 @@ class Engine:
         self._pieces: dict[str, Piece] = {}
         if isinstance(optimizer, Adafactor):
             self._lay_out(optimizer)
-        self._average = None if ema_decay is None else Average(self._flat_groups(), ema_decay)
+        self._states = memory if memory and memory.optimizer else None
+        if self._states:
+            share_gradients(self._zero)
+            self._ensure_moments()  # before the optimizer makes them in host memory
+        copy = self._states.copy if self._states else torch.clone
+        self._average = None if ema_decay is None else Average(self._flat_groups(), ema_decay, copy)
 
     def forward(self, **inputs: Any) -> Any:
         """The model's forward pass. Every rank must make the same number of calls."""
@@ -368,7 +365,8 @@ class Engine:
                 fused = bool(self.optimizer.defaults.get("fused"))
                 state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
                 for key in () if self._pieces else MOMENTS:
-                    state[key] = torch.zeros_like(flat, requires_grad=False)
+                    made = self._states.zeros(flat.numel(), flat.dtype) if self._states else torch.zeros_like(flat)
+                    state[key] = made.detach()
 
     def _cut(self, parameter: Any) -> tuple[int, int]:
         """(offset, length) of this rank's slice of a ZeRO-3 parameter."""

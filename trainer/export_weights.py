@@ -22,9 +22,9 @@ from safetensors import safe_open
 from trainer.adapters import is_transposed, piece_of, plain_name
 from trainer.averaging import weights_kind
 from trainer.config.trained import AdapterConfig
-from trainer.engine import Shard
 from trainer.export_adapter import Update, name_in_folder, pieces_by_module
 from trainer.failures import StorageError
+from trainer.parameters import Shard
 from trainer.rundir import write_json
 from trainer.slices import Slices
 

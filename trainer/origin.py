@@ -28,7 +28,8 @@ from trainer.planning.model_facts import model_folder
 from trainer.rundir import RunDirectory, read_json, write_json
 
 if TYPE_CHECKING:
-    from trainer.engine import Engine, Shard
+    from trainer.engine import Engine
+    from trainer.parameters import Shard
 
 _CHUNK = 1 << 23  # elements compared at once
 _CACHE = "origin.json"  # in the run directory: path -> size, mtime in ns, checksum

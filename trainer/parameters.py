@@ -1,8 +1,31 @@
-"""What a model is made of: whole shapes and buffers, also where ZeRO-3 has cut its parameters."""
+"""What a model is made of: whole shapes, buffers, and a rank's slices where ZeRO has cut its parameters."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's slice of one parameter.
+
+    Attributes:
+        name: the parameter's name in the model.
+        numel: elements of the whole parameter.
+        offset: where the slice begins in the flattened parameter.
+        length: elements of the slice, without ZeRO's padding.
+        tensors: ``master`` (fp32) and the optimizer's moments (Adam's ``exp_avg`` and ``exp_avg_sq``, Adafactor's
+            ``variance`` of vectors), ``ema`` (fp32) where weights are averaged, for trained parameters; ``frozen`` (the
+            model's dtype) for the others. 1-D views of ``length`` elements: writing to them changes the state.
+    """
+
+    name: str
+    numel: int
+    offset: int
+    length: int
+    tensors: dict[str, torch.Tensor]
 
 
 def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:

@@ -12,9 +12,10 @@ import torch
 from safetensors import safe_open
 
 from trainer.checkpoint_files import rank_file
-from trainer.engine import Engine, Shard
+from trainer.engine import Engine
 from trainer.failures import StorageError
 from trainer.origin import origin_of
+from trainer.parameters import Shard
 
 
 class Slices:

@@ -6,6 +6,7 @@ import collections
 import functools
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -19,11 +20,12 @@ from trainer.checkpoint import Saver
 from trainer.checkpoint_files import exported_step, retention_of
 from trainer.config.schema import LaunchConfig
 from trainer.data.stream import BatchStream, GlobalBatch, build_training_stream
-from trainer.engine import Engine, init_distributed
+from trainer.engine import Engine, in_files, init_distributed
 from trainer.evaluation import BEST, OVER, evaluate, evaluation_streams, judge
 from trainer.export import export_run
 from trainer.failures import NumericError, StorageError
 from trainer.fast_tier import FastTier
+from trainer.file_memory import FileMemory
 from trainer.metrics import MetricsLog
 from trainer.model import build_model, build_optimizer, load_model_config, quiet_libraries
 from trainer.origin import find_origin
@@ -78,14 +80,17 @@ class Trainer:
         planned = {"gradient_checkpointing": self.plan["recompute"]}
         auto = self.config.model.gradient_checkpointing == "auto"
         chosen, why = choose_attention(self.config, load_model_config(self.config.model), self.device)
-        model = build_model(
-            self.config.model.model_copy(update=planned if auto else {}),
-            self.task.auto,
-            self.plan["deepspeed"],
-            chosen,
-            self.config.training.seed,
-            self.task.configure,
-        )
+        agree = functools.partial(collectives.any_rank, self.control)
+        memory = FileMemory.planned(self.plan, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), agree)
+        with in_files(memory):
+            model = build_model(
+                self.config.model.model_copy(update=planned if auto else {}),
+                self.task.auto,
+                self.plan["deepspeed"],
+                chosen,
+                self.config.training.seed,
+                self.task.configure,
+            )
         attention = str(getattr(model.config, "_attn_implementation", "unknown"))
         print(f"{type(model).__name__}, attention: {attention} ({why})", flush=True)
         self.loss = self.task.objective(model, attention, self.device)
@@ -94,7 +99,7 @@ class Trainer:
             self.loss.parallel = SequenceParallel(model, self.sharing)  # type: ignore[attr-defined]
         training = self.config.training
         optimizer = build_optimizer(model, training.optimizer, training.unfreeze)
-        self.engine = Engine(model, optimizer, self.plan["deepspeed"], training.ema_decay)
+        self.engine = Engine(model, optimizer, self.plan["deepspeed"], training.ema_decay, memory)
         self.engine.origin = find_origin(self.config.model.path, self.engine, run, self.gather)
         self.rank, self.world_size = self.engine.rank, self.engine.world_size
         self.is_main = self.rank == 0

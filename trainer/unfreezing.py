@@ -28,7 +28,9 @@ class Unfreezing:
             if group.get(FROM_STEP, 1) > 1:
                 for parameter in group["params"]:
                     parameter.register_hook(functools.partial(self._gradient, group[FROM_STEP]))
+        self._hidden: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         optimizer.register_step_pre_hook(self._hide)
+        optimizer.register_step_post_hook(self._show)
 
     def _gradient(self, from_step: int, gradient: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(gradient) if self.step < from_step else gradient
@@ -38,4 +40,11 @@ class Unfreezing:
         for group in optimizer.param_groups:
             if self.step < group.get(FROM_STEP, 1):
                 for flat in group["params"]:
+                    self._hidden.append((flat, flat.grad))
                     flat.grad = None
+
+    def _show(self, *_: Any) -> None:
+        """Offloaded gradients are written to where they were before."""
+        for flat, gradient in self._hidden:
+            flat.grad = gradient
+        self._hidden.clear()

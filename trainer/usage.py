@@ -60,6 +60,7 @@ def peaks_beside_plan(
         "peak_bytes": max(peaks),
         "rank": peaks.index(max(peaks)),
         "least_bytes": min(peaks),
-        "planned_bytes": memory and memory["total"] - (memory["overhead"] if on_gpu else 0),
+        # the pages of files that are mapped count as resident, as long as the system leaves them in memory
+        "planned_bytes": memory and memory["total"] + (-memory["overhead"] if on_gpu else memory.get("nvme", 0)),
         "counted": "allocated" if on_gpu else "resident",
     }

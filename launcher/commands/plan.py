@@ -145,6 +145,11 @@ def _summary(plan: Plan) -> RenderableType:
     rows.append(("", f"[dim]{sizes.reason}[/dim]"))
     if plan.checkpoint_bytes is not None:
         rows.append(("checkpoint", gib(plan.checkpoint_bytes)))
+    if plan.nvme:
+        size = (
+            f"{gib(plan.processes_per_node * plan.memory.nvme)} of each node's disk" if plan.memory else "size unknown"
+        )
+        rows.append(("nvme", f"{size}, in {_escape(plan.nvme['path'])}"))
     if plan.flops_per_token is not None:
         peak = f"; peak {plan.peak_flops / 1e12:.0f} TFLOP/s a GPU" if plan.peak_flops else ""
         rows.append(("compute", f"{count(plan.flops_per_token)}FLOP a token{peak}"))
@@ -185,6 +190,7 @@ def _memory(plan: Plan) -> RenderableType:
         "step": "after backward",
         "host_offload": "in host memory",
         "host_staging": "in host memory, of checkpoints",
+        "nvme": "on the node's disk",
         "staging": "copy of the states for checkpoints",
         "logits": "all tokens labelled",
     }

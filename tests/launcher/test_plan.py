@@ -100,8 +100,10 @@ def test_a_model_that_does_not_fit_and_what_would(tmp_path):
     offload = large("cluster={}", "deepspeed.offload_optimizer=cpu")
     offloaded = plan_of(tmp_path, *offload, gpus=(H100,), memory=512 * GIB)
     assert offloaded.memory.total < H100.memory
-    with pytest.raises(UserError, match=r"offloaded optimizer and the copy .* of host memory"):
+    with pytest.raises(UserError, match=r"offloaded optimizer and the copy .* of host memory") as caught:
         plan_of(tmp_path, *offload, gpus=(H100,), memory=64 * GIB)
+    way = "deepspeed.offload_optimizer=nvme and deepspeed.nvme_path=FOLDER (179 GiB of each node's disk)"
+    assert way in str(caught.value)
     with pytest.raises(UserError, match="a smaller model"):
         plan_of(tmp_path, *large("cluster={}"), memory=8 * GIB)
 
@@ -112,6 +114,15 @@ def test_recomputation_and_offload_are_chosen_by_memory_and_time(tmp_path):
     plan = plan_of(tmp_path, *large(*auto), gpus=(H100,), memory=512 * GIB)
     assert plan.offload == plan.deepspeed["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert "the optimizer is offloaded" in plan.memory_reason
+    # of a small node to files, but only where there is a place for them
+    disk = 'deepspeed={"offload_optimizer": "auto", "nvme_path": "/disk"}'
+    for memory, place in ((512, "cpu"), (64, "nvme")):
+        plan = plan_of(tmp_path, *large(auto[0], auto[2], disk), gpus=(H100,), memory=memory * GIB)
+        assert plan.offload == place
+    assert plan.to_json()["nvme"] == {"path": "/disk", "holds": ("optimizer",)}
+    assert "offloaded to /disk" in plan.memory_reason
+    with pytest.raises(UserError, match="does not fit"):
+        plan_of(tmp_path, *large(*auto), gpus=(H100,), memory=64 * GIB)
     # 32 GPUs: it stays, and activations are kept
     plan = plan_of(tmp_path, *large(*auto), "training.global_batch_size=64", gpus=(H100,) * 32, memory=1024 * GIB)
     assert (plan.offload, plan.recompute) == ("none", False)

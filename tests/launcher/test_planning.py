@@ -165,6 +165,7 @@ WHOLE = Recomputation(1)
 
 def memory(stage=3, world_size=8, micro=1, offload="none", dtype="bfloat16", recompute=WHOLE, **options):
     moved = {"offload_optimizer": offload, "offload_parameters": options.get("offload_parameters", "none")}
+    moved["nvme_path"] = options.get("nvme_path")
     zero = ds(zero_stage=stage, dtype=dtype, **moved)["zero_optimization"]
     return estimate(
         LLAMA,
@@ -176,6 +177,7 @@ def memory(stage=3, world_size=8, micro=1, offload="none", dtype="bfloat16", rec
         recompute=recompute,
         attention=options.get("attention", "sdpa"),
         device=options.get("device", "cuda"),
+        on_disk=DeepSpeedConfig(zero_stage=stage, **moved).on_disk,
     )
 
 
@@ -209,6 +211,27 @@ def test_offloaded_parameters_leave_the_small_ones_behind():
     assert optimizer.total - both.total == moved
 
 
+def test_what_is_in_files_is_in_no_memory():
+    """By hand: masters, moments and their copy for checkpoints, 24 bytes a parameter; gradients stay, 4 bytes."""
+    share = math.ceil(LLAMA.parameters / 8)
+    path = {"nvme_path": "/x"}
+    host = memory(offload="cpu")
+    files = memory(offload="nvme", **path)
+    assert (files.nvme, files.host_offload, files.host_staging) == (24 * share, 4 * share, 0)
+    assert files.total == host.total
+    moved = host.parameters - 2 * LLAMA.small_parameters
+    both = memory(offload="nvme", offload_parameters="nvme", **path)
+    assert (both.nvme, both.host_offload) == (files.nvme + moved, 4 * share)
+    weights = memory(offload="cpu", offload_parameters="nvme", **path)
+    assert (weights.nvme, weights.host_offload) == (12 * share + moved, 16 * share)
+    on_cpu, plain = memory(offload="nvme", device="cpu", **path), memory(device="cpu")
+    assert (on_cpu.nvme, on_cpu.master_weights, on_cpu.optimizer_states, on_cpu.staging) == (24 * share, 0, 0, 0)
+    assert plain.total - on_cpu.total >= 24 * share
+    section = ds(offload_optimizer="nvme", offload_parameters="nvme", **path)["zero_optimization"]
+    assert section["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert section["offload_param"] == {"device": "cpu", "pin_memory": False}
+
+
 def test_a_copy_of_the_weights_in_each_node_takes_its_memory():
     zero = deepspeed_config(DeepSpeedConfig(hpz=True), "bfloat16", 2, 4, 1.0, Communication(hpz=8))["zero_optimization"]
     assert zero["zero_hpz_partition_size"] == 8
@@ -221,8 +244,12 @@ def test_a_copy_of_the_weights_in_each_node_takes_its_memory():
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"offload_optimizer": "nvme"}, "not offered"),
-        ({"offload_parameters": "nvme"}, "not offered"),
+        ({"offload_optimizer": "nvme"}, "needs `nvme_path`"),
+        ({"offload_optimizer": "nvme", "nvme_path": "/x", "zero_stage": 2}, "zero_stage"),
+        ({"offload_optimizer": "auto", "nvme_path": "/x", "zero_stage": 1}, "zero_stage"),
+        ({"offload_parameters": "nvme", "nvme_path": "/x"}, "offload_optimizer"),
+        ({"offload_optimizer": "cpu", "nvme_path": "/x"}, "leave it out"),
+        ({"offload_optimizer": "nvme", "nvme_path": "x"}, "pattern"),
         ({"offload_parameters": "cpu"}, "offload_optimizer"),
         ({"offload_parameters": "cpu", "offload_optimizer": "cpu", "zero_stage": 2}, "zero_stage"),
         ({"hpz": True, "zero_stage": 2}, "zero_stage"),

@@ -22,7 +22,8 @@ from trainer.checkpoint_files import Retention
 from trainer.config.schema import ModelConfig, OptimizerConfig
 from trainer.config.trained import Unfreeze
 from trainer.data.sample import PackedSequence, Sample
-from trainer.engine import Engine, gathered, init_distributed
+from trainer.engine import Engine, gathered, in_files, init_distributed
+from trainer.file_memory import FileMemory
 from trainer.forward import LanguageModelLoss
 from trainer.model import build_model, build_optimizer
 from trainer.rundir import RunDirectory
@@ -117,9 +118,11 @@ def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) 
     import transformers
 
     deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's: one engine a process, it thinks
-    model = build_model(model_config, transformers.AutoModelForCausalLM, config, "sdpa", seed=0)
+    memory = FileMemory(output, **case["nvme"]) if "nvme" in case else None
+    with in_files(memory):
+        model = build_model(model_config, transformers.AutoModelForCausalLM, config, "sdpa", seed=0)
     loss = LanguageModelLoss(model, None, "sdpa", torch.device("cpu"), fused=case.get("fused_loss", False))
-    engine = Engine(model, build_optimizer(model, optimizer, unfreeze_of(case)), config, case.get("ema_decay"))
+    engine = Engine(model, build_optimizer(model, optimizer, unfreeze_of(case)), config, case.get("ema_decay"), memory)
     if case.get("probe_first"):
         loss.check_isolation(engine)
     if case.get("load"):

@@ -12,8 +12,8 @@ import torch
 
 from trainer.checkpoint import AtPoint, Saver
 from trainer.checkpoint_files import Retention
-from trainer.engine import Shard
 from trainer.origin import Origin
+from trainer.parameters import Shard
 from trainer.rundir import RunDirectory
 
 
@@ -29,6 +29,7 @@ class PlainState:
     stage: int = 3
     origin: Origin | None = None
     keeps_average = False
+    memory = None
 
     def parameters(self) -> list[tuple[str, tuple[int, ...], bool]]:
         trained = [(name, tuple(tensor.shape), True) for name, tensor in self.trained.items()]

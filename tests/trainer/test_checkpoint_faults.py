@@ -24,7 +24,7 @@ from plain_state import PlainState, make_state, save_rank
 
 from trainer.checkpoint import POINTS, Saver
 from trainer.checkpoint_files import Retention, abandon, damage, folder_name, list_checkpoints, remove_unpublished
-from trainer.engine import Shard
+from trainer.parameters import Shard
 from trainer.rundir import RunDirectory
 from trainer.slices import Slices
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from training_runs import four_bits
 
+from trainer.checkpoint_files import differences
 from trainer.config.schema import ModelConfig, OptimizerConfig
 from trainer.config.trained import AdapterConfig
 from trainer.data.sample import Sample
@@ -176,6 +177,7 @@ def figures(lines: list[dict[str, float]]) -> list[list[float]]:
 def test_loss_and_gradients_equal_a_plain_loop(world_size: int, model_folder: Path, tmp_path: Path) -> None:
     cases = [case(f"stage{stage}-micro{micro}", stage, micro) for stage, micro in ((3, 1), (3, 2), (2, 2), (1, 1))]
     cases.append(case("stage3-micro5", 3, 5, zero=PARTS))
+    cases.append(case("files", 3, 2, offload=True, nvme={"parameters": True}, zero=OFFLOADED))
     cases.append(case("selective", 3, 2, model={"gradient_checkpointing": "selective"}))
     cases.append(case("offloaded", 3, 2, model={"gradient_checkpointing": {"every": 2}, "activation_offload": True}))
     cases.append(case("frozen", 3, 2, freeze=FROZEN))
@@ -269,10 +271,11 @@ USUAL: dict[str, dict[str, Any]] = {
     "stage2": {"stage": 2},
     "stage1": {"stage": 1},
     "bfloat16": {"stage": 3, "dtype": "bfloat16"},
-    "offload": {"stage": 3, "dtype": "bfloat16", "offload": True},
+    "offload": {"stage": 3, "dtype": "bfloat16", "offload": True, "nvme": {}},
 }
 OFFLOADED = {"offload_param": {"device": "cpu", "pin_memory": True}}
 FURTHER: dict[str, dict[str, Any]] = {
+    "offload-memory": {"stage": 3, "dtype": "bfloat16", "offload": True},
     "parameters": {"stage": 3, "dtype": "bfloat16", "offload": True, "zero": OFFLOADED, "freeze": FROZEN},
     "dora": {"stage": 3, "adapter": {**LORA, "use_dora": True}},
     "lora-bfloat16": {"stage": 3, "dtype": "bfloat16", "adapter": LORA},
@@ -296,6 +299,50 @@ FURTHER: dict[str, dict[str, Any]] = {
         "ema_decay": 0.5,
     },
 }
+
+
+IN_FILES: dict[str, dict[str, Any]] = {
+    "average": {"optimizer": GROUPS, "ema_decay": 0.5, "unfreeze": UNFREEZE, "zero": PARTS},
+    "lora": {"adapter": LORA, "zero": OFFLOADED},
+}
+FURTHER_IN_FILES: dict[str, dict[str, Any]] = {
+    "adafactor": {"optimizer": ADAFACTOR},
+    "frozen": {"freeze": FROZEN, "persistence_threshold": 100, "zero": OFFLOADED},
+    "bfloat16": {"dtype": "bfloat16", "zero": OFFLOADED},
+    "qlora": {"adapter": QLORA, "zero": OFFLOADED},
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("variants", [IN_FILES, FURTHER_IN_FILES], ids=["usual", "further"])
+def test_states_in_files_have_the_bits_of_those_in_host_memory(
+    variants: dict[str, dict[str, Any]], model_folder: Path, tmp_path: Path
+) -> None:
+    """Losses, checkpoints, what follows from these, there and back; without offload and at 3 ranks up to rounding."""
+    cases, elsewhere = [], []
+    for name, options in variants.items():
+        host = {**case(name, 3, 1), "offload": True, **options}
+        files = {**host, "nvme": {"parameters": options.get("zero") == OFFLOADED}}
+        device = {**case(name, 3, 1), **options, "zero": {}}
+        run = {kind: str(tmp_path / "runs" / f"{name}-{kind}") for kind in ("host", "files", "device")}
+        later = {"steps": (3, STEPS)}
+        for kind, place in {"host": host, "files": files, "device": device}.items():
+            cases.append({**place, "name": f"{name}-{kind}-begun", "steps": (1, 2), "save": run[kind]})
+            cases.append({**place, "name": f"{name}-{kind}", **later, "load": run["files"]})
+        cases.append({**files, "name": f"{name}-back", **later, "load": run["device"]})
+        for kind, place in {"files": files, "device": device}.items():
+            elsewhere.append({**place, "name": f"{name}-{kind}", **later, "load": run["files"]})
+    order = sorted(cases, key=lambda made: "load" in made)
+    found = run_ranks(2, {"model": str(model_folder), "cases": order}, tmp_path / "2")
+    there = run_ranks(3, {"model": str(model_folder), "cases": elsewhere}, tmp_path / "3")
+    for name, options in variants.items():
+        assert figures(found[f"{name}-files-begun"]) == figures(found[f"{name}-host-begun"])
+        assert figures(found[f"{name}-files"]) == figures(found[f"{name}-host"])
+        saved = [tmp_path / "runs" / f"{name}-{kind}/checkpoints/step-00000002" for kind in ("host", "files")]
+        assert list(differences(*saved)) == []
+        close = 1e-3 if options.get("dtype") == "bfloat16" else 1e-6
+        for other in (found[f"{name}-device"], found[f"{name}-back"], there[f"{name}-files"], there[f"{name}-device"]):
+            assert_same(other, found[f"{name}-files"], close)
 
 
 HELD_BRIEFLY = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}  # gathered again in each backward pass

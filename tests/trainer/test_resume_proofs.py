@@ -19,7 +19,7 @@ import torch
 from training_runs import figures, logs, make_run, rank_environment
 
 from trainer.checkpoint_files import differences, folder_name
-from trainer.engine import Shard
+from trainer.parameters import Shard
 from trainer.rundir import RunDirectory
 from trainer.slices import Slices
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from trainer.config.section import Flag, PositiveInt, Section
 from trainer.config.trained import AdapterConfig
@@ -113,11 +113,18 @@ class DeepSpeedConfig(Section):
     """ZeRO. `config` passes through to DeepSpeed for experts; what contradicts the plan is refused."""
 
     zero_stage: Literal[1, 2, 3] = 3
-    offload_optimizer: Literal["none", "cpu", "auto"] = Field(
-        "none", description="Where the optimizer's states are; auto: on the device if they fit it"
+    offload_optimizer: Literal["none", "cpu", "nvme", "auto"] = Field(
+        "none",
+        description="Where the optimizer's states are; auto: on the device if they fit it, else in host memory, else "
+        "in `nvme_path`, if that is given",
     )
-    offload_parameters: Literal["none", "cpu"] = Field(
-        "none", description="Where each rank's share of the weights is; with ZeRO-3 and offload_optimizer cpu"
+    offload_parameters: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="Where each rank's share of the weights is; with ZeRO-3 and offload_optimizer cpu or nvme"
+    )
+    nvme_path: str | None = Field(
+        None,
+        pattern="^/",
+        description="Folder on a disk of each node (an absolute path), for what is offloaded to nvme",
     )
     hpz: Flag | Literal["auto"] = Field(
         "auto",
@@ -126,20 +133,27 @@ class DeepSpeedConfig(Section):
     )
     config: dict[str, Any] = Field(default_factory=dict)
 
-    @field_validator("offload_optimizer", "offload_parameters", mode="before")
-    @classmethod
-    def _no_nvme(cls, value: Any) -> Any:
-        if value == "nvme":
-            raise ValueError(
-                "nvme is not offered: DeepSpeed keeps swapped states in files of its own, where checkpoints do not "
-                'find them; use "cpu", or more ranks, which hold less each'
-            )
-        return value
+    @property
+    def on_disk(self) -> tuple[str, ...]:
+        """What is kept in files in `nvme_path`: ``optimizer``, ``parameters``."""
+        places = {"optimizer": self.offload_optimizer, "parameters": self.offload_parameters}
+        return tuple(what for what, place in places.items() if place == "nvme")
 
     @model_validator(mode="after")
     def _go_together(self) -> DeepSpeedConfig:
-        if self.offload_parameters == "cpu" and (self.zero_stage != 3 or self.offload_optimizer != "cpu"):
-            raise ValueError('`offload_parameters` needs `zero_stage` 3 and `offload_optimizer` "cpu"')
+        if self.offload_parameters != "none" and (
+            self.zero_stage != 3 or self.offload_optimizer not in ("cpu", "nvme")
+        ):
+            raise ValueError('`offload_parameters` needs `zero_stage` 3 and `offload_optimizer` "cpu" or "nvme"')
+        if self.on_disk and self.nvme_path is None:
+            raise ValueError("nvme needs `nvme_path`, a folder on a disk of each node")
+        if self.nvme_path is not None and not self.on_disk and self.offload_optimizer != "auto":
+            raise ValueError(
+                '`nvme_path` is for `offload_optimizer` "nvme" or "auto", or `offload_parameters` "nvme": set one of '
+                "them, or leave it out"
+            )
+        if self.nvme_path is not None and self.zero_stage != 3:
+            raise ValueError("nvme needs `zero_stage` 3")
         if self.hpz is True and (self.zero_stage != 3 or self.offload_parameters != "none"):
             raise ValueError("`hpz` needs `zero_stage` 3, and its copies cannot be offloaded (`offload_parameters`)")
         return self

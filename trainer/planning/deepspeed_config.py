@@ -82,10 +82,11 @@ def deepspeed_config(
             zero["zero_hpz_partition_size"] = communication.hpz
     else:
         zero["allgather_bucket_size"] = communication.reduce_bucket
+    # what goes to files is host memory to DeepSpeed: see `trainer.file_memory`
     if config.offload_optimizer not in ("none", "auto"):
-        zero["offload_optimizer"] = {"device": config.offload_optimizer, "pin_memory": True}
-    if config.offload_parameters != "none":
-        zero["offload_param"] = {"device": config.offload_parameters, "pin_memory": True}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if config.offload_parameters != "none":  # pages of files cannot be pinned
+        zero["offload_param"] = {"device": "cpu", "pin_memory": config.offload_parameters == "cpu"}
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": micro_batches_per_rank,

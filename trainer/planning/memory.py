@@ -7,6 +7,7 @@ et al. 2022 (section 4), rewritten for gated MLPs, grouped queries and attention
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -57,7 +58,7 @@ def recomputation(model: ModelConfig, fused: bool = False) -> Recomputation:
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes of one rank, on its device. ``host_offload`` (offloaded states, layers' inputs) and ``host_staging`` lie in
-    host memory instead and are not part of ``total``.
+    host memory instead and are not part of ``total``; nor is ``nvme``, of files on the node's disk.
 
     ``total`` counts what lives at the same time at the worst moment: states, overhead, and the larger of the
     backward pass (gathered parameters, buckets, activations, logits) and the optimizer step (``step``). Checkpoints are
@@ -77,6 +78,7 @@ class MemoryEstimate:
     staging: int
     host_offload: int
     host_staging: int
+    nvme: int
 
     @property
     def total(self) -> int:
@@ -106,6 +108,7 @@ def estimate(
     sequence_parallel: int = 1,
     state_bytes: int = 8,
     fused_loss: bool = False,
+    on_disk: Collection[str] = (),
 ) -> MemoryEstimate | None:
     """The memory of a rank, or None where the model's counts or sizes are not known.
 
@@ -117,6 +120,7 @@ def estimate(
         sequence_parallel: ranks that share each sequence; around attention they exchange tokens for heads, as many.
         fused_loss: logits exist a block at a time.
         state_bytes: of each trained parameter besides its fp32 master: Adam's two moments, by default.
+        on_disk: ``optimizer`` and ``parameters``, whichever is in files; and what is staged for checkpoints with them.
     """
     if model.parameters is None or model.trainable_parameters is None or model.hidden_size is None:
         return None
@@ -144,19 +148,24 @@ def estimate(
     buffers = bucket * (width * (2 if zero.get("overlap_comm") else 1) + 4) if world_size > 1 else bucket * width
     # The step flattens the gradients of a sub-group (fp32) and keeps as much for the update.
     step = 8 * min(share, int(zero.get("sub_group_size", share)))
-    host = 0
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+    host = nvme = 0
+    if "optimizer" in on_disk:
+        nvme = masters + moments
+        masters = moments = step = 0
+    if device == "cuda" and zero.get("offload_optimizer", {}).get("device", "none") != "none":
         host = masters + moments + gradients
-        if device == "cuda":
-            gradients, masters, moments, step = 0, 0, 0, 0
-        else:
-            host = 0
+        gradients, masters, moments, step = 0, 0, 0, 0
     scales = scale_bytes(model)
     parameters = width * whole + scales
-    if device == "cuda" and zero.get("offload_param", {}).get("device", "none") != "none":
-        small = width * model.small_parameters + scales  # these stay
-        host, parameters = host + parameters - small, small
-    staging = 12 * share + (0 if model.pinned else math.ceil(width * (everything - trained) / world_size))
+    moved = parameters - width * model.small_parameters - scales  # small ones stay
+    if "parameters" in on_disk:
+        nvme, parameters = nvme + moved, parameters - moved
+    elif device == "cuda" and zero.get("offload_param", {}).get("device", "none") != "none":
+        host, parameters = host + moved, parameters - moved
+    staging = (4 + state_bytes) * share
+    staging += 0 if model.pinned else math.ceil(width * (everything - trained) / world_size)
+    if on_disk:
+        nvme, staging = nvme + staging, 0
     tokens = math.ceil(micro_batch_size * sequence_length / sequence_parallel)
     activations = activation_bytes(model, tokens, sequence_length, width, recompute, attention)
     if recompute.offload and device == "cuda":
@@ -176,6 +185,7 @@ def estimate(
         staging=staging if device == "cpu" else 0,
         host_offload=host,
         host_staging=staging if device == "cuda" else 0,
+        nvme=nvme,
     )
 
 

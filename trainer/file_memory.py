@@ -1,0 +1,166 @@
+"""Tensors that lie in files on a node's disk: `deepspeed.offload_optimizer` and `offload_parameters` "nvme".
+
+DeepSpeed is set up as for host memory. What it would keep there is mapped from files instead: ordinary tensors, whose
+pages the system writes to disk and reads again as it needs the memory. The files have no name: they are gone with the
+process, however it ends. They get all their blocks at once: a disk that is full says so at the start, and not by a
+SIGBUS in the middle of a step.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import local_disk
+from trainer.failures import UserError, node_name
+
+_CHUNK = 64 << 20  # bytes of a file, for tensors that are smaller: a process may map some 65,000
+_ALIGNMENT = 64  # bytes, as torch's own allocator
+
+
+class FileMemory:
+    """Where one rank keeps tensors in files.
+
+    Args:
+        folder: on the disk of this node.
+        optimizer: masters, moments and the average are kept there.
+        parameters: this rank's share of the weights is.
+    """
+
+    def __init__(self, folder: str | Path, optimizer: bool = True, parameters: bool = False) -> None:
+        self.folder, self.optimizer, self.parameters = Path(folder), optimizer, parameters
+        self.bytes = 0  # of all files so far
+        self._chunk, self._used = mmap.mmap(-1, 1), 1
+
+    @classmethod
+    def planned(cls, plan: Mapping[str, Any], ranks: int, agree: Callable[[bool], bool]) -> FileMemory | None:
+        """As plan.json has it, in a folder that has been looked at on every node.
+
+        Args:
+            ranks: of this node.
+            agree: whether something is true on any rank; a collective.
+
+        Raises:
+            UserError: a folder does not serve, on this node or another.
+        """
+        if not plan.get("nvme"):
+            return None
+        folder, holds = Path(plan["nvme"]["path"]), plan["nvme"]["holds"]
+        problem = local_disk.problem(folder, ranks * plan["memory"]["nvme"] if plan["memory"] else 0)
+        if agree(problem is not None):  # before any rank has taken of the space
+            raise UserError(
+                f"deepspeed.nvme_path: {node_name()}: {problem or f'{folder} does not serve on another node'}"
+            )
+        if doubt := local_disk.doubt(folder):
+            print(f"deepspeed.nvme_path: {node_name()}: {doubt}", flush=True)
+        return cls(folder, "optimizer" in holds, "parameters" in holds)
+
+    def zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Zeros, [numel], in a file that they keep open. Raises UserError where the disk is full."""
+        size = numel * dtype.itemsize
+        if not size:
+            return torch.empty(0, dtype=dtype)
+        if size > _CHUNK:
+            return torch.frombuffer(self._map(size), dtype=dtype, count=numel)
+        if self._used + size > len(self._chunk):
+            self._chunk, self._used = self._map(_CHUNK), 0
+        start = self._used
+        self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
+        # a tensor holds on to its file
+        return (
+            torch.frombuffer(self._chunk, dtype=dtype, count=numel, offset=start)
+            if numel
+            else torch.empty(0, dtype=dtype)
+        )
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a tensor in host memory, in a file."""
+        tensor = tensor.detach()
+        return self.zeros(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def _map(self, size: int) -> mmap.mmap:
+        try:
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+                mapped = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            free = shutil.disk_usage(self.folder).free
+            raise UserError(
+                f"deepspeed.nvme_path: {node_name()}: a rank needs {size / 1e9:.3g} GB in {self.folder} beside the "
+                f"{self.bytes / 1e9:.3g} GB it has there, and {free / 1e9:.3g} GB are free: {error.strerror}"
+            ) from error
+        self.bytes += size
+        return mapped
+
+    @contextmanager
+    def serving(self, partitioned: Any, zero3: Any) -> Iterator[None]:
+        """Inside, what DeepSpeed makes is made in files from the first: at no time is it whole in host memory.
+
+        Args:
+            partitioned: DeepSpeed's ``zero.Init``.
+            zero3: its optimizer of stage 3.
+        """
+        cut, lay_out = partitioned._partition_param, zero3._create_fp32_partitions
+
+        def cut_into_file(init: Any, parameter: Any, *arguments: Any, **options: Any) -> None:
+            is_new = parameter.ds_tensor is None
+            cut(init, parameter, *arguments, **options)
+            if is_new and not parameter.ds_persist:  # small ones stay whole, on the device
+                parameter.ds_tensor.data = self.copy(parameter.ds_tensor)
+
+        def flat_weights(zero: Any) -> None:
+            for group in zero.trainable_param_groups:
+                numel = sum(parameter.partition_numel() for parameter in group["params"])
+                zero.param_groups_fp16_flat_cpu_memory.append(self.zeros(numel, zero.dtype))
+
+        def flat_masters(zero: Any) -> None:
+            zero.fp32_partitioned_groups_flat = _Moving(self)
+            lay_out(zero)
+
+        with ExitStack() as stack:
+            if self.parameters:
+                stack.enter_context(_replaced(partitioned, "_partition_param", cut_into_file))
+                stack.enter_context(_replaced(zero3, "_create_param_groups_fp16_flat_cpu_memory", flat_weights))
+            if self.optimizer:
+                stack.enter_context(_replaced(zero3, "_create_fp32_partitions", flat_masters))
+                # makes a copy of the gradients: `share_gradients` does without
+                stack.enter_context(_replaced(zero3, "initialize_optimizer_states", lambda zero: None))
+            yield
+
+
+@contextmanager
+def _replaced(owner: type, name: str, value: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a class has another method."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+class _Moving(list[torch.Tensor]):
+    """A list that moves what is appended into files."""
+
+    def __init__(self, memory: FileMemory) -> None:
+        super().__init__()
+        self._memory = memory
+
+    def append(self, tensor: torch.Tensor) -> None:
+        super().append(self._memory.copy(tensor))
+
+
+def share_gradients(zero: Any) -> None:
+    """Have the masters' gradients be those that DeepSpeed adds up, in host memory, instead of a copy of them."""
+    start = 0
+    for flat in zero.fp32_partitioned_groups_flat:
+        flat.grad = zero.grad_partitions_flat_buffer.narrow(0, start, flat.numel())
+        start += flat.numel()
