@@ -50,6 +50,15 @@ def test_vocabulary_memory(tmp_path):
     assert 0 < value["ratios"]["0.5"] < 1.2  # it refuses losses and gradients that differ
 
 
+@pytest.mark.matrix
+def test_offload_memory(tmp_path):
+    small = ["--hidden", 256, "--layers", 2, "--vocabulary", 4000, "--steps", 4]
+    value = run("offload_memory", tmp_path, "--disk", tmp_path, "--places", "cpu", "nvme", "nvme, weights too", *small)
+    host, states, weights = value["runs"]  # it refuses losses that differ
+    assert host["files"] == 0 < states["files"] <= weights["files"]
+    assert host["anonymous"] > states["anonymous"]
+
+
 def test_load_memory(tmp_path):
     value = run("load_memory", tmp_path, "--ranks", 2, "--hidden", 512, "--layers", 4, "--vocabulary", 8000)
     first = value["runs"][0]

@@ -22,7 +22,7 @@ import torch
 from trainer import local_disk
 from trainer.failures import UserError, node_name
 
-_CHUNK = 64 << 20  # bytes of a file, for tensors that are smaller: a process may map some 65,000
+_CHUNK, _SMALL = 64 << 20, 8 << 20  # bytes of a file for tensors that are small: a process may map some 65,000
 _ALIGNMENT = 64  # bytes, as torch's own allocator
 
 
@@ -68,7 +68,7 @@ class FileMemory:
         size = numel * dtype.itemsize
         if not size:
             return torch.empty(0, dtype=dtype)
-        if size > _CHUNK:
+        if size > _SMALL:
             return torch.frombuffer(self._map(size), dtype=dtype, count=numel)
         if self._used + size > len(self._chunk):
             self._chunk, self._used = self._map(_CHUNK), 0

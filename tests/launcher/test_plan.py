@@ -295,6 +295,13 @@ def test_preflight_finds_an_output_that_cannot_be_written(tmp_path):
     assert "no file can be written" in problems_of(tmp_path, "output_dir=/proc/dsft")[0]
 
 
+def test_preflight_looks_at_the_folder_for_what_is_in_files(tmp_path):
+    files = "deepspeed.offload_optimizer=nvme"
+    assert problems_of(tmp_path, files, f"deepspeed.nvme_path={tmp_path}") == []
+    missing = problems_of(tmp_path, files, f"deepspeed.nvme_path={tmp_path}/none")
+    assert missing == [f"deepspeed.nvme_path: {tmp_path}/none is no folder; name one on the node's own disk"]
+
+
 def test_preflight_finds_a_disk_that_is_too_small(tmp_path):
     config = load_config(runnable(tmp_path))
     plan = make_plan(config, facts_of(config))

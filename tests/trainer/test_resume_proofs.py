@@ -53,6 +53,7 @@ VARIANTS: dict[str, Variant] = {
     "frozen": ({"freeze": ["layers:0", "model.embed_tokens"]}, {"config": WHOLE_SLICES}, {}),
     "lora": ({"adapter": LORA}, {}, {}),
     "offload": ({}, {"offload_optimizer": "cpu"}, {}),
+    "files": ({}, {"offload_optimizer": "nvme", "offload_parameters": "nvme", "nvme_path": "/var/tmp"}, {}),
     "bfloat16": ({"dtype": "bfloat16"}, {"config": WHOLE_SLICES}, {}),
 }
 

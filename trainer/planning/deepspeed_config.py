@@ -11,6 +11,9 @@ from trainer.planning.communication import USUAL, Communication
 
 PERSISTENCE_THRESHOLD = 100_000  # elements: norms and biases, whose gathering would cost latency alone
 SUB_GROUP = 1_000_000_000  # elements
+# Of masters in files: two copies of a group are in memory as they are made, and what the optimizer has just read should
+# still be there when the weights are copied from it.
+SUB_GROUP_IN_FILES = 100_000_000
 
 _INSTEAD = {
     "train_batch_size": "training.global_batch_size",
@@ -74,7 +77,7 @@ def deepspeed_config(
             "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
             "stage3_max_live_parameters": communication.max_live,
             "stage3_max_reuse_distance": communication.max_live,
-            "sub_group_size": SUB_GROUP,
+            "sub_group_size": SUB_GROUP_IN_FILES if "optimizer" in config.on_disk else SUB_GROUP,
         }
         if compiled:  # its linear function has every layer compiled anew: it looks at the number of each parameter
             zero["memory_efficient_linear"] = False
