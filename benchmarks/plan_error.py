@@ -1,11 +1,12 @@
 """The plan's estimate of a rank's memory beside what training takes: `python benchmarks/plan_error.py`.
 
-Each case is a whole run of dsft's trainer under torchrun, with its last checkpoint. On CPUs the growth of a rank's
-anonymous memory (RssAnon, sampled every 2 ms) over what it held after all imports is compared with the plan's total
-without its overhead, which stands for the libraries; the last column is what the run itself reports: the peak of the
-resident set beside the whole total. Malloc keeps freed blocks for later, and memory that was asked for and never
-touched does not count: the growth may lie on either side of what tensors hold. On GPUs it is the peak of torch's
-allocator (`max_memory_allocated`), and beside it what the allocator has reserved, fragments included.
+Each case is a whole run of dsft's trainer under torchrun, with a checkpoint after each step. On CPUs the growth of a
+rank's anonymous memory (RssAnon, sampled every 2 ms) over what it held after all imports is compared with the plan's
+total without its overhead, which stands for the libraries; the last column is what the run itself reports: the peak
+of the resident set beside the whole total. Malloc is told to give freed blocks back at once (it keeps those under 32
+MB for later, as much again in places), and memory that was asked for and never touched does not count. On GPUs it is
+the peak of torch's allocator (`max_memory_allocated`), and beside it what the allocator has reserved, fragments
+included.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def rank_program(run_dir: Path) -> None:
     from transformers.models.llama import modeling_llama  # noqa: F401  # its import is not the run's memory
 
     from trainer import engine, seq2seq  # noqa: F401
+    from trainer.model import returning_freed_memory
     from trainer.rundir import RunDirectory
     from trainer.train import Trainer
 
@@ -73,7 +75,8 @@ def rank_program(run_dir: Path) -> None:
     before = status("RssAnon")
     with AnonymousPeak() as peak:
         trainer = Trainer(RunDirectory(run_dir), 1)
-        trainer.run_to_end()
+        with returning_freed_memory():
+            trainer.run_to_end()
         rank = dist.get_rank()
     told: dict[str, Any] = {"rank": rank, "peak": peak.bytes - before, "resident": status("VmHWM")}
     if trainer.device.type == "cuda":
@@ -102,7 +105,8 @@ def make_run(name: str, folder: Path, ranks: int, sizes: dict[str, int], changes
             "train": [{"path": str(folder / "train.jsonl"), "columns": {"text": "text"}}],
             "sequence_length": length,
         },
-        "training": {"global_batch_size": 8 * ranks, "micro_batch_size": 8, "max_steps": 2},
+        "training": {"global_batch_size": 8 * ranks, "micro_batch_size": 8, "max_steps": 3},
+        "checkpoint": {"interval_steps": 1},
         "export": {"enabled": False},
         "logging": {"tensorboard": False},
         "cluster": {"processes_per_node": ranks},

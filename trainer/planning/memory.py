@@ -134,26 +134,32 @@ def estimate(
         whole += math.ceil(held / node)
     # Gradients are accumulated in fp32: stage 1 keeps whole ones, stages 2 and 3 each rank's share.
     gradients = 4 * (trained if stage == 1 else share)
-    masters, moments = 4 * share, state_bytes * share
+    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    # under ZeRO-3 weights in fp32 are their own masters, where they are in one place
+    masters = 0 if width == 4 and stage == 3 and not offloaded else 4 * share
+    moments = state_bytes * share
     live = 0
     if stage == 3:
         # What was gathered stays until stage3_max_live_parameters is reached; a layer must fit in any case.
         limit = max(int(zero["stage3_max_live_parameters"]), 2 * (model.largest_block or 0))
         live = width * min(held, limit + int(zero["stage3_prefetch_bucket_size"]))
     live += unpacking_bytes(model, width)
-    # A bucket is filled in the model's dtype (twice, where it overlaps with the backward pass) and reduced in fp32.
+    # A bucket is filled in the model's dtype (twice, where it overlaps with the backward pass) and reduced in fp32, in
+    # a copy where that is another dtype.
     bucket = int(zero["reduce_bucket_size"])
     if device == "cpu":  # allocated whole, but memory that nothing touches costs nothing
         bucket = min(trained, bucket)
-    buffers = bucket * (width * (2 if zero.get("overlap_comm") else 1) + 4) if world_size > 1 else bucket * width
+    reduced = 4 if width < 4 else 0
+    buffers = bucket * (width * (2 if zero.get("overlap_comm") else 1) + reduced) if world_size > 1 else bucket * width
     # The step flattens the gradients of a sub-group (fp32) and keeps as much for the update.
     step = 8 * min(share, int(zero.get("sub_group_size", share)))
     host = nvme = 0
     if "optimizer" in on_disk:
         nvme = masters + moments
         masters = moments = step = 0
-    if device == "cuda" and zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        host = masters + moments + gradients
+    if device == "cuda" and offloaded:
+        # DeepSpeed adds gradients up in one place and copies them to another; in files' place one does
+        host = masters + moments + gradients * (1 if "optimizer" in on_disk else 2)
         gradients, masters, moments, step = 0, 0, 0, 0
     scales = scale_bytes(model)
     parameters = width * whole + scales
