@@ -72,10 +72,12 @@ setup(
             "pytest-xdist>=3.8",
             "ruff>=0.14",
             "setuptools>=77",
+            "torchao>=0.15",
             "wheel>=0.45",
         ],
         "gpu": ["liger-kernel>=0.8"],
         "qlora": ["bitsandbytes>=0.46"],  # 4-bit kernels, on CPUs as well; a wheel of 43 MB
+        "fp8": ["torchao>=0.15"],
         "flash": ["flash-attn>=2.7"],  # built from source, against the torch at hand
     },
 )

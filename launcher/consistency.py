@@ -22,6 +22,8 @@ _FIXED: dict[str, frozenset[str]] = {
             "gradient_checkpointing",
             "activation_offload",
             "compile",
+            "kernels",
+            "fused_loss",
             "sequence_parallel",
             "trust_remote_code",
         }

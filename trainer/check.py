@@ -48,9 +48,13 @@ def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
             f"own tokenizer, or {raised}"
         )
     adapter = config.model.adapter
-    if adapter and adapter.type == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
-        report["class"] = "user"
-        report["errors"].append("model.adapter.type: qlora needs bitsandbytes; pip install bitsandbytes, or use lora")
+    for needed, package, message in (
+        (adapter and adapter.type == "qlora", "bitsandbytes", "adapter.type: qlora needs bitsandbytes{}, or use lora"),
+        (config.model.fp8 != "none", "torchao", "fp8 needs torchao{}, or set it to none"),
+    ):
+        if needed and importlib.util.find_spec(package) is None:
+            report["class"] = "user"
+            report["errors"].append("model." + message.format(f"; pip install {package}"))
     if tokenizer.eos_id is None and task.splits:
         report["warnings"].append("the tokenizer has no end-of-text token: the model will not learn where to stop")
     for part, sources in (("train", config.data.train), ("evaluation", config.data.evaluation)):

@@ -22,7 +22,7 @@ from trainer.config.model import CheckpointedLayers, ModelConfig
 from trainer.failures import UserError
 
 # Kept by "selective": products with weights, and attention kernels; not bmm, the scores of eager attention.
-_KEPT = re.compile(r"::(mm|addmm)$|attention|attn")
+_KEPT = re.compile(r"::(mm|addmm|_scaled_mm)$|attention|attn")
 
 
 def repeated_layers(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +19,7 @@ from trainer.adapters import add_adapter, plain_name
 from trainer.config.schema import ModelConfig, OptimizerConfig
 from trainer.config.trained import ParameterGroup, Unfreeze
 from trainer.failures import UserError
+from trainer.float8 import use_float8
 from trainer.four_bit import packing, share_scales
 from trainer.kernels import fuse_kernels
 from trainer.layers import compile_layers, set_recomputation
@@ -114,6 +116,8 @@ def build_model(
     del partitioning
     model.config.use_cache = False
     print(f"model.kernels: {fuse_kernels(model, config)}", flush=True)
+    if config.fp8 != "none":
+        print(f"model.fp8: {use_float8(model, config)}", flush=True)
     set_recomputation(model, config)
     if config.compile:
         print(f"model.compile: {compile_layers(model, config)}", flush=True)
@@ -213,3 +217,5 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # DeepSpeed calls functions that torch has renamed: two warnings for every parameter of every step
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # where it is installed, transformers imports it with the first model: 1.6 s, and lines in the log
+    sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]  # as importlib marks what cannot be imported

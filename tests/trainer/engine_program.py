@@ -65,6 +65,7 @@ def deepspeed_config(case: dict[str, Any], world_size: int) -> dict[str, Any]:
             "stage": case["stage"],
             "overlap_comm": False,
             "stage3_param_persistence_threshold": case.get("persistence_threshold", 0),
+            "memory_efficient_linear": not case.get("model", {}).get("compile"),
             **case.get("zero", {}),
         },
     }

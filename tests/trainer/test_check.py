@@ -101,6 +101,16 @@ def test_qlora_without_bitsandbytes_is_refused(tmp_path: Path, monkeypatch: pyte
     assert "pip install bitsandbytes" in report["errors"][0]
 
 
+def test_fp8_without_torchao_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tmp_path, [{"text": "a b"}])
+    config = config.model_copy(update={"model": config.model.model_copy(update={"compile": True, "fp8": "rowwise"})})
+    assert check(config)["ok"]
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    report = check(config)
+    assert (report["ok"], report["class"]) == (False, "user")
+    assert "pip install torchao" in report["errors"][0]
+
+
 def test_command_line_names_each_bad_source_and_never_imports_torch(tmp_path: Path) -> None:
     config = make_config(tmp_path, [{"text": "a"}, {"txt": "b"}], evaluation=[{"path": str(tmp_path / "none.jsonl")}])
     path = tmp_path / "config.json"

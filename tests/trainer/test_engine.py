@@ -44,18 +44,21 @@ GROUPS = {
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), 24, 40)
+
+
+def make_model(folder: Path, hidden_size: int, intermediate_size: int) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=program.VOCABULARY,
-        hidden_size=24,
-        intermediate_size=40,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=64,
     )
-    folder = tmp_path_factory.mktemp("model")
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -222,7 +225,6 @@ def test_compiled_layers_equal_a_plain_loop(model_folder: Path, tmp_path: Path) 
             3,
             2,
             model={"compile": True, "gradient_checkpointing": recompute},
-            zero={"memory_efficient_linear": False},
         )
         for index, recompute in enumerate((True, False, "selective"))
     ]
@@ -231,6 +233,34 @@ def test_compiled_layers_equal_a_plain_loop(model_folder: Path, tmp_path: Path) 
     for found in results.values():
         assert_same(found, expected, 1e-6)
         assert found[-1]["compiled"] > 0
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("world_size", "relative"), [(1, 1e-5), (2, 1e-5), (3, 5e-3)])
+def test_products_in_8_bits_equal_torchaos_in_a_plain_loop(world_size: int, relative: float, tmp_path: Path) -> None:
+    """With the one recipe that rounds each token by itself: the others depend on the cut into micro-batches.
+
+    Its scales are powers of two: gradients that are three times as large, until ranks have averaged them, are rounded
+    elsewhere.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    def in_8_bits(model: Any) -> Any:
+        config = Float8LinearConfig.from_recipe_name("rowwise_with_gw_hp")
+        return convert_to_float8_training(model, module_filter_fn=lambda _, name: name != "lm_head", config=config)
+
+    folder = make_model(tmp_path / "model", 32, 48)
+    options = {"compile": True, "fp8": "rowwise_with_gw_hp"}
+    cases = [
+        case(f"fp8-{index}", 3, 2, model={**options, "gradient_checkpointing": recompute})
+        for index, recompute in enumerate((True, False))
+    ]
+    results = run_ranks(world_size, {"model": str(folder), "cases": cases}, tmp_path / "ranks")
+    plain, expected = plain_loop(folder), plain_loop(folder, prepare=in_8_bits)
+    for found in results.values():
+        assert found[-1]["compiled"] > 0
+        assert_same(found, expected, relative)
+    assert plain[-1]["grad_norm"] != pytest.approx(expected[-1]["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.matrix

@@ -55,6 +55,11 @@ class ModelConfig(Section):
     kernels: Literal["auto", "liger", "none"] = Field(
         "auto", description="Fused norms, MLP and rotary embedding; auto: Liger's on GPUs, where it is installed"
     )
+    fp8: Literal["none", "rowwise", "rowwise_with_gw_hp", "tensorwise"] = Field(
+        "none",
+        description="Trained linear layers multiply in 8 bits, scaled by row and column, by tensor, or by row with the "
+        "weights' gradients left in full: torchao's recipes. Needs `compile`, and Ada, Hopper or later GPUs",
+    )
     fused_loss: Flag = Field(
         False, description="causal-lm: head and loss work through blocks of positions; logits never exist as a whole"
     )
@@ -105,6 +110,10 @@ class ModelConfig(Section):
             raise ValueError("`activation_offload` and `compile` do not go together: leave one of them out")
         if self.kernels == "liger" and self.compile:
             raise ValueError("`kernels` and `compile` do not go together: torch.compile fuses norms and MLP itself")
+        if self.fp8 != "none" and not self.compile:
+            raise ValueError("`fp8` gains nothing unless casts are fused with what is around them: set `compile`")
+        if self.fp8 != "none" and self.adapter is not None:
+            raise ValueError("`fp8` is for weights that are trained: leave it out with `adapter`")
         if self.sequence_parallel > 1 and self.compile:
             raise ValueError("`sequence_parallel` and `compile` do not go together: leave one of them out")
 
