@@ -52,10 +52,14 @@ def choose_attention(config: LaunchConfig, model_config: Any, device: torch.devi
         return VARLEN, "as configured"
     if requested == "flex_attention" and device.type == "cpu":
         raise UserError("model.attention: flex_attention has no backward pass on CPUs; use auto or sdpa")
+    if requested == "flash_attention_3" and (problem := _not_flash_3(model_config, device)):
+        raise UserError(f"model.attention: flash_attention_3 does not go here: {problem}; use auto")
     if requested != "auto":
         return requested, "as configured"
     if device.type != "cuda":
         return None, "no GPU"
+    if not _not_flash_3(model_config, device):
+        return "flash_attention_3", "flash_attn_3 is installed, and it is made for this GPU"
     if importlib.util.find_spec("flash_attn") is not None:
         return "flash_attention_2", "flash_attn is installed"
     if problem := _not_varlen(config, model_config, device):
@@ -72,6 +76,17 @@ def inference_attention(requested: str, device: torch.device) -> str | None:
         return requested
     flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
     return "flash_attention_2" if flash else None
+
+
+def _not_flash_3(model_config: Any, device: torch.device) -> str | None:
+    """Why FlashAttention 3 cannot be used; None: it can."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return "it is for Hopper GPUs"
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return "flash_attn_3 is not installed"
+    if getattr(model_config.get_text_config(), "attention_dropout", 0.0):
+        return "it has no dropout, and the model's attention_dropout is not 0"
+    return None
 
 
 def _not_varlen(config: LaunchConfig, model_config: Any, device: torch.device) -> str | None:

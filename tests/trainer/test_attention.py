@@ -109,7 +109,7 @@ def test_auto_goes_by_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     llama = family("llama")
     assert choose_attention(config_of("auto"), llama, CPU) == (None, "no GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    found = {"flash_attn": None}
+    found = {"flash_attn": None, "flash_attn_interface": None}
     real = attention.importlib.util.find_spec
     real_trial = attention._kernel_problem
     monkeypatch.setattr(attention, "_kernel_problem", lambda _: real_trial(CPU))
@@ -123,8 +123,13 @@ def test_auto_goes_by_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
         chosen, why = choose_attention(config_of("auto", **options), model, GPU)
         assert chosen is None
         assert reason in why
+    found["flash_attn_interface"] = real("torch")
+    assert choose_attention(config_of("auto"), llama, GPU)[0] == "flash_attention_3"
+    assert choose_attention(config_of("flash_attention_3"), llama, GPU) == ("flash_attention_3", "as configured")
     llama.attention_dropout = 0.1
     assert "dropout" in choose_attention(config_of("auto"), llama, GPU)[1]
+    with pytest.raises(UserError, match="flash_attention_3 does not go here: it has no dropout"):
+        choose_attention(config_of("flash_attention_3"), llama, GPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert "8.0" in choose_attention(config_of("auto"), family("llama"), GPU)[1]
     found["flash_attn"] = real("torch")
@@ -134,6 +139,8 @@ def test_auto_goes_by_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UserError, match="flex_attention has no backward pass on CPUs"):
         choose_attention(config_of("flex_attention"), family("llama"), CPU)
+    with pytest.raises(UserError, match="flash_attention_3 does not go here: it is for Hopper GPUs"):
+        choose_attention(config_of("flash_attention_3"), family("llama"), CPU)
     with pytest.raises(UserError, match="model_type gpt2"):
         choose_attention(config_of("varlen"), family("gpt2"), CPU)
     with pytest.raises(UserError, match="only causal-lm"):

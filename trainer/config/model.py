@@ -38,9 +38,9 @@ class ModelConfig(Section):
         None, description="Folder or hub id with the image processor, for tasks with images; default: `path`"
     )
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention", "varlen"] = Field(
-        "auto", description="auto: the fastest that keeps packed samples apart here; the log says which and why"
-    )
+    attention: Literal[
+        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention", "varlen"
+    ] = Field("auto", description="auto: the fastest that keeps packed samples apart here; the log says which and why")
     gradient_checkpointing: Flag | Literal["auto", "selective"] | CheckpointedLayers = Field(
         "auto",
         description="true: a layer keeps its input and is computed again in the backward pass; selective: it keeps the "

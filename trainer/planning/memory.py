@@ -141,8 +141,10 @@ def estimate(
     live = 0
     if stage == 3:
         # What was gathered stays until stage3_max_live_parameters is reached; a layer must fit in any case.
-        limit = max(int(zero["stage3_max_live_parameters"]), 2 * (model.largest_block or 0))
-        live = width * min(held, limit + int(zero["stage3_prefetch_bucket_size"]))
+        # What is gathered at a time arrives in one buffer, out of which it is copied.
+        limit, ahead = int(zero["stage3_max_live_parameters"]), int(zero["stage3_prefetch_bucket_size"])
+        live = width * min(held, max(limit, 2 * (model.largest_block or 0)) + ahead)
+        live += width * min(held, ahead) if world_size > 1 else 0
     live += unpacking_bytes(model, width)
     # A bucket is filled in the model's dtype (twice, where it overlaps with the backward pass) and reduced in fp32, in
     # a copy where that is another dtype.
