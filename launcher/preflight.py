@@ -16,6 +16,7 @@ from trainer import local_disk
 from trainer.config.loading import is_image_file
 from trainer.config.schema import LaunchConfig
 from trainer.failures import UserError
+from trainer.planning.flops import lacks_fp8
 
 
 def preflight(config: LaunchConfig, plan: Plan, facts: Facts) -> None:
@@ -34,6 +35,7 @@ def preflight_problems(config: LaunchConfig, plan: Plan, facts: Facts) -> list[s
     return [
         *_output(config, plan, facts),
         *_disk(config, plan),
+        *_fp8(config, plan),
         *_tokenizer(config),
         *_data(config),
         *_image(config),
@@ -76,6 +78,16 @@ def _disk(config: LaunchConfig, plan: Plan) -> Iterator[str]:
         problem = local_disk.problem(Path(plan.nvme["path"]), needed)
         if problem:
             yield f"deepspeed.nvme_path: {problem}"
+
+
+def _fp8(config: LaunchConfig, plan: Plan) -> Iterator[str]:
+    """Ranks look again, at the GPU itself."""
+    if config.model.fp8 == "none" or plan.device != "cuda":
+        return
+    if plan.device_name and lacks_fp8(plan.device_name):
+        yield f"model.fp8: {plan.device_name} has no products in 8 bits (Ada, Hopper and later have); set it to none"
+    if config.model.dtype != "bfloat16":
+        yield "model.fp8: on GPUs it needs model.dtype bfloat16"
 
 
 def _tokenizer(config: LaunchConfig) -> Iterator[str]:

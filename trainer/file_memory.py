@@ -8,7 +8,6 @@ SIGBUS in the middle of a step.
 
 from __future__ import annotations
 
-import mmap
 import os
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from trainer import local_disk
@@ -38,7 +38,7 @@ class FileMemory:
     def __init__(self, folder: str | Path, optimizer: bool = True, parameters: bool = False) -> None:
         self.folder, self.optimizer, self.parameters = Path(folder), optimizer, parameters
         self.bytes = 0  # of all files so far
-        self._chunk, self._used = mmap.mmap(-1, 1), 1
+        self._chunk, self._used = np.empty(0, dtype=np.uint8), 0
 
     @classmethod
     def planned(cls, plan: Mapping[str, Any], ranks: int, agree: Callable[[bool], bool]) -> FileMemory | None:
@@ -64,7 +64,7 @@ class FileMemory:
         return cls(folder, "optimizer" in holds, "parameters" in holds)
 
     def zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """Zeros, [numel], in a file that they keep open. Raises UserError where the disk is full."""
+        """Zeros, [numel], in a file that they keep. Raises UserError where the disk is full."""
         size = numel * dtype.itemsize
         if not size:
             return torch.empty(0, dtype=dtype)
@@ -74,28 +74,26 @@ class FileMemory:
             self._chunk, self._used = self._map(_CHUNK), 0
         start = self._used
         self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
-        # a tensor holds on to its file
-        return (
-            torch.frombuffer(self._chunk, dtype=dtype, count=numel, offset=start)
-            if numel
-            else torch.empty(0, dtype=dtype)
-        )
+        return torch.frombuffer(self._chunk, dtype=dtype, count=numel, offset=start)  # it holds on to its file
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a tensor in host memory, in a file."""
         tensor = tensor.detach()
         return self.zeros(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
 
-    def _map(self, size: int) -> mmap.mmap:
+    def _map(self, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:
                 os.posix_fallocate(file.fileno(), 0, size)
-                mapped = mmap.mmap(file.fileno(), size)
-        except OSError as error:
+                # unlike mmap.mmap, it keeps no descriptor, of which a process may often have but 1024
+                path = f"/proc/self/fd/{file.fileno()}"
+                mapped = torch.from_file(path, shared=True, size=size, dtype=torch.uint8).numpy()
+        except (OSError, RuntimeError) as error:  # torch's is the latter
             free = shutil.disk_usage(self.folder).free
             raise UserError(
                 f"deepspeed.nvme_path: {node_name()}: a rank needs {size / 1e9:.3g} GB in {self.folder} beside the "
-                f"{self.bytes / 1e9:.3g} GB it has there, and {free / 1e9:.3g} GB are free: {error.strerror}"
+                f"{self.bytes / 1e9:.3g} GB it has there, and {free / 1e9:.3g} GB are free: "
+                f"{getattr(error, 'strerror', error)}"
             ) from error
         self.bytes += size
         return mapped

@@ -10,6 +10,8 @@ from pathlib import Path
 
 _MEMORY = {"tmpfs", "ramfs"}
 _NETWORK = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "9p", "fuse.sshfs", "orangefs", "wekafs"}
+# what is written again goes to new blocks: those that a file got at the start are no promise
+_COPYING = {"btrfs", "zfs", "bcachefs"}
 
 
 def file_system(folder: Path, mounts: Iterable[str] | None = None) -> str:
@@ -44,4 +46,6 @@ def problem(folder: Path, needed: int) -> str | None:
 def doubt(folder: Path) -> str | None:
     """What speaks against a folder that would serve, or None."""
     kind = file_system(folder)
+    if kind in _COPYING:
+        return f"{folder} is on {kind}, which takes new blocks for what is written again: keep it from filling up"
     return f"{folder} is on the network ({kind}): every step will wait for it" if kind in _NETWORK else None

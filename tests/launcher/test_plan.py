@@ -302,6 +302,31 @@ def test_preflight_looks_at_the_folder_for_what_is_in_files(tmp_path):
     assert missing == [f"deepspeed.nvme_path: {tmp_path}/none is no folder; name one on the node's own disk"]
 
 
+@pytest.mark.parametrize(
+    ("name", "has_them"),
+    [
+        ("NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA RTX 6000 Ada Generation", True),
+        ("NVIDIA L4", True),
+        ("MI300A", True),
+        ("A100", False),
+        ("nvidia_a100", False),
+        ("NVIDIA RTX A6000", False),
+        ("Tesla V100S-PCIE-32GB", False),
+        ("rtx_3090", False),
+        ("MI250X", False),
+    ],
+)
+def test_preflight_finds_gpus_without_products_in_8_bits(tmp_path, name, has_them):
+    cluster = {"backend": "slurm", "time": "1:00:00", "gpus_per_node": 2, "gpu_model": name}
+    eight_bits = ("model.fp8=rowwise", "model.compile=true", f"cluster={json.dumps(cluster)}")
+    problems = problems_of(tmp_path, *eight_bits)
+    missing = [f"model.fp8: {name} has no products in 8 bits (Ada, Hopper and later have); set it to none"]
+    assert problems == ([] if has_them else missing)
+    wide = problems_of(tmp_path, *eight_bits, "model.dtype=float32")
+    assert wide == [*problems, "model.fp8: on GPUs it needs model.dtype bfloat16"]
+
+
 def test_preflight_finds_a_disk_that_is_too_small(tmp_path):
     config = load_config(runnable(tmp_path))
     plan = make_plan(config, facts_of(config))

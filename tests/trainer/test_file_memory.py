@@ -30,6 +30,15 @@ def test_tensors_are_zeros_in_files_without_a_name(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_large_ones_keep_no_file_open(tmp_path: Path) -> None:
+    """A process may often have but 1024, and a model more tensors than that."""
+    memory, before = FileMemory(tmp_path), len(os.listdir("/proc/self/fd"))
+    kept = [memory.zeros(9 << 20, torch.uint8) for _ in range(3)]
+    kept[0].fill_(1)
+    assert not kept[1].any()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 PROGRAM = """
 import json, sys, time, torch
 from trainer.file_memory import FileMemory
@@ -119,6 +128,8 @@ def test_a_folder_that_does_not_serve(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(local_disk, "file_system", lambda folder: "lustre")
     assert local_disk.problem(tmp_path, 0) is None
     assert "on the network (lustre)" in str(local_disk.doubt(tmp_path))
+    monkeypatch.setattr(local_disk, "file_system", lambda folder: "btrfs")
+    assert "keep it from filling up" in str(local_disk.doubt(tmp_path))
 
 
 def test_ranks_agree_before_they_take_space(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 FORMULA = "6 * parameters + 12 * layers * hidden size * sequence length (Chowdhery et al. 2022, appendix B)"
 
 # Dense bf16 peak of a device in FLOP/s, from its maker's data sheet (where that states a figure with sparsity, half of
@@ -33,6 +35,18 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("MI325X", 1307.4e12),  # AMD Instinct MI325X data sheet
     ("MI250X", 383e12),  # AMD Instinct MI250X data sheet
 )
+
+# Makers' names of GPUs without matrix products in 8-bit floating point: NVIDIA's before Ada, AMD's before MI300. Names
+# as a whole, so that "A30" is not found in "MI300A".
+_WITHOUT_FP8 = re.compile(
+    r"(?<![a-z0-9])(A\d{2,4}|V100|P100|P40|T4|K80|(RTX|GTX)[ _-]?[123]0\d\d|Quadro|TITAN|MI(50|60|100|210|250))(?!\d)",
+    re.IGNORECASE,
+)
+
+
+def lacks_fp8(device_name: str) -> bool:
+    """Whether a device is known to have no products in 8 bits, by its name; False where it is not known."""
+    return _WITHOUT_FP8.search(device_name) is not None
 
 
 def flops_per_token(parameters: int, layers: int, hidden_size: int, sequence_length: int) -> float:
