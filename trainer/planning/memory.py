@@ -147,12 +147,14 @@ def estimate(
         live += width * min(held, ahead) if world_size > 1 else 0
     live += unpacking_bytes(model, width)
     # A bucket is filled in the model's dtype (twice, where it overlaps with the backward pass) and reduced in fp32, in
-    # a copy where that is another dtype.
+    # a copy where that is another dtype; one rank makes a copy, too.
     bucket = int(zero["reduce_bucket_size"])
     if device == "cpu":  # allocated whole, but memory that nothing touches costs nothing
         bucket = min(trained, bucket)
     reduced = 4 if width < 4 else 0
-    buffers = bucket * (width * (2 if zero.get("overlap_comm") else 1) + reduced) if world_size > 1 else bucket * width
+    buffers = (
+        bucket * (width * (2 if zero.get("overlap_comm") else 1) + reduced) if world_size > 1 else bucket * 2 * width
+    )
     # The step flattens the gradients of a sub-group (fp32) and keeps as much for the update.
     step = 8 * min(share, int(zero.get("sub_group_size", share)))
     host = nvme = 0
@@ -264,9 +266,10 @@ def activation_bytes(
 
 def logit_bytes(model: ModelFacts, tokens: int, width: int) -> int:
     """Bytes of the logits when every token has a label (the worst case): the head's output and its gradient in the
-    model's dtype, and the cross-entropy's blocks of rows in fp32 (DeepSpeed's: 256 MiB, up to three at a time)."""
+    model's dtype, and the cross-entropy's blocks of rows in fp32 (DeepSpeed's: 256 MiB, up to three at a time; where
+    logits are in fp32, one of these is theirs)."""
     elements = tokens * (model.vocabulary or 0)
-    return 2 * width * elements + min(12 * elements, 3 << 28)
+    return 2 * width * elements + (min(12 * elements, 3 << 28) if width < 4 else min(4 * elements, 2 << 28))
 
 
 def fused_logit_bytes(model: ModelFacts, tokens: int, width: int, device: str) -> int:
