@@ -31,7 +31,11 @@ def file_system(folder: Path, mounts: Iterable[str] | None = None) -> str:
 
 def problem(folder: Path, needed: int) -> str | None:
     """Why ``needed`` bytes cannot be kept there, or None."""
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:  # a folder above it may not be entered
+        return f"{folder} cannot be seen ({error.strerror})"
+    if not is_folder:
         return f"{folder} is no folder; name one on the node's own disk"
     if not os.access(folder, os.W_OK | os.X_OK):
         return f"{folder} cannot be written to"

@@ -124,6 +124,7 @@ def test_the_file_system_of_a_folder(folder: str, kind: str) -> None:
 def test_a_folder_that_does_not_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert local_disk.problem(tmp_path, 1 << 20) is None
     assert "is no folder" in str(local_disk.problem(tmp_path / "none", 0))
+    assert "cannot be seen (File name too long)" in str(local_disk.problem(tmp_path / ("x" * 300), 0))
     assert "1e+09 GB are needed" in str(local_disk.problem(tmp_path, 10**18))
     monkeypatch.setattr(local_disk, "file_system", lambda folder: "lustre")
     assert local_disk.problem(tmp_path, 0) is None
