@@ -289,4 +289,5 @@ def test_a_checkpoint_loads_at_any_world_size(
             if world_size == 3:
                 assert figures(found) == figures(expected), name
             else:
-                assert_same(found, expected, 1e-3 if variants[name].get("dtype") == "bfloat16" else 1e-6)
+                # bfloat16 rounds by up to 2^-9 of a value
+                assert_same(found, expected, 2e-3 if variants[name].get("dtype") == "bfloat16" else 1e-6)
