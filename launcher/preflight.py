@@ -74,8 +74,8 @@ def _output(config: LaunchConfig, plan: Plan, facts: Facts) -> Iterator[str]:
 def _disk(config: LaunchConfig, plan: Plan) -> Iterator[str]:
     """Of this machine; every rank looks at its own node's."""
     if plan.nvme and config.cluster.backend == "local":
-        needed = plan.processes_per_node * plan.memory.nvme if plan.memory else 0
-        problem = local_disk.problem(Path(plan.nvme["path"]), needed)
+        needed = plan.memory.nvme if plan.memory else 0
+        problem = local_disk.problem(Path(plan.nvme["path"]), plan.processes_per_node, needed)
         if problem:
             yield f"deepspeed.nvme_path: {problem}"
 

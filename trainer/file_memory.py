@@ -22,7 +22,7 @@ import torch
 from trainer import local_disk
 from trainer.failures import UserError, node_name
 
-_CHUNK, _SMALL = 64 << 20, 8 << 20  # bytes of a file for tensors that are small: a process may map some 65,000
+_SMALL = 8 << 20  # bytes of tensors that share a file: a process may map some 65,000
 _ALIGNMENT = 64  # bytes, as torch's own allocator
 
 
@@ -54,7 +54,7 @@ class FileMemory:
         if not plan.get("nvme"):
             return None
         folder, holds = Path(plan["nvme"]["path"]), plan["nvme"]["holds"]
-        problem = local_disk.problem(folder, ranks * plan["memory"]["nvme"] if plan["memory"] else 0)
+        problem = local_disk.problem(folder, ranks, plan["memory"]["nvme"] if plan["memory"] else 0)
         if agree(problem is not None):  # before any rank has taken of the space
             raise UserError(
                 f"deepspeed.nvme_path: {node_name()}: {problem or f'{folder} does not serve on another node'}"
@@ -71,7 +71,7 @@ class FileMemory:
         if size > _SMALL:
             return torch.frombuffer(self._map(size), dtype=dtype, count=numel)
         if self._used + size > len(self._chunk):
-            self._chunk, self._used = self._map(_CHUNK), 0
+            self._chunk, self._used = self._map(local_disk.CHUNK), 0
         start = self._used
         self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
         return torch.frombuffer(self._chunk, dtype=dtype, count=numel, offset=start)  # it holds on to its file

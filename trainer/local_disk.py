@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+CHUNK = 64 << 20  # bytes of a file that a rank's small tensors share: the last one is taken whole
 _MEMORY = {"tmpfs", "ramfs"}
 _NETWORK = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "9p", "fuse.sshfs", "orangefs", "wekafs"}
 # what is written again goes to new blocks: those that a file got at the start are no promise
@@ -29,8 +30,8 @@ def file_system(folder: Path, mounts: Iterable[str] | None = None) -> str:
     return found[1]
 
 
-def problem(folder: Path, needed: int) -> str | None:
-    """Why ``needed`` bytes cannot be kept there, or None."""
+def problem(folder: Path, ranks: int, needed: int) -> str | None:
+    """Why ``needed`` bytes of each of ``ranks`` cannot be kept there, or None; 0: it is not known how many."""
     try:
         is_folder = folder.is_dir()
     except OSError as error:  # a folder above it may not be entered
@@ -41,7 +42,7 @@ def problem(folder: Path, needed: int) -> str | None:
         return f"{folder} cannot be written to"
     if file_system(folder) in _MEMORY:
         return f"{folder} is memory itself ({file_system(folder)}); name a folder on the node's own disk"
-    free = shutil.disk_usage(folder).free
+    free, needed = shutil.disk_usage(folder).free, ranks * (needed + CHUNK)
     if needed > free:
         return f"{needed / 1e9:.3g} GB are needed in {folder}, {free / 1e9:.3g} GB are free: free some"
     return None

@@ -85,7 +85,7 @@ kept.fill_(1)
 del kept
 memory.zeros(20 << 20, torch.float32).fill_(1)
 print(local_disk.file_system(__import__("pathlib").Path(sys.argv[1])))
-print(local_disk.problem(__import__("pathlib").Path(sys.argv[1]), 1))
+print(local_disk.problem(__import__("pathlib").Path(sys.argv[1]), 1, 1))
 """
 
 
@@ -122,12 +122,12 @@ def test_the_file_system_of_a_folder(folder: str, kind: str) -> None:
 
 
 def test_a_folder_that_does_not_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert local_disk.problem(tmp_path, 1 << 20) is None
-    assert "is no folder" in str(local_disk.problem(tmp_path / "none", 0))
-    assert "cannot be seen (File name too long)" in str(local_disk.problem(tmp_path / ("x" * 300), 0))
-    assert "1e+09 GB are needed" in str(local_disk.problem(tmp_path, 10**18))
+    assert local_disk.problem(tmp_path, 1, 1 << 20) is None
+    assert "is no folder" in str(local_disk.problem(tmp_path / "none", 1, 0))
+    assert "cannot be seen (File name too long)" in str(local_disk.problem(tmp_path / ("x" * 300), 1, 0))
+    assert "1e+09 GB are needed" in str(local_disk.problem(tmp_path, 1, 10**18))
     monkeypatch.setattr(local_disk, "file_system", lambda folder: "lustre")
-    assert local_disk.problem(tmp_path, 0) is None
+    assert local_disk.problem(tmp_path, 1, 0) is None
     assert "on the network (lustre)" in str(local_disk.doubt(tmp_path))
     monkeypatch.setattr(local_disk, "file_system", lambda folder: "btrfs")
     assert "keep it from filling up" in str(local_disk.doubt(tmp_path))
