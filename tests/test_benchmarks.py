@@ -105,12 +105,15 @@ def test_data_memory(tmp_path):
     assert 0.5 < value["ratio"] < 1.5
 
 
-def test_gpu(tmp_path):
+def test_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "none")  # layers that are to be compiled run as they are: half a minute less
     value = run("gpu", tmp_path, "--small")
-    ours, theirs = value["runs"].values()
-    assert len(ours["losses"]) == len(theirs["losses"]) == 3
+    ours, rounded, theirs = value["runs"].values()
+    assert len(ours["losses"]) == len(rounded["losses"]) == len(theirs["losses"]) == 3
     # the same sequences in the same order from the same kind of weights
     assert value["curve_distance"] < 0.05
+    assert rounded["losses"] == pytest.approx(ours["losses"], rel=0.05)
+    assert rounded["losses"] != ours["losses"]
     assert value["ratio"] > 0
     assert ours["planned"] > 0
 
