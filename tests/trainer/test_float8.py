@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from typing import Any
 
@@ -74,16 +73,8 @@ def test_recomputation_changes_nothing(recompute: Any) -> None:
 @pytest.mark.parametrize(
     "recipe", [RECIPES[0], *(pytest.param(name, marks=pytest.mark.matrix) for name in RECIPES[1:])]
 )
-def test_compiled_layers_are_whole_graphs_that_keep_no_gathered_weight(
-    recipe: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_layers_are_whole_graphs_that_keep_no_gathered_weight(recipe: str, graph_counters: Any) -> None:
     """A view of a weight that is kept for the backward pass would keep all that ZeRO-3 has gathered."""
-    import torch._dynamo
-
-    compiler = functools.partial(torch.compile, backend="aot_eager_decomp_partition", fullgraph=True)
-    monkeypatch.setattr(torch, "compile", lambda function, mode: compiler(function))
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     results = []
     for compiled in (False, True):
         model, config = llama(), config_of(recipe, gradient_checkpointing=False)
@@ -104,7 +95,7 @@ def test_compiled_layers_are_whole_graphs_that_keep_no_gathered_weight(
     (loss, gradients, kept), (found, others, compiled_kept) = results
     assert kept > 0  # what torchao does by itself
     assert compiled_kept == 0
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert graph_counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(found, loss, rtol=1e-6, atol=0)
     assert max(distance(others, gradients)) < 1e-5
 

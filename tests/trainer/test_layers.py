@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -126,16 +125,10 @@ def test_combinations_that_cannot_be(options: dict[str, Any]) -> None:
     [True, *(pytest.param(value, marks=pytest.mark.matrix) for value in (False, "selective", {"every": 2}))],
     ids=["all", "none", "selective", "every"],
 )
-def test_layers_share_whole_compiled_graphs(recompute: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_share_whole_compiled_graphs(recompute: Any, graph_counters: Any) -> None:
     """Without code generation (that is in the matrix of test_engine.py): no graph breaks, one graph for each kind."""
-    import torch._dynamo
-
     kinds = 2 if isinstance(recompute, dict) else 1
     ids = torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(1))
-    compiler = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
-    monkeypatch.setattr(torch, "compile", lambda function, mode: compiler(function))
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     results = []
     for compiled in (False, True):
         model = llama()
@@ -146,8 +139,8 @@ def test_layers_share_whole_compiled_graphs(recompute: Any, monkeypatch: pytest.
         loss = model(input_ids=ids, use_cache=False).logits.float().square().mean()
         loss.backward()
         results.append((loss.detach(), [parameter.grad for parameter in model.parameters()]))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == kinds
-    assert not torch._dynamo.utils.counters["graph_break"]
+    assert graph_counters["stats"]["unique_graphs"] == kinds
+    assert not graph_counters["graph_break"]
     (expected, plain), (found, gradients) = results
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     for gradient, other in zip(gradients, plain, strict=True):
