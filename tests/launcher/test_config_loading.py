@@ -266,6 +266,25 @@ def test_secrets_are_not_echoed(tmp_path):
     assert shown["cluster"]["environment"] == {"HF_TOKEN": "***", "NCCL_DEBUG": "INFO"}
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://user:verysecret@site.example/a.jsonl",
+        "s3://key:verysecret@bucket/a.jsonl",
+        "https://site.example/a.jsonl?X-Amz-Credential=a&X-Amz-Signature=verysecret",
+        "https://site.example/a.jsonl?sv=2024&sig=verysecret",
+    ],
+)
+def test_urls_with_secrets_are_refused_and_not_echoed(tmp_path, url):
+    config = changed()
+    config["data"]["train"][0]["path"] = url
+    with pytest.raises(ConfigErrors, match="holds a secret") as caught:
+        load_config(write(tmp_path / "c.json", config))
+    assert "verysecret" not in str(caught.value)
+    config["data"]["train"][0]["path"] = "sftp://user@site.example/a.jsonl?part=1"
+    assert load_config(write(tmp_path / "c.json", config)).data.train[0].path.startswith("sftp://user@")
+
+
 def test_the_hash_changes_with_what_decides_the_result(tmp_path):
     path = runnable(tmp_path)
     before = config_hash(load_config(path))

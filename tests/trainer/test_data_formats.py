@@ -250,7 +250,7 @@ class _Server(http.server.BaseHTTPRequestHandler):
     def _answer(self, body: bytes) -> None:
         _Server.requests += 1
         if self.path != "/a.jsonl":
-            self.send_error(404)
+            self.send_error(403 if self.path == "/c.jsonl" else 404)
         elif _Server.failures > 0:
             _Server.failures -= 1
             self.send_error(503)
@@ -283,6 +283,8 @@ def test_a_url_that_fails_twice_is_fetched_once(tmp_path: Path, url: str) -> Non
     assert _Server.requests - before == 1  # whether it has changed
     with pytest.raises(DataError, match=r"b\.jsonl: there is no such file"):
         open_path(f"{url}/b.jsonl")
+    with pytest.raises(DataError, match=r"c\.jsonl cannot be read: 403"):
+        open_path(f"{url}/c.jsonl")
     _Server.failures = 1000
     with pytest.raises(DataError, match="cannot be read: 503"):
         open_path(f"{url}/a.jsonl")

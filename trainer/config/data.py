@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from trainer.config.errors import is_secret_url
 from trainer.config.section import Auto, Flag, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
@@ -83,6 +84,16 @@ class DataSource(Section):
         if len(given) < 2 or value.get("format", "parallel") != "parallel":
             raise ValueError('`source_path` and `target_path` are given together, with the format "parallel"')
         return {**value, "format": "parallel", "path": value["source_path"]}  # what is told of a source by its path
+
+    @field_validator("path", "source_path", "target_path")
+    @classmethod
+    def _without_secret(cls, path: str | None) -> str | None:
+        if path is not None and is_secret_url(path):
+            raise ValueError(
+                "this URL holds a secret, which records of the run would keep: give it to fsspec "
+                "(~/.config/fsspec/conf.json, or the storage's own configuration), or download the file"
+            )
+        return path
 
     @field_validator("template")
     @classmethod

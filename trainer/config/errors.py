@@ -9,6 +9,7 @@ import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -17,7 +18,7 @@ from trainer.failures import UserError
 
 Path = tuple[str | int, ...]
 
-_SECRET = re.compile(r"token|secret|passw|credential|api_?key|access_?key|private|auth", re.IGNORECASE)
+_SECRET = re.compile(r"token|secret|passw|credential|api_?key|access_?key|private|auth|signature|^sig$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,17 @@ def is_secret_name(name: str) -> bool:
     return _SECRET.search(name) is not None
 
 
+def is_secret_url(text: str) -> bool:
+    """Whether a text is a URL with a password in it, or with a query that signs or authorises."""
+    if "://" not in text:
+        return False
+    try:
+        url = urlsplit(text)
+        return bool(url.password) or any(is_secret_name(name) for name, _ in parse_qsl(url.query))
+    except ValueError:  # no URL: whoever opens it says why
+        return False
+
+
 def found(value: Any, path: Sequence[str | int] = ()) -> str:
     """How a JSON value is shown in an error."""
     if isinstance(value, dict):
@@ -71,7 +83,7 @@ def found(value: Any, path: Sequence[str | int] = ()) -> str:
     if value is None:
         return "null"
     kind = {bool: "boolean", int: "integer", float: "number", str: "string"}.get(type(value), type(value).__name__)
-    if is_secret(path):
+    if is_secret(path) or (isinstance(value, str) and is_secret_url(value)):
         return f"{'an' if kind == 'integer' else 'a'} {kind} (not shown)"
     text = json.dumps(value, ensure_ascii=False)
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({kind})"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Literal
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.config.errors import is_secret_name
+from trainer.config.errors import is_secret_url
 from trainer.config.section import Section
 
 
@@ -32,7 +32,7 @@ class Notification(Section):
         url = urlsplit(webhook)
         if url.scheme not in ("http", "https") or not url.hostname:
             raise ValueError("give an http:// or https:// URL, or $NAME of the environment variable that holds it")
-        if url.password or url.username or any(is_secret_name(name) for name, _ in parse_qsl(url.query)):
+        if url.username or is_secret_url(webhook):
             raise ValueError("this URL holds a secret: put it into an environment variable and give its $NAME")
         return webhook
 

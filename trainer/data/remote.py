@@ -86,8 +86,9 @@ def fetched(url: str) -> list[tuple[Path, str]]:
     except ImportError as error:
         raise DataError(f"{url}: {error}; install that package where ranks run") from error
     except FileNotFoundError as error:
-        if passing(error):
-            raise DataError(f"{url} cannot be read: {error.__cause__}") from error
+        cause: Any = error.__cause__  # fsspec calls every answer of a web server but success this
+        if passing(error) or getattr(cause, "status", 404) != 404:
+            raise DataError(f"{url} cannot be read: {cause}") from error
         raise DataError(f"{url}: there is no such file") from None
     except Exception as error:  # each file system has errors of its own
         raise DataError(f"{url} cannot be read: {error or type(error).__name__}") from error
