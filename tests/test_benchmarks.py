@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from common import math_records  # noqa: E402
+from figures import figures  # noqa: E402
 
 
 def run(name, folder, *arguments):
@@ -144,5 +145,10 @@ def test_peer_runs(tmp_path):
     small = ["--hidden", 64, "--layers", 1, "--vocabulary", 2048, "--steps", 6, "--save-at", 3, "--warm-up", 1]
     value = run("peer_runs", tmp_path, "--sides", "dsft", "bare", "hf", *small)
     assert list(value["table"]) == ["dsft", "bare", "hf"]
-    for figures in value["table"].values():
-        assert all(figure > 0 for figure in figures.values())
+    for row in value["table"].values():
+        assert all(figure > 0 for figure in row.values())
+
+
+def test_figures():
+    for path, text in figures().items():
+        assert path.read_text() == text, "run benchmarks/figures.py: results have changed"
