@@ -156,6 +156,13 @@ def test_tools_and_tool_calls(tmp_path: Path) -> None:
     assert shown(task, as_text) == (text, learned)
 
 
+def test_json_as_templates_ask_for_it(tmp_path: Path) -> None:
+    """The arguments of transformers' filter, which published templates use."""
+    template = "{{ messages[0].content | tojson(ensure_ascii=False, separators=(',', ':')) }}"
+    sample = task_of(make_config(tmp_path, template, loss_on="all")).encode([{"messages": TALK[1:2]}])[0]
+    assert shown(task_of(make_config(tmp_path, template)), sample)[0] == '"Hé?"'
+
+
 def test_masks_that_cannot_be_found_are_refused(tmp_path: Path) -> None:
     (problem,) = task_of(make_config(tmp_path, FORGETFUL)).encode([{"messages": TALK}])
     assert "turn 3 cannot be found: the text changes with what follows" in str(problem)

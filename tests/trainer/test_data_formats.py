@@ -137,6 +137,26 @@ def test_csv_by_the_letter(tmp_path: Path) -> None:
         open_path(tmp_path / "c.csv")
 
 
+def test_a_long_field_of_csv_is_read_by_whoever_finds_the_index_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text\n" + "x" * 200_000 + "\n")
+    open_path(path)
+    csv.field_size_limit(131_072)  # Python's own, as in a new process
+    assert open_path(path).read([0]) == [({"text": "x" * 200_000}, None)]
+
+
+def test_text_that_is_not_utf_8_costs_its_row_alone(tmp_path: Path) -> None:
+    _, offsets, data = pyarrow.array([b"a", b"\xff", b"c"], pyarrow.binary()).buffers()
+    table = pyarrow.table({"text": pyarrow.StringArray.from_buffers(3, offsets, data)})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    first, second, third = open_path(tmp_path / "a.parquet").read(range(3))
+    assert (first, third) == (({"text": "a"}, None), ({"text": "c"}, None))
+    assert second[0] is None
+    assert "row 2: not UTF-8" in str(second[1])
+
+
 def test_parallel_files(tmp_path: Path) -> None:
     """Two files of text, one of them compressed, are pairs of lines; lines without a partner are an error."""
     (tmp_path / "a.en").write_text('one\n\nthree "3"\r\n', newline="")

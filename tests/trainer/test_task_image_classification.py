@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 import tarfile
 from io import BytesIO
 from pathlib import Path
@@ -22,10 +23,12 @@ from image_data import (
     tiny_vit,
     write,
 )
+from PIL import Image, ImageOps
 
 from trainer.check import check
 from trainer.config.schema import LaunchConfig
 from trainer.data.encoding import BAD, SourceEncoder
+from trainer.data.images import decode, reference
 from trainer.data.sources import open_source
 from trainer.failures import DataError
 from trainer.tasks import get_task, task_tokenizer
@@ -110,6 +113,22 @@ def test_damaged_images_are_errors_or_counted(folder: Path, tmp_path: Path) -> N
         with pytest.raises(DataError, match=problem) as raised:
             SourceEncoder(source, task, 5, "split", "error").encode(np.array([number]), [0])
         assert f"a.jsonl, line {number + 1}" in str(raised.value) or f"a.jsonl:{number + 1}" in str(raised.value)
+
+
+def test_a_picture_is_turned_as_its_exif_says_whatever_else_is_in_there() -> None:
+    picture = draw_shape("blue", random.Random(4)).resize((32, 24))
+    for orientation in range(1, 10):
+        # the second entry, a width in letters, cannot be written again
+        for more in (b"", struct.pack(">HHI4s", 0x0100, 2, 2, b"x")):
+            turn = struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0)
+            head = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1 + bool(more))
+            body = BytesIO()
+            picture.save(body, "png", exif=head + more + turn + bytes(4))
+            if not more:
+                expected = ImageOps.exif_transpose(Image.open(body)).convert("RGB").tobytes()
+            image = reference(body.getvalue())
+            assert isinstance(image, np.ndarray)
+            assert decode(image).tobytes() == expected
 
 
 def test_check_looks_at_images_without_a_tokenizer(folder: Path) -> None:

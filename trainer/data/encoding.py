@@ -221,7 +221,7 @@ def has_surrogates(value: Any) -> bool:
 def _cut(sample: Sample, limit: int, split: bool) -> list[Sample]:
     """Pieces of at most ``limit`` tokens; without ``split`` the first one alone."""
     # pieces overlap by a token: the last of one is what the first target of the next is predicted from
-    starts = range(0, max(len(sample.tokens) - 1, 1), limit - 1) if split else (0,)
+    starts = range(0, max(len(sample.tokens) - 1, 1), max(limit - 1, 1)) if split else (0,)
     pieces = []
     for start in starts:
         targets = sample.targets[start : start + limit].copy()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 _PATH, _BYTES = b"p", b"b"  # first byte of a reference
+_ORIENTATION = 0x0112  # tag of EXIF
 
 
 def resolved(value: Any, folder: Path) -> Any:
@@ -59,10 +60,33 @@ def _problem(image: np.ndarray) -> str | None:
 
 def decode(image: np.ndarray) -> Any:
     """The PIL image of a reference: RGB, turned as its EXIF data says (as transformers' pipelines load images)."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     with Image.open(_source(image)) as opened:
-        return ImageOps.exif_transpose(opened).convert("RGB")
+        return _turned(opened).convert("RGB")
+
+
+def _turned(image: Any) -> Any:
+    """As the image's EXIF data says, where it can be read.
+
+    `ImageOps.exif_transpose` also writes it anew, which fails on what some cameras write.
+    """
+    from PIL.Image import Transpose
+
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # a format's reader raises what it likes
+        return image
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image.transpose(turns[orientation]) if orientation in turns else image
 
 
 def _source(image: np.ndarray) -> Path | io.BytesIO:

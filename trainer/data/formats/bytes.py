@@ -125,6 +125,7 @@ def open_bytes(path: Path, name: str, format_name: str, config: DataSource) -> B
     dialect: dict[str, Any] = {"delimiter": delimiter, "quoting": quoting}
     scan: Callable[[Path], Starts]
     if format_name in ("csv", "tsv"):
+        csv.field_size_limit(_LONGEST_FIELD)  # of this process, whoever has made the index
         scan = lambda path: _rows(path, dialect)  # noqa: E731
     elif format_name == "conll":
         scan = lambda path: _paragraphs(path, DOCUMENT_LINE)  # noqa: E731
@@ -270,7 +271,6 @@ def _parse_text(data: bytes) -> Record:
 
 def _rows(path: Path, dialect: dict[str, Any]) -> Starts:
     """The first byte of each row that is not blank, the header's included."""
-    csv.field_size_limit(_LONGEST_FIELD)
     position = 0  # after the lines that the reader has taken
 
     def lines(file: IO[bytes]) -> Iterator[str]:

@@ -57,13 +57,17 @@ class BatchedFile:
                 with self._lock:
                     rows = retried(lambda batch=batch: self._load(batch), self.name)  # type: ignore[misc]
                 for place in places.tolist():
-                    (record,) = rows.slice(int(wanted[place] - self._bounds[batch]), 1).to_pylist()
-                    results[place] = (record, None)
-            except UnicodeDecodeError as error:
-                results[place] = (None, f"{self.where(int(wanted[place]))}: not UTF-8 ({error.reason})")
+                    results[place] = self._record(rows, batch, int(wanted[place]))
             except (OSError, ValueError) as error:
                 raise DataError(f"{self.name} cannot be read: {error}") from error
         return results
+
+    def _record(self, rows: Any, batch: int, number: int) -> Outcome:
+        try:
+            (record,) = rows.slice(number - int(self._bounds[batch]), 1).to_pylist()
+        except UnicodeDecodeError as error:
+            return None, f"{self.where(number)}: not UTF-8 ({error.reason})"
+        return record, None
 
 
 def open_columns(path: Path, name: str, format_name: str) -> BatchedFile:
