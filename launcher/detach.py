@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.backends.local import child_environment
 from trainer.failures import EXIT_DONE, EXIT_INTERRUPTED
+from trainer.processes import child_environment
 from trainer.rundir import RunDirectory
 
 _READY = b"ready\n"

@@ -26,11 +26,10 @@ from typing import Any
 
 import launcher
 from launcher.backends.links import keep_alive
-from launcher.backends.local import package_root
 from launcher.backends.node import LINK_VARIABLE, free_port, interfaces
 from launcher.environment import installed_version
 from trainer.failures import EXIT_FAILED, node_name
-from trainer.processes import die_with_parent, host_identity
+from trainer.processes import die_with_parent, host_identity, package_root
 
 _CONNECT_SECONDS = 10.0
 _REACH_SECONDS = 3.0

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from launcher.backends.local import child_environment
 from trainer.failures import EXIT_DONE, EXIT_USER, DataError, DsftError, UserError
+from trainer.processes import child_environment
 
 _SHOWN_BYTES = 4000
 

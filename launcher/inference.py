@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.backends.local import LocalBackend, child_environment
+from launcher.backends.local import LocalBackend
 from launcher.facts import find_gpus
 from launcher.registry import find_run
 from trainer.checkpoint_files import published
 from trainer.failures import DataError, DsftError, UserError
+from trainer.processes import child_environment
 from trainer.rundir import EXPORT_ABOUT, RunDirectory, read_json, write_json
 
 _POLL_SECONDS = 0.05

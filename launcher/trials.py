@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from launcher.backends.local import child_environment
 from launcher.backends.slurm import in_allocation
 from launcher.commands import cancel
 from launcher.detach import log_path
@@ -25,6 +24,7 @@ from launcher.supervisor import StopSignals
 from launcher.tuning import Search, Study, score, score_of
 from trainer.failures import EXIT_TEMPORARY, EXIT_USER, DsftError, UserError
 from trainer.lease import Lease
+from trainer.processes import child_environment
 from trainer.rundir import Json, LineReader, RunDirectory
 
 if TYPE_CHECKING:

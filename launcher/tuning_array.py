@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.backends.local import added_root
 from launcher.backends.slurm import in_allocation, submit
 from launcher.commands.launch import checked
 from launcher.facts import gather_facts
@@ -23,6 +22,7 @@ from slurm import client
 from slurm.job import Job
 from trainer.config.loading import redacted
 from trainer.config.schema import SlurmCluster
+from trainer.processes import added_root
 from trainer.rundir import RunDirectory, read_lines, write_json
 
 _ASK_SECONDS = 5.0  # between two questions to SLURM

@@ -1,4 +1,7 @@
-"""Small facts about processes on Linux: who is alive, who belongs to a run, and dying with one's parent. Torch-free."""
+"""Small facts about processes on Linux: who is alive, who belongs to a run, dying with one's parent; their environment.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,41 @@ import contextlib
 import ctypes
 import os
 import signal
+import site
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 
 # In the environment of every process of a run: what is left over can be found wherever it was re-parented to.
 RUN_VARIABLE = "DSFT_RUN_DIR"
+
+
+def package_root() -> Path:
+    """The folder that holds `launcher` and `trainer`."""
+    return Path(__file__).resolve().parent.parent
+
+
+def added_root() -> Path | None:
+    """What PYTHONPATH has to name for dsft to be found; None where it is installed.
+
+    Site-packages on PYTHONPATH would come before the standard library; they are found without.
+    """
+    root = package_root()
+    return None if str(root) in [*site.getsitepackages(), site.getusersitepackages()] else root
+
+
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of processes that import `trainer`: this very package first, nothing from the user's folder."""
+    environment = dict(os.environ) | dict(extra or {})
+    if (root := added_root()) is not None:
+        # without empty entries, which mean the current folder
+        entries = environment.get("PYTHONPATH", "").split(os.pathsep)
+        environment["PYTHONPATH"] = os.pathsep.join([str(root), *(entry for entry in entries if entry)])
+    environment["PYTHONSAFEPATH"] = "1"
+    return environment
 
 
 def die_with_parent(expected_parent: int | None = None) -> None:

@@ -4,44 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import site
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import launcher
 from launcher.plan import torchrun_arguments
 from trainer.failures import node_name
 from trainer.heartbeat import STACK_SIGNAL
-from trainer.processes import RUN_VARIABLE, kill_run
+from trainer.processes import RUN_VARIABLE, child_environment, kill_run
 from trainer.rundir import RunDirectory
 
 _KILL_SECONDS = 10.0
-
-
-def package_root() -> Path:
-    """The folder that holds `launcher` and `trainer`."""
-    return Path(launcher.__file__).resolve().parent.parent
-
-
-def added_root() -> Path | None:
-    """What PYTHONPATH has to name for dsft to be found; None where it is installed.
-
-    Site-packages on PYTHONPATH would come before the standard library; they are found without.
-    """
-    root = package_root()
-    return None if str(root) in [*site.getsitepackages(), site.getusersitepackages()] else root
-
-
-def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of processes that import `trainer`: this very package first, nothing from the user's folder."""
-    environment = dict(os.environ) | dict(extra or {})
-    if (root := added_root()) is not None:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
-    environment["PYTHONSAFEPATH"] = "1"
-    return environment
 
 
 def agent_command(run_dir: Path, attempt: int, worker_module: str, torchrun: Sequence[str]) -> list[str]:

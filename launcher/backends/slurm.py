@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.backends.links import END_SECONDS, START_SECONDS, Ends, Links, address_towards, answered
-from launcher.backends.local import added_root, child_environment
 from launcher.backends.node import INTERFACE_VARIABLE, LINK_VARIABLE
 from launcher.nodes import NodePool
 from slurm import client
@@ -24,6 +23,7 @@ from slurm.hostlist import expand
 from slurm.job import Job, render, sbatch_options
 from trainer.config.schema import ResilienceConfig, SlurmCluster
 from trainer.failures import DsftError, UserError
+from trainer.processes import added_root, child_environment
 from trainer.rundir import RunDirectory
 
 # SLURM may deliver the signal a minute late, and needs a little to end and requeue the job

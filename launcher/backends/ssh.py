@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import IO
 
 from launcher.backends.links import END_SECONDS, Ends, Links, answered
-from launcher.backends.local import package_root
 from launcher.backends.node import INTERFACE_VARIABLE, LINK_VARIABLE
 from launcher.nodes import NodePool
 from trainer.config.schema import SshCluster
 from trainer.failures import NODE_VARIABLE, UserError
+from trainer.processes import package_root
 from trainer.rundir import RunDirectory, write_json
 
 # Any login shell takes this. -l: /etc/profile is where sites define `module`

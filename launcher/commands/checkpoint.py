@@ -155,7 +155,7 @@ def _import(options: argparse.Namespace) -> int:
     import subprocess
     import sys
 
-    from launcher.backends.local import child_environment
+    from trainer.processes import child_environment
 
     output = str(options.output.absolute())
     command = [sys.executable, "-P", "-m", "trainer.deepspeed_import", str(options.checkpoint), options.model]

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def look(config: LaunchConfig, samples: int) -> dict[str, Any]:
     """What `trainer.check` says of a config, by a process of its own: tokenizers are no part of the launcher."""
-    from launcher.backends.local import child_environment
+    from trainer.processes import child_environment
 
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(config.model_dump_json())

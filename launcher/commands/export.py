@@ -24,9 +24,9 @@ def run(options: argparse.Namespace) -> int:
     import subprocess
     import sys
 
-    from launcher.backends.local import child_environment
     from launcher.registry import find_run
     from trainer.checkpoint_files import published
+    from trainer.processes import child_environment
 
     found = find_run(options.run)
     published(found, options.step)  # says what there is without waiting for torch

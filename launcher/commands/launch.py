@@ -235,9 +235,9 @@ def _is_finished(target: RunDirectory, resolved: dict[str, Any], as_json: bool) 
 
 
 def _write_records(target: RunDirectory, resolved: dict[str, Any], plan: dict[str, Any]) -> None:
-    from launcher.backends.local import package_root
     from launcher.environment import describe_environment
     from launcher.registry import register
+    from trainer.processes import package_root
     from trainer.rundir import write_json
 
     write_json(target.config_path, resolved, indent=2)

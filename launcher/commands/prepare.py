@@ -24,11 +24,11 @@ def run(options: argparse.Namespace) -> int:
     import sys
     import tempfile
 
-    from launcher.backends.local import child_environment
     from launcher.permissions import apply_umask
     from trainer.config.loading import load_config
     from trainer.config.tasks import PACKED_TASKS
     from trainer.failures import EXIT_DONE, UserError
+    from trainer.processes import child_environment
 
     config = load_config(options.config, options.set)
     if config.task.type not in PACKED_TASKS:

@@ -94,8 +94,8 @@ def suit(config: dict[str, Any]) -> None:
 
 def show_sample(data: Path, export: Path) -> None:
     """Complete a held-out prompt with random and with trained weights, in a process that may import torch."""
-    from launcher.backends.local import child_environment
     from trainer.failures import DsftError
+    from trainer.processes import child_environment
 
     records = [json.loads(line) for line in (data / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
     fits = (r for r in records if len(r["prompt"]) in SAMPLE_CHARACTERS and len(r["completion"]) in SAMPLE_CHARACTERS)

@@ -26,11 +26,11 @@ def run(options: argparse.Namespace) -> int:
     import sys
     import time
 
-    from launcher.backends.local import child_environment
     from launcher.gate import CheckProcess
     from launcher.permissions import apply_umask
     from trainer.config.loading import load_config
     from trainer.failures import EXIT_DONE
+    from trainer.processes import child_environment
 
     config = load_config(options.config, options.set)
     apply_umask(config.cluster)

@@ -32,8 +32,8 @@ def run(options: argparse.Namespace) -> int:
     import subprocess
     import sys
 
-    from launcher.backends.local import child_environment
     from trainer.failures import EXIT_DONE
+    from trainer.processes import child_environment
 
     # `=`: a value may begin with a dash
     command = [sys.executable, "-P", "-m", "trainer.tokenizer_training"]

@@ -120,6 +120,15 @@ def test_bad_records_and_files(tmp_path: Path) -> None:
     assert made.counts()["bad"] == 2  # in two epochs
 
 
+def test_modules_of_the_current_folder_are_not_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("random.py", "trainer.py"):
+        (tmp_path / name).write_text("raise SystemExit('not ours')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with Workers(make_config(tmp_path, ROWS[:80]), 1) as workers:
+        assert len(workers.encode(0, np.arange(40), range(40))[0]) == 40
+
+
 def test_a_killed_worker_is_named(tmp_path: Path) -> None:
     with Workers(make_config(tmp_path, ROWS), 2) as workers:
         workers.encode(0, np.arange(100), range(100))

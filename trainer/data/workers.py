@@ -13,17 +13,16 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-import trainer
 from trainer.config.schema import LaunchConfig
 from trainer.data.encoding import Encoded, SourceEncoder
 from trainer.data.sample import Sample
 from trainer.failures import DataError, DsftError, StorageError
+from trainer.processes import child_environment
 
 _FEWEST = 32  # documents worth a message
 _MOST = 4  # where their number is left to dsft
@@ -47,8 +46,7 @@ class Workers:
         self._connections: list[Connection[Any, Any]] = []
 
     def __enter__(self) -> Workers:
-        path = os.pathsep.join([str(Path(trainer.__path__[0]).parent), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        environment = child_environment({"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"})
         for _ in range(self._count):
             here, there = socket.socketpair()
             with there:
