@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -63,5 +64,6 @@ def detach(arguments: Sequence[str], run: RunDirectory, as_json: bool) -> int:
 
 def tell_ready(writer: int) -> None:
     """Let `detach` return: everything is checked and the ranks start."""
-    os.write(writer, _READY)
+    with contextlib.suppress(BrokenPipeError):  # its terminal was closed meanwhile: all the more it goes on
+        os.write(writer, _READY)
     os.close(writer)

@@ -156,7 +156,7 @@ class Links:
         try:
             for line in lines:
                 link = self._take(connection, link, json.loads(line))
-        except (ValueError, TypeError, KeyError):  # not one of ours
+        except (ValueError, TypeError, KeyError, RecursionError, OSError):  # not one of ours, or gone already
             data = b""
         if data and len(rest) < _LARGEST_LINE:
             return True
@@ -170,8 +170,8 @@ class Links:
             link = self.nodes[message["node"]]
             if not hmac.compare_digest(message["token"], self.token) or link.connection is not None or link.lost:
                 raise ValueError("not a node of this attempt")
-            link.connection = connection
             link.address, link.port = connection.getpeername()[0], int(message["port"])
+            link.connection = connection
             link.step = str(message.get("step", ""))
             if all(other.connection is not None for other in self.nodes.values()):
                 self._start()

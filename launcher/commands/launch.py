@@ -55,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     """Launch; returns the exit code (docs/architecture.md)."""
     from launcher.commands import plan as plan_command
     from launcher.facts import gather_facts
+    from launcher.permissions import apply_umask
     from launcher.plan import make_plan
     from launcher.preflight import preflight
     from trainer.config.loading import load_config
@@ -69,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         return plan_command.run(options)
     config = load_config(options.config, options.set)
+    apply_umask(config.cluster)
     facts = gather_facts(config)
     plan = make_plan(config, facts)
     preflight(config, plan, facts)
@@ -95,13 +97,12 @@ def launch(
 ) -> int:
     """Run `config` in `target` under its lock, show how it goes, and print the account at the end."""
     from launcher.gate import CheckProcess
-    from launcher.permissions import apply_umask, make_run_directory
+    from launcher.permissions import make_run_directory
     from trainer.config.loading import redacted
     from trainer.failures import EXIT_DONE, StorageError
     from trainer.lease import acquire
     from trainer.processes import age_seconds
 
-    apply_umask(config.cluster)
     if config.cluster.backend == "slurm":
         from launcher.backends.slurm import in_allocation
 

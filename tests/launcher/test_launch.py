@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import sentencepiece
 
+from launcher.detach import log_path, tell_ready
 from trainer.processes import kill_run, processes_of_run
 from trainer.rundir import RunDirectory
 
@@ -190,7 +192,18 @@ def test_a_detached_launch_that_cannot_start_says_why(folder: Path) -> None:
     config = config_file(folder, "cannot")
     settings = json.loads(config.read_text())
     settings["data"]["train"][0]["columns"]["prompt"] = "no_such_column"
+    settings["cluster"]["umask"] = "0077"
     config.write_text(json.dumps(settings))
     code, _, errors = dsft(folder, "launch", str(config), "--detach")
     assert code == 2
     assert "no_such_column" in errors
+    run = RunDirectory(folder / "runs" / "cannot")
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (run.path, log_path(run))] == [0o700, 0o600]
+
+
+def test_a_detached_launch_outlives_whoever_started_it() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    tell_ready(writer)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.close(writer)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from launcher.backends.links import Links
 from launcher.backends.node import LINK_VARIABLE
@@ -44,3 +49,27 @@ def test_ranks_write_their_stacks_when_they_are_asked_over_the_link(tmp_path: Pa
         left = processes_of_run(run.path)
         kill_run(run.path)
     assert left == []
+
+
+@pytest.mark.parametrize("says", [b"[" * 60_000 + b"\n", None], ids=["nonsense", "gone at once"])
+def test_links_outlive_whoever_calls(says: bytes | None) -> None:
+    links = Links(["a", "b"], [], {})
+    hello = json.dumps({"token": links.token, "node": "a", "port": 1}).encode() + b"\n"
+    caller = socket.create_connection(("127.0.0.1", links.port))
+    with links._lock:  # nobody reads what it says before it is gone
+        caller.sendall(says or hello)
+        caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        if says is None:
+            time.sleep(0.1)
+            caller.close()
+            time.sleep(0.1)
+    if says is not None:
+        assert caller.recv(1) == b""  # what is no link is closed
+        caller.close()
+    with socket.create_connection(("127.0.0.1", links.port)) as node:
+        node.sendall(hello)
+        deadline = time.monotonic() + 20
+        while links.nodes["a"].address == "" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert links.nodes["a"].address == "127.0.0.1"
+    links.close()
