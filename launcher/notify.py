@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from launcher.watch import describe_failure
+from launcher.watch import describe_failure, read_if_there
 from trainer.config.notifications import Notification
 from trainer.processes import RUN_VARIABLE
 from trainer.rundir import Json, LineReader, RunDirectory, read_json
@@ -53,9 +53,8 @@ class Notifier:
         if not self._notifications or time.monotonic() < self._next_read:
             return
         self._next_read = time.monotonic() + _READ_SECONDS
-        with contextlib.suppress(OSError):  # storage away for a moment
-            for message in self._news():
-                self._send(message)
+        for message in self._news():
+            self._send(message)
 
     def close(self) -> None:
         """Send the rest and wait a little for what is on its way."""
@@ -66,7 +65,7 @@ class Notifier:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _news(self) -> Iterator[Json]:
-        new = sorted((event for reader in self._readers for event in reader.read()), key=lambda e: float(e["time"]))
+        new = sorted((e for reader in self._readers for e in read_if_there(reader)), key=lambda e: float(e["time"]))
         for event in new:
             value = self._message(event)
             if value is not None:
@@ -74,7 +73,7 @@ class Notifier:
                 yield {**where, "time": event["time"], "attempt": event.get("attempt"), **value}
 
     def _message(self, event: Json) -> Json | None:
-        name, kind = self._run.name, event["event"]
+        name, kind, verdict = self._run.name, event["event"], None
         if kind == "failure":
             self._failed = event
             keys = ("class", "rank", "node", "step", "message", "action")
@@ -89,8 +88,9 @@ class Notifier:
             text = f"{name}: goes on with step {event['step']}, {seconds:.0f} s after the failure"
             return {"event": "recovery", "text": text, "step": event["step"], "seconds": seconds}
         if kind in ("finished", "failed", "stopped") and "step" not in event:
-            verdict = read_json(self._run.verdict_path(int(event.get("attempt") or 0))) or {}
-            if verdict.get("requeue"):  # the run goes on in the next job
+            with contextlib.suppress(OSError):  # storage away for a moment
+                verdict = read_json(self._run.verdict_path(int(event.get("attempt") or 0)))
+            if verdict and verdict.get("requeue"):  # the run goes on in the next job
                 return None
             reason = str(event.get("reason") or "")
             text = f"{name}: {kind}" + (f" ({reason})" if reason else "")

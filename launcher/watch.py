@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
@@ -96,7 +97,7 @@ class Watch:
         self._printed_step: int | None = None
         for _ in self._new_events():  # the past of a resumed run is not news
             pass
-        for line in self._metrics.read():
+        for line in read_if_there(self._metrics):
             if "loss" in line:
                 self.progress.last = line
                 self._printed_step = line["step"]
@@ -125,11 +126,7 @@ class Watch:
 
     def _show(self) -> None:
         notes = [text for event in self._new_events() if (text := describe(event))]
-        try:
-            lines = self._metrics.read()
-        except OSError:  # storage away for a moment; the supervisor judges that
-            lines = []
-        for line in lines:
+        for line in read_if_there(self._metrics):
             if "evaluation" in line:
                 notes.append(describe_evaluation(line))
             elif "loss" in line:
@@ -150,8 +147,11 @@ class Watch:
 
     def _new_events(self) -> Iterator[Json]:
         new: list[Json] = []
-        for path in sorted(self._run.events_dir.glob("*.jsonl")):
-            new += self._events.setdefault(path.name, LineReader(path)).read()
+        with contextlib.suppress(OSError):
+            for path in sorted(self._run.events_dir.glob("*.jsonl")):
+                self._events.setdefault(path.name, LineReader(path))
+        for reader in self._events.values():
+            new += read_if_there(reader)
         yield from sorted(new, key=lambda event: float(event.get("time", 0)))
 
     def say(self, text: str) -> None:
@@ -185,6 +185,14 @@ class Watch:
         view.add_row(head)
         view.add_row(values)
         return view
+
+
+def read_if_there(reader: LineReader) -> list[Json]:
+    """New lines; none while the storage is away, which is for the supervisor to judge."""
+    try:
+        return reader.read()
+    except OSError:
+        return []
 
 
 def describe(event: Json) -> str | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
 import traceback
 from pathlib import Path
 from typing import Any, Literal
+
+from trainer.rundir import write_json
 
 FailureClass = Literal[
     "user",
@@ -105,10 +106,7 @@ def write_failure(attempt_dir: Path, rank: int, error: BaseException, step: int 
     }
     folder = attempt_dir / "failures"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"rank{rank}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record))
-    temporary.replace(path)
+    write_json(folder / f"rank{rank}.json", record)
     return record
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,25 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def _whole(paths: Iterable[Path]) -> list[Json]:
+    """The objects in files, without those that a node has left half written, losing its power."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(ValueError):
+            found.append(read_json(path))
+    return [value for value in found if value]
+
+
 def append_line(path: Path, value: Json) -> None:
     """Append `value` as one line of JSON in a single write(), so that lines of several writers never mix."""
     line = json.dumps(value).encode() + b"\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        if os.write(descriptor, line) != len(line):
+        if (written := os.write(descriptor, line)) != len(line):
+            # or the next line would be lost as well, being taken for the rest of this one
+            end = os.lseek(descriptor, 0, os.SEEK_CUR)
+            if os.fstat(descriptor).st_size == end:
+                os.ftruncate(descriptor, end - written)
             raise OSError(f"{path}: only a part of a line could be written; is the disk full?")
     finally:
         os.close(descriptor)
@@ -224,13 +238,12 @@ class RunDirectory:
 
     def failure_records(self, attempt: int) -> list[Json]:
         """What failing ranks wrote (`trainer.failures.write_failure`), in the order of their own times."""
-        records = [read_json(path) for path in (self.attempt_dir(attempt) / "failures").glob("rank*.json")]
-        return sorted((record for record in records if record), key=lambda record: float(record["time"]))
+        records = _whole((self.attempt_dir(attempt) / "failures").glob("rank*.json"))
+        return sorted(records, key=lambda record: float(record["time"]))
 
     def agent_reports(self, attempt: int) -> list[Json]:
         """What the agents of an attempt wrote when their ranks had ended, by node name."""
-        reports = [read_json(path) for path in sorted((self.attempt_dir(attempt) / "agents").glob("*.json"))]
-        return [report for report in reports if report]
+        return _whole(sorted((self.attempt_dir(attempt) / "agents").glob("*.json")))
 
     def verdicts(self) -> list[Json]:
         """The verdicts of all attempts that have one, in order, each with its `attempt`."""
@@ -247,8 +260,13 @@ class RunDirectory:
         write_json(self.stop_path(attempt), {"reason": reason, "now": now, "time": time.time()})
 
     def stop_request(self, attempt: int) -> Json | None:
-        """The stop request of this attempt, if somebody has made one."""
-        request: Json | None = read_json(self.stop_path(attempt))
+        """The stop request of this attempt, if somebody has made one; None too while the storage does not answer."""
+        try:
+            request: Json | None = read_json(self.stop_path(attempt))
+        except OSError:  # whoever asks will ask again
+            return None
+        except ValueError:  # made by hand
+            return {"reason": "cancel"}
         return request
 
     def save_request_path(self, attempt: int) -> Path:
@@ -272,9 +290,14 @@ class RunDirectory:
         return [last[step] for step in sorted(last)]
 
     def evaluation_lines(self) -> list[Json]:
-        """Evaluations in rising order of step, the last line of each step alone."""
-        last = {line["step"]: line for line in read_lines(self.metrics_path) if "evaluation" in line and "step" in line}
-        return [last[step] for step in sorted(last)]
+        """Evaluations in rising order of step, without those that the run has gone back behind since."""
+        kept: list[Json] = []
+        for line in read_lines(self.metrics_path):
+            if "evaluation" in line and "step" in line:
+                while kept and kept[-1]["step"] >= line["step"]:
+                    kept.pop()
+                kept.append(line)
+        return kept
 
     def published_checkpoints(self) -> list[int]:
         """Steps of the checkpoints that are whole (their manifest is there), rising."""

@@ -122,9 +122,10 @@ class SlurmAttempt:
         if self._is_terminating() and not self._told:
             # the job has to make room, or somebody cancels it: which of them can be asked later (`launcher.requeue`),
             # but everything is killed KillWait seconds from now
-            self._told = True
-            if self.run.stop_request(self.attempt) is None:
-                self.run.request_stop(self.attempt, "terminate")
+            with contextlib.suppress(OSError):  # storage away for a moment
+                if self.run.stop_request(self.attempt) is None:
+                    self.run.request_stop(self.attempt, "terminate")
+                self._told = True
         return self.ends.poll(lambda _: self.step.poll())
 
     def _is_terminating(self) -> bool:

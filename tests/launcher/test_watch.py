@@ -12,7 +12,7 @@ import pytest
 
 from launcher import watch as module
 from launcher.watch import Progress, Watch, describe_failure, duration, size
-from trainer.rundir import RunDirectory, append_line
+from trainer.rundir import LineReader, RunDirectory, append_line
 
 
 def step(number: int, **changes: Any) -> dict[str, Any]:
@@ -108,6 +108,21 @@ def test_a_closed_pipe_does_not_stop_anything(run: RunDirectory) -> None:
     watch.tick()
     watch.say("more")
     watch.close()
+
+
+def test_storage_that_is_away_for_a_moment_stops_nothing(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(_reader: LineReader) -> list[Any]:
+        raise OSError(116, "Stale file handle")
+
+    output = io.StringIO()
+    watch = Watch(run, output)
+    run.event_writer("launch").write("warning", message="so it is")
+    with monkeypatch.context() as patch:
+        patch.setattr(LineReader, "read", away)
+        watch.tick()
+        assert output.getvalue() == ""
+    watch.tick()
+    assert output.getvalue() == "warning: so it is\n"
 
 
 def test_a_terminal_shows_a_live_view(run: RunDirectory) -> None:

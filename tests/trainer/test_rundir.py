@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from trainer.failures import write_failure
 from trainer.rundir import LineReader, RunDirectory, append_line, cut_torn_tail, read_json, read_lines, write_json
 
 
@@ -52,6 +55,21 @@ def test_a_torn_tail_is_not_read_and_is_cut(tmp_path: Path) -> None:
     assert cut_torn_tail(path) == 15
     assert path.read_bytes() == whole
     assert cut_torn_tail(path) == 0
+
+
+def test_a_line_that_found_no_room_does_not_spoil_the_next_one(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    append_line(path, {"step": 1})
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, before[1]))
+    try:
+        with pytest.raises(OSError, match="only a part"):
+            append_line(path, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    append_line(path, {"step": 3})
+    assert [line["step"] for line in read_lines(path)] == [1, 3]
 
 
 @pytest.mark.parametrize("length", [1, 65535, 65536, 65537, 200_000])
@@ -114,6 +132,30 @@ def test_the_last_line_of_a_step_wins(tmp_path: Path) -> None:
     append_line(run.metrics_path, {"step": 2, "evaluation": {"loss": 4.0}})
     assert [(line["step"], line["loss"]) for line in run.step_lines()] == [(1, 3.0), (2, 2.5), (3, 1.0)]
     assert run.evaluation_lines() == [{"step": 2, "evaluation": {"loss": 4.0}}]
+
+
+def test_evaluations_that_a_run_has_gone_back_behind_do_not_count(tmp_path: Path) -> None:
+    """Else the next one would be judged as if they followed it."""
+    run = RunDirectory(tmp_path)
+    for step, loss in ((20, 1.0), (40, 1.1), (60, 1.2), (60, 0.5)):
+        append_line(run.metrics_path, {"step": step, "evaluation": {"loss": loss}})
+    assert [line["step"] for line in run.evaluation_lines()] == [20, 40, 60]
+    append_line(run.metrics_path, {"step": 40, "evaluation": {"loss": 0.9}})
+    assert [(line["step"], line["evaluation"]["loss"]) for line in run.evaluation_lines()] == [(20, 1.0), (40, 0.9)]
+
+
+def test_what_a_node_left_half_written_or_a_person_wrote_ends_nothing(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    attempt = run.new_attempt()
+    write_failure(run.attempt_dir(attempt), 1, ValueError("why"), 3)
+    (run.attempt_dir(attempt) / "failures" / "rank0.json").touch()
+    assert [record["rank"] for record in run.failure_records(attempt)] == [1]
+    (run.attempt_dir(attempt) / "agents").mkdir()
+    run.agent_report_path(attempt, "n1").touch()
+    assert run.agent_reports(attempt) == []
+    assert run.stop_request(attempt) is None
+    run.stop_path(attempt).touch()
+    assert run.stop_request(attempt) == {"reason": "cancel"}
 
 
 def test_only_published_checkpoints_count(tmp_path: Path) -> None:
