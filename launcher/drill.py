@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from launcher.state import run_state
 from trainer.failures import UserError, node_name
 from trainer.lease import read_holder
-from trainer.processes import processes_of_run
+from trainer.processes import parent_of, processes_of_run
 from trainer.rundir import Json, LineReader, RunDirectory
 from trainer.worker import AGENT_PID_VARIABLE
 
@@ -79,11 +79,11 @@ def _of_rank(run: RunDirectory, attempt: int, rank: int, agent: bool) -> int:
     for pid in processes_of_run(run.path):
         try:
             lines = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
         except OSError:
             continue
+        parent = parent_of(pid)
         if f"RANK={rank}".encode() in lines and f"{AGENT_PID_VARIABLE}={parent}".encode() in lines:
-            return int(parent) if agent else pid
+            return parent if agent and parent is not None else pid
     logs = sorted((run.attempt_dir(attempt) / "logs").glob("*/rank*.log"))
     nodes = {int(path.stem.removeprefix("rank")): path.parent.name for path in logs}
     if rank not in nodes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import tempfile
@@ -61,14 +62,23 @@ def _output(config: LaunchConfig, plan: Plan, facts: Facts) -> Iterator[str]:
     checkpoints = plan.checkpoint_bytes * number
     dtype = config.model.dtype if config.export.dtype == "auto" else config.export.dtype
     export = plan.model.parameters * (2 if dtype == "bfloat16" else 4) if config.export.enabled else 0
-    written = sum(file.stat().st_size for file in Path(plan.run_dir).glob("*/**/*") if file.is_file())
-    needed = checkpoints + export - written
+    needed = checkpoints + export - _written(Path(plan.run_dir))
     if needed > facts.disk_free:
         yield (
             f"output_dir: the run needs {gib(needed)} more disk in {parent} ({number} checkpoints of "
             f"{gib(plan.checkpoint_bytes)}, {gib(export)} for the export), and {gib(facts.disk_free)} are free; "
             "free some, choose another output_dir, or lower checkpoint.keep_last"
         )
+
+
+def _written(run_dir: Path) -> int:
+    """Bytes in the folders of a run, which may be running: files come and go."""
+    size = 0
+    for folder, _, names in os.walk(run_dir):
+        for name in names if folder != str(run_dir) else ():
+            with contextlib.suppress(OSError):
+                size += os.lstat(os.path.join(folder, name)).st_size
+    return size
 
 
 def _disk(config: LaunchConfig, plan: Plan) -> Iterator[str]:

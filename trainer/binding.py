@@ -131,7 +131,7 @@ def near_gpus(ranks: int, visible: str | None, listing: str, devices: Path) -> l
     ``--query-gpu=index,uuid,pci.bus_id --format=csv,noheader``. devices: /sys/bus/pci/devices, or a copy of it.
     """
     rows = [[cell.strip() for cell in line.split(",")] for line in listing.splitlines() if line.count(",") == 2]
-    names = visible.split(",") if visible is not None else [row[0] for row in rows]
+    names = [name.strip() for name in visible.split(",")] if visible is not None else [row[0] for row in rows]
     found = [next((row[2] for row in rows if name == row[0] or row[1].startswith(name)), None) for name in names]
     near: list[Cpus | None] = []
     for name in (found + [None] * ranks)[:ranks]:

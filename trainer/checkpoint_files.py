@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def _describe(folder: Path, step: int, rest: str) -> Checkpoint:
     if rest:
         status = rest.partition("-")[0]
     if not manifest:
-        size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+        with suppress(FileNotFoundError):  # it is being removed
+            size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     evaluation = (manifest or {}).get("evaluation") or {}
     return Checkpoint(folder, step, status, size, (manifest or {}).get("world_size"), evaluation)
 

@@ -142,7 +142,8 @@ def _model_card(run: RunDirectory, config: LaunchConfig, step: int) -> str:
         for line in scores:
             lines.append(f"| {line['step']} | " + " | ".join(f"{v:.6g}" for v in line["evaluation"].values()) + " |")
         lines.append("")
-    body = config.model_dump_json(indent=2, exclude={"cluster"})
+    # what decides the result; the rest (where it ran, who was told) is not for everybody
+    body = config.model_dump_json(indent=2, include={"name", "task", "model", "data", "training", "evaluation"})
     return "\n".join([*lines, "## Configuration", "", "```json", body, "```", ""])
 
 

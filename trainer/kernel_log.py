@@ -34,15 +34,17 @@ def read_kernel_log(path: str = "/dev/kmsg") -> list[str]:
     except OSError:
         return records
     try:
-        while data := os.read(descriptor, _LARGEST_RECORD):
-            records.append(data.decode(errors="replace"))
-    except BlockingIOError:  # the end
-        pass
-    except OSError:  # overwritten while we read
-        pass
+        while True:
+            try:
+                if not (data := os.read(descriptor, _LARGEST_RECORD)):
+                    return records
+                records.append(data.decode(errors="replace"))
+            except BrokenPipeError:  # the next one was overwritten: the kernel goes on with the oldest that is left
+                continue
+            except OSError:  # the end, most of all
+                return records
     finally:
         os.close(descriptor)
-    return records
 
 
 def telling(records: Iterable[str], since: float) -> list[str]:

@@ -8,7 +8,6 @@ host, creates the next generation: of several contenders one wins. A holder that
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -166,7 +165,7 @@ def _wait_out(folder: Path, holder: Holder, on_wait: Callable[[Holder], None] | 
 def _create(folder: Path, generation: int, value: dict[str, Any]) -> bool:
     """Create the file of `generation` as a whole; False if another contender was first."""
     temporary = folder / f".{uuid.uuid4().hex}.tmp"
-    temporary.write_text(json.dumps(value))
+    write_json(temporary, value)  # on disk before it has its name
     try:
         os.link(temporary, _path(folder, generation))
     except FileExistsError:

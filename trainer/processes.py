@@ -74,12 +74,23 @@ def same_host(identity: str) -> bool:
 
 def start_time(pid: int) -> int | None:
     """Start of a living process in clock ticks since boot; None if there is no such process, or only its zombie."""
+    fields = _stat(pid)
+    return None if fields is None or fields[0] in b"ZX" else int(fields[19])
+
+
+def parent_of(pid: int) -> int | None:
+    """The pid of a process's parent; None if there is no such process."""
+    fields = _stat(pid)
+    return None if fields is None else int(fields[1])
+
+
+def _stat(pid: int) -> list[bytes] | None:
+    """The third field and those after it of /proc/PID/stat (proc(5)); the command name before may be any bytes."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    fields = stat[stat.rindex(")") + 2 :].split()  # the command name before it may hold spaces and parentheses
-    return None if fields[0] in "ZX" else int(fields[19])
+    return stat[stat.rindex(b")") + 2 :].split()
 
 
 def age_seconds() -> float:

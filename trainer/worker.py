@@ -73,7 +73,8 @@ def write_output_to(path: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  # a line at a time, as on a terminal
+    # a line at a time, as on a terminal; no name of a file may end a rank, in whatever locale
+    sys.stdout = open(1, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
     faulthandler.enable()
 
 

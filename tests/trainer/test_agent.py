@@ -61,6 +61,13 @@ class Node:
         return read_json(path)
 
 
+def test_a_log_takes_any_text_in_any_locale(tmp_path: Path) -> None:
+    command = "from trainer.worker import *; write_output_to(Path('a.log')); print('\\u00fc \\udcff')"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", command], env=environment, cwd=tmp_path, check=True)
+    assert (tmp_path / "a.log").read_text() == "\\xfc \\udcff\n"
+
+
 def test_it_waits_to_be_released(tmp_path: Path) -> None:
     node = Node(tmp_path, hold=True)
     with pytest.raises(subprocess.TimeoutExpired):

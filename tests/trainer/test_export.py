@@ -13,9 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from trainer import export_weights
 from trainer.checkpoint_files import folder_name
+from trainer.config.schema import LaunchConfig
+from trainer.export import _model_card
 from trainer.export_weights import Weights
 from trainer.failures import StorageError
 from trainer.parameters import persistent_buffers
+from trainer.rundir import RunDirectory
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "tie_word_embeddings": False},
@@ -108,3 +111,19 @@ def test_logits_of_the_reloaded_model_are_compared(tmp_path: Path) -> None:
     model.config.save_pretrained(tmp_path)
     with pytest.raises(StorageError, match="does not take the export"):
         weights.check(tmp_path, False)
+
+
+def test_the_card_of_a_model_says_nothing_of_where_it_was_made(tmp_path: Path) -> None:
+    values = {
+        "name": "card",
+        "task": {"type": "causal-lm"},
+        "model": {"config": {"model_type": "llama"}, "tokenizer": "/t/small.model"},
+        "data": {"train": [{"path": "/d/a.jsonl"}], "sequence_length": 64},
+        "training": {"global_batch_size": 4, "max_steps": 6},
+        "cluster": {"environment": {"PLACE": "here"}},
+        "resilience": {"notify": [{"webhook": "https://hooks.example/services/T0/B0/XYZ"}]},
+    }
+    card = _model_card(RunDirectory(tmp_path), LaunchConfig.model_validate(values), 6)
+    assert '"global_batch_size": 4' in card
+    assert "hooks.example" not in card
+    assert "PLACE" not in card

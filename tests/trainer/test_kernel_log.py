@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from trainer.kernel_log import broken_device, read_kernel_log, since_boot, telling
 
 # As drivers 470 to 570 and Linux 5.x and 6.x write them, behind what /dev/kmsg puts before
@@ -35,3 +37,17 @@ def test_a_log_that_cannot_be_read_tells_nothing(tmp_path: Path) -> None:
     assert read_kernel_log(str(tmp_path / "none")) == []
     assert all(";" in record for record in read_kernel_log())
     assert telling(read_kernel_log(), since_boot() + 1.0) == []
+
+
+def test_reading_goes_on_behind_what_was_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a broken GPU fills the log."""
+    answers: list[bytes | OSError] = [b"1", BrokenPipeError(), b"3", BlockingIOError()]
+
+    def read(_descriptor: int, _size: int) -> bytes:
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("trainer.kernel_log.os.read", read)
+    assert read_kernel_log("/dev/null") == ["1", "3"]

@@ -13,6 +13,7 @@ import pytest
 
 from trainer import lease as module
 from trainer.lease import LockedError, acquire, read_holder
+from trainer.processes import parent_of, start_time
 from trainer.rundir import read_json, write_json
 
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -128,6 +129,17 @@ def test_a_holder_that_was_suspended_finds_that_it_has_lost(tmp_path: Path) -> N
     process.kill()
     process.wait()
     lease.release()
+
+
+def test_a_process_may_be_called_anything() -> None:
+    command = "open('/proc/self/comm', 'wb').write(b'kn) S \\xc3'); print(flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    assert (start_time(process.pid) or 0) >= (start_time(os.getpid()) or 0) > 0
+    assert parent_of(process.pid) == os.getpid()
+    process.communicate()
+    assert start_time(process.pid) is None
 
 
 def test_losing_is_noticed(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ class _Loader:
         """Apply ``a.b.c=value`` items, in order."""
         for item in overrides:
             name, equals, text = item.partition("=")
-            keys: Keys = tuple(int(part) if part.isdigit() else part for part in name.strip().split("."))
+            keys: Keys = tuple(int(part) if part.isdecimal() else part for part in name.strip().split("."))
             if not equals or "" in keys:
                 shown = item if not equals else f"{name}=..."  # the value may be a secret
                 self.errors.append(ConfigError("", f"--set {shown}: expected key=value, as in training.max_steps=100"))
