@@ -93,7 +93,7 @@ def adapted_facts(config: LaunchConfig) -> dict[str, ModelFacts]:
     it has none, and QLoRA."""
     model = config.model
     kinds = [] if model.adapter or model.freeze or model.train_only or model.resize_embeddings else ["lora"]
-    packable = model.path is not None and not model.compile and config.deepspeed.zero_stage == 3
+    packable = model.path is not None and not model.compile and config.deepspeed.may_cut_weights
     if packable and (kinds or (model.adapter and model.adapter.type == "lora" and not model.adapter.use_dora)):
         kinds.append("qlora")
     found = {}

@@ -1,5 +1,5 @@
-"""What fits the memory: the micro-batch size, recomputation and offload where they are "auto", and the smallest changes
-after which a model fits that does not.
+"""What fits the memory: micro-batch size, recomputation, offload and the stage of ZeRO where they are "auto", and the
+smallest changes after which a model fits that does not.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 from typing import Literal
 
 from trainer.config.model import CheckpointedLayers, DeepSpeedConfig
@@ -39,6 +39,7 @@ class Setup:
         micro_batch_size: sequences.
         recompute: `model.gradient_checkpointing`, without "auto".
         offload: where the optimizer's states are: ``none`` (the device), ``cpu`` or ``nvme``.
+        stage: of ZeRO.
         nodes: of the job.
         model: the facts of the model, with an adapter or without.
     """
@@ -46,6 +47,7 @@ class Setup:
     micro_batch_size: int
     recompute: bool | Literal["selective"] | CheckpointedLayers
     offload: str
+    stage: int
     nodes: int
     model: ModelFacts
 
@@ -97,8 +99,8 @@ def memory_of(config: LaunchConfig, setup: Setup, room: Room) -> MemoryEstimate 
 
 
 def section_of(config: LaunchConfig, setup: Setup) -> DeepSpeedConfig:
-    """The config's section `deepspeed`, without "auto" for the optimizer's place."""
-    return config.deepspeed.model_copy(update={"offload_optimizer": setup.offload})
+    """The config's section `deepspeed`, without "auto" for the optimizer's place and the stage of ZeRO."""
+    return config.deepspeed.model_copy(update={"offload_optimizer": setup.offload, "zero_stage": setup.stage})
 
 
 def recomputation_of(config: LaunchConfig, setup: Setup, fused: bool = False) -> Recomputation:
@@ -109,7 +111,7 @@ def recomputation_of(config: LaunchConfig, setup: Setup, fused: bool = False) ->
 def choose(
     config: LaunchConfig, model: ModelFacts, room: Room, seconds: Callable[[Setup, BatchPlan], float | None]
 ) -> tuple[Setup, BatchPlan, str]:
-    """(micro-batch, recomputation and offload of the run, its batch arithmetic, why these).
+    """(micro-batch, recomputation, offload and stage of the run, its batch arithmetic, why these).
 
     Where "auto" leaves it open: the optimizer is offloaded (its states then cross PCIe in every step) only if it does
     not fit in either mode, and to files only if host memory does not hold it either; activations are kept where they
@@ -128,6 +130,7 @@ def choose(
         1,
         True if recompute == "auto" else recompute,
         "none" if offload == "auto" else offload,
+        config.zero_stages[-1],
         config.cluster.nodes,
         model,
     )
@@ -138,24 +141,29 @@ def choose(
     free = recompute == "auto" and known and not config.model.activation_offload
     modes = (False, True) if free else (start.recompute,)
     given = config.training.micro_batch_size
+    alone = config.cluster.nodes * room.per_node == 1
     share = math.ceil(config.training.global_batch_size / _streams(config, start, room))
     enough = min(share, max(1, ENOUGH_TOKENS[room.device] // config.data.sequence_length))
 
     def candidates(place: str) -> Iterator[tuple[Setup, BatchPlan]]:
-        for mode in modes:
-            setup = replace(start, recompute=mode, offload=place, micro_batch_size=1 if given == "auto" else given)
+        stages = config.zero_stages if known and place == start.offload else (start.stage,)
+        for mode, stage in product(modes, stages):
+            size = 1 if given == "auto" else given
+            setup = replace(start, recompute=mode, offload=place, stage=stage, micro_batch_size=size)
             if room.holds(memory_of(config, setup, room), SAFE):
                 batch = _batch(config, setup, room)
-                yield replace(setup, micro_batch_size=batch.micro_batch_size), batch
+                setup = replace(setup, micro_batch_size=batch.micro_batch_size)
+                if len(stages) == 1 or stage == 3 or alone or seconds(setup, batch) is not None:
+                    yield setup, batch
 
     for place in places:
         found = list(candidates(place))
         if found:
             setup, batch = _faster(found, seconds, enough if given == "auto" else 1)
-            return setup, batch, _reason(config, setup, known, len(found))
+            return setup, batch, _reason(config, setup, known, [option for option, _ in found])
     setup = replace(start, recompute=modes[-1], offload=places[-1])
     batch = _batch(config, setup, room)
-    return replace(setup, micro_batch_size=batch.micro_batch_size), batch, _reason(config, setup, known, 0)
+    return replace(setup, micro_batch_size=batch.micro_batch_size), batch, _reason(config, setup, known, [])
 
 
 def _faster(
@@ -168,13 +176,14 @@ def _faster(
     return next((option for option in found if option[0].micro_batch_size >= enough), found[-1])
 
 
-def _reason(config: LaunchConfig, setup: Setup, known: bool, fitting: int) -> str:
+def _reason(config: LaunchConfig, setup: Setup, known: bool, fitting: list[Setup]) -> str:
     parts = []
     if config.model.gradient_checkpointing == "auto":
         if not known:
             parts.append("activations are recomputed: the memory is not known")
         elif setup.recompute:
-            why = "larger micro-batches are worth it" if fitting == 2 else "they would not fit"
+            kept = any(not option.recompute for option in fitting)
+            why = "larger micro-batches are worth it" if kept else "they would not fit"
             parts.append(f"activations are recomputed: {why}")
         else:
             parts.append("activations fit and are kept")
@@ -182,6 +191,15 @@ def _reason(config: LaunchConfig, setup: Setup, known: bool, fitting: int) -> st
         where = "" if setup.offload == "cpu" else f" to {config.deepspeed.nvme_path}"
         moved = f"the optimizer is offloaded{where}: it would not fit"
         parts.append(moved if setup.offload != "none" else "the optimizer stays on the device")
+    if config.deepspeed.zero_stage == "auto":
+        if setup.stage < 3:
+            parts.append("ZeRO-2: whole weights fit, so that none are gathered")
+        elif len(config.zero_stages) == 1:
+            parts.append("ZeRO-3, which other settings need")
+        elif any(option.stage < 3 for option in fitting):
+            parts.append("ZeRO-3: a step is expected to be shorter")
+        else:
+            parts.append("ZeRO-3: whole weights would not fit, or cannot be told to be faster")
     return "; ".join(parts)
 
 
@@ -229,7 +247,7 @@ def ways_to_fit(config: LaunchConfig, setup: Setup, room: Room, adapted: Mapping
     Args:
         adapted: facts of the same model with an adapter of a type, the smallest change first.
     """
-    kinds: list[Callable[[Setup], Iterator[tuple[str, Setup]]]] = [_smaller_batches, _recompute]
+    kinds: list[Callable[[Setup], Iterator[tuple[str, Setup]]]] = [_smaller_batches, _recompute, _cut_weights]
     kinds.append(lambda start: _offload(config, start, room))
     if room.device == "cuda":  # on a CPU, more ranks on the same machine share the same memory
         kinds.append(lambda start: _more_nodes(config, start, room))
@@ -265,11 +283,16 @@ def _recompute(start: Setup) -> Iterator[tuple[str, Setup]]:
         yield "model.gradient_checkpointing=true", replace(start, recompute=True)
 
 
+def _cut_weights(start: Setup) -> Iterator[tuple[str, Setup]]:
+    if start.stage < 3:
+        yield "deepspeed.zero_stage=3", replace(start, stage=3)
+
+
 def _offload(config: LaunchConfig, start: Setup, room: Room) -> Iterator[tuple[str, Setup]]:
     """To host memory (a CPU has no other), then to files."""
     settings = config.deepspeed
     places = ["cpu"] * (start.offload == "none" and room.device == "cuda")
-    places += ["nvme"] * (start.offload != "nvme" and settings.zero_stage == 3)
+    places += ["nvme"] * (start.offload != "nvme" and start.stage == 3)
     for place in places:
         moved = replace(start, offload=place)
         memory = memory_of(config, moved, room)

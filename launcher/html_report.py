@@ -118,6 +118,6 @@ def _facts(run: RunDirectory) -> Iterator[tuple[str, str]]:
         "schedule": (training.get("schedule") or {}).get("type"),
         "backend": cluster.get("backend"),
         "ranks": plan.get("world_size"),
-        "ZeRO stage": section.get("deepspeed", {}).get("zero_stage"),
+        "ZeRO stage": plan.get("deepspeed", {}).get("zero_optimization", {}).get("stage"),
     }
     yield from ((name, str(value)) for name, value in found.items() if value)

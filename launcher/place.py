@@ -33,7 +33,8 @@ def plans_of(config: LaunchConfig, plan: Mapping[str, Any]) -> dict[int, Mapping
         from launcher.sizes import smaller_plans
 
         kept = {key: plan[key] for key in ("config_hash", "gpus") if key in plan}
-        smaller = smaller_plans(config, gather_facts(config), int(plan["batch"]["micro_batch_size"]))
+        micro, stage = plan["batch"]["micro_batch_size"], plan["deepspeed"]["zero_optimization"]["stage"]
+        smaller = smaller_plans(config, gather_facts(config), int(micro), int(stage))
         plans |= {nodes: found.to_json() | kept for nodes, found in smaller.items()}
     return plans
 

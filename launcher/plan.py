@@ -187,7 +187,7 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
         copies = communication.hpz > 1 if hpz is None else hpz
         return _step_time(config, setup, batch, flops, peak, per_node, figures, copies)
 
-    setup, batch, reason = choose(config, facts.model, room, lambda *option: _middle(time_of(*option)))
+    setup, batch, reason = choose(config, facts.model, room, lambda *option: _expected(option[0], time_of(*option)))
     if config.deepspeed.hpz == "auto":
         without, with_copies = time_of(setup, batch), time_of(setup, batch, True)
         room = _second_copies(config, setup, room, without, with_copies)
@@ -297,9 +297,7 @@ def _second_copies(
     """With a second copy of the weights on each node, if the network holds steps up, it would less with them, and
     they fit."""
     settings = config.deepspeed
-    possible = (
-        setup.nodes > 1 and room.per_node > 1 and settings.zero_stage == 3 and settings.offload_parameters == "none"
-    )
+    possible = setup.nodes > 1 and room.per_node > 1 and setup.stage == 3 and settings.offload_parameters == "none"
     if not possible or without is None or with_copies is None or with_copies.least > _WORTH_A_COPY * without.least:
         return room
     why = f"hpZ: the network would hold steps up ({without.least:.3g} s, {with_copies.least:.3g} s with it)"
@@ -331,8 +329,11 @@ def _flops(config: LaunchConfig, model: ModelFacts) -> float | None:
     return flops_per_token(multiplied, model.layers, model.hidden_size, config.data.sequence_length)
 
 
-def _middle(time: StepTime | None) -> float | None:
-    return None if time is None else (time.least + time.most) / 2
+def _expected(setup: Setup, time: StepTime | None) -> float | None:
+    """Seconds; stages 1 and 2 hide none of the communication (`overlap_comm` is off)."""
+    if time is None:
+        return None
+    return time.most if setup.stage < 3 else (time.least + time.most) / 2
 
 
 def _step_time(
@@ -358,7 +359,7 @@ def _step_time(
         peak_flops=peak,
         parameters=model.held_elements or model.parameters,
         trainable=model.trainable_parameters or 0,
-        stage=config.deepspeed.zero_stage,
+        stage=setup.stage,
         parameter_bytes=2,
         gradient_bytes=4,  # DeepSpeed JSON: communication_data_type fp32
         micro_batches=batch.micro_batches_per_rank,

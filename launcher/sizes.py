@@ -14,29 +14,37 @@ from trainer.failures import UserError
 _GAIN_FACTOR = 2.0
 
 
-def smaller_plans(config: LaunchConfig, facts: Facts, micro_batch_size: int) -> dict[int, Plan]:
+def smaller_plans(config: LaunchConfig, facts: Facts, micro_batch_size: int, stage: int) -> dict[int, Plan]:
     """Number of nodes -> plan, of those from `cluster.min_nodes` to below `cluster.nodes` on which the run fits.
 
-    The global batch stays, and so does the micro-batch size where the memory allows: then a step differs from that of
-    the larger world size by rounding alone. A size that does not fit ends the search, since smaller ones do neither.
+    The global batch stays, and so do the micro-batch size and the stage of ZeRO (random weights are drawn otherwise at
+    another) where the memory allows: then a step differs from that of the larger world size by rounding alone. A size
+    that does not fit ends the search, since smaller ones do neither.
     """
     found: dict[int, Plan] = {}
     if config.cluster.backend == "local":
         return found
     for nodes in range(config.cluster.nodes - 1, config.cluster.fewest_nodes - 1, -1):
-        smaller = _plan_for(config, facts, nodes, micro_batch_size)
-        if smaller is None and config.training.micro_batch_size == "auto":
-            smaller = _plan_for(config, facts, nodes, "auto")
+        smaller = _plan_for(config, facts, nodes, micro_batch_size, stage)
+        if smaller is None:
+            smaller = _plan_for(config, facts, nodes, config.training.micro_batch_size, config.deepspeed.zero_stage)
         if smaller is not None:
             found[nodes] = smaller
     return found
 
 
-def _plan_for(config: LaunchConfig, facts: Facts, nodes: int, micro_batch_size: int | str) -> Plan | None:
+def _plan_for(
+    config: LaunchConfig, facts: Facts, nodes: int, micro_batch_size: int | str, stage: int | str
+) -> Plan | None:
     cluster: Any = config.cluster
     update = {"spare_nodes": len(cluster.hosts) - nodes} if cluster.backend == "ssh" else {"nodes": nodes}
-    training = config.training.model_copy(update={"micro_batch_size": micro_batch_size})
-    changed = config.model_copy(update={"cluster": cluster.model_copy(update=update), "training": training})
+    changed = config.model_copy(
+        update={
+            "cluster": cluster.model_copy(update=update),
+            "training": config.training.model_copy(update={"micro_batch_size": micro_batch_size}),
+            "deepspeed": config.deepspeed.model_copy(update={"zero_stage": stage}),
+        }
+    )
     try:
         return make_plan(changed, facts)
     except UserError:

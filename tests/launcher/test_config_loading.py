@@ -78,7 +78,7 @@ def test_every_error_at_once(tmp_path):
         "training.optimizer.learning_rate": "found -1 (integer); expected a positive number",
         "training.schedule.type": 'found "cosin" (string); expected "constant" or "linear" or "cosine" '
         '(did you mean "cosine"?)',
-        "deepspeed.zero_stage": "found 4 (integer); expected 1 or 2 or 3",
+        "deepspeed.zero_stage": 'found 4 (integer); expected 1 or 2 or 3 or "auto"',
         "cluster.gpus": "unknown key; did you mean `cluster.gpus_per_node`?",
         "resilience.hang_timeout_seconds": 'found "never" (string); expected a number at least 5 or "auto"',
         "data.train.0.path": "missing; expected a string",

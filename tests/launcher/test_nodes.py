@@ -15,6 +15,7 @@ from launcher.nodes import NodePool, bad_nodes
 from launcher.plan import make_plan
 from launcher.sizes import shortfall, smaller_plans, worth_growing
 from trainer.config.loading import load_config
+from trainer.config.model import DeepSpeedConfig
 from trainer.config.schema import SlurmCluster, SshCluster
 from trainer.failures import UserError
 from trainer.rundir import RunDirectory
@@ -81,7 +82,7 @@ def test_fewer_nodes_have_a_plan_of_their_own_with_the_same_global_batch(tmp_pat
     training = {"global_batch_size": 24, "micro_batch_size": 2, "max_steps": 10}
     config = load_config(runnable(tmp_path, cluster=cluster, training=training))
     facts = gather_facts(config)
-    plans = smaller_plans(config, facts, make_plan(config, facts).batch.micro_batch_size)
+    plans = smaller_plans(config, facts, make_plan(config, facts).batch.micro_batch_size, 3)
     assert sorted(plans) == [2, 3, 4, 5]
     assert {nodes: (p.world_size, p.batch.micro_batches_per_rank) for nodes, p in plans.items()} == {
         5: (10, 2),
@@ -90,6 +91,9 @@ def test_fewer_nodes_have_a_plan_of_their_own_with_the_same_global_batch(tmp_pat
         2: (4, 3),
     }
     assert {plan.batch.global_batch for plan in plans.values()} == {24}
+    config = config.model_copy(update={"deepspeed": DeepSpeedConfig(zero_stage="auto")})
+    kept = smaller_plans(config, facts, 2, 2)  # as the full one has it, whatever would be chosen for so few
+    assert {plan.deepspeed["zero_optimization"]["stage"] for plan in kept.values()} == {2}
     assert shortfall(config, [2, 3, 6]) is None
     assert "fewer than 3 nodes" in (shortfall(config, [3, 4, 5, 6]) or "")
 

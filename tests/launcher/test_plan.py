@@ -136,6 +136,39 @@ def test_recomputation_and_offload_are_chosen_by_memory_and_time(tmp_path):
     assert (plan.offload, plan.recompute) == ("none", True)
 
 
+def test_the_stage_of_zero_is_chosen_by_memory_and_time(tmp_path):
+    def stage(*overrides, gpus=8, memory=1024):
+        settings = large("cluster={}", "deepspeed.zero_stage=auto", "model.gradient_checkpointing=auto", *overrides)
+        plan = plan_of(tmp_path, *settings, "training.global_batch_size=64", gpus=(H100,) * gpus, memory=memory * GIB)
+        assert f"ZeRO-{plan.deepspeed['zero_optimization']['stage']}" in plan.memory_reason
+        return plan.deepspeed["zero_optimization"]["stage"]
+
+    lora = 'model.adapter={"type": "lora"}'
+    assert (stage(lora), stage(lora, gpus=1)) == (2, 2)  # 15 GiB of frozen weights on each GPU, none of them gathered
+    assert stage(lora, f"model.config={json.dumps(LLAMA_8B | {'num_hidden_layers': 200})}") == 3  # 83 GiB of them
+    # gradients of 8 micro-batches are reduced in either stage; ZeRO-3 does it while it computes
+    assert stage("training.micro_batch_size=1") == 3
+    # other settings want weights that are cut, or leave no time to compare
+    assert stage(lora, "training.optimizer={'type': 'adafactor', 'learning_rate': 1e-3}".replace("'", '"')) == 3
+    assert stage("deepspeed.offload_optimizer=cpu", gpus=1) == 3
+    small = ["model.freeze=[]", "deepspeed.zero_stage=auto"]
+    stages = [
+        plan_of(tmp_path, *small, f"cluster.processes_per_node={ranks}").deepspeed["zero_optimization"]["stage"]
+        for ranks in (1, 2)
+    ]
+    assert stages == [2, 3]
+    # who has set it is told that another would do
+    whole = ["deepspeed.zero_stage=2", "training.micro_batch_size=1", "model.gradient_checkpointing=true"]
+    with pytest.raises(UserError, match=r"It fits with deepspeed\.zero_stage=3$"):
+        plan_of(
+            tmp_path,
+            *large("cluster={}", *whole, f"model.config={json.dumps(LLAMA_8B | {'num_hidden_layers': 160})}"),
+            "training.global_batch_size=64",
+            gpus=(H100,) * 64,
+            memory=4096 * GIB,
+        )
+
+
 def test_each_change_proposed_fits(tmp_path):
     """As `--set` would take them: a config with the change is planned, and no smaller number of nodes is."""
     cluster = 'cluster={"backend": "slurm", "nodes": 1, "gpus_per_node": 2, "gpu_model": "A100"}'

@@ -121,7 +121,11 @@ class ModelConfig(Section):
 class DeepSpeedConfig(Section):
     """ZeRO. `config` passes through to DeepSpeed for experts; what contradicts the plan is refused."""
 
-    zero_stage: Literal[1, 2, 3] = 3
+    zero_stage: Literal[1, 2, 3, "auto"] = Field(
+        3,
+        description="1, 2: every rank keeps whole weights; auto: 2 where these fit beside all else and a step is not "
+        "expected to take longer for it, else 3",
+    )
     offload_optimizer: Literal["none", "cpu", "nvme", "auto"] = Field(
         "none",
         description="Where the optimizer's states are; auto: on the device if they fit it, else in host memory, else "
@@ -148,10 +152,15 @@ class DeepSpeedConfig(Section):
         places = {"optimizer": self.offload_optimizer, "parameters": self.offload_parameters}
         return tuple(what for what, place in places.items() if place == "nvme")
 
+    @property
+    def may_cut_weights(self) -> bool:
+        """Whether the stage is 3, or may be."""
+        return self.zero_stage in (3, "auto")
+
     @model_validator(mode="after")
     def _go_together(self) -> DeepSpeedConfig:
         if self.offload_parameters != "none" and (
-            self.zero_stage != 3 or self.offload_optimizer not in ("cpu", "nvme")
+            not self.may_cut_weights or self.offload_optimizer not in ("cpu", "nvme")
         ):
             raise ValueError('`offload_parameters` needs `zero_stage` 3 and `offload_optimizer` "cpu" or "nvme"')
         if self.on_disk and self.nvme_path is None:
@@ -161,8 +170,8 @@ class DeepSpeedConfig(Section):
                 '`nvme_path` is for `offload_optimizer` "nvme" or "auto", or `offload_parameters` "nvme": set one of '
                 "them, or leave it out"
             )
-        if self.nvme_path is not None and self.zero_stage != 3:
+        if self.nvme_path is not None and not self.may_cut_weights:
             raise ValueError("nvme needs `zero_stage` 3")
-        if self.hpz is True and (self.zero_stage != 3 or self.offload_parameters != "none"):
+        if self.hpz is True and (not self.may_cut_weights or self.offload_parameters != "none"):
             raise ValueError("`hpz` needs `zero_stage` 3, and its copies cannot be offloaded (`offload_parameters`)")
         return self

@@ -225,6 +225,17 @@ class LaunchConfig(Section):
     cluster: Cluster = LocalCluster()
     resilience: ResilienceConfig = ResilienceConfig()
 
+    @property
+    def zero_stages(self) -> tuple[int, ...]:
+        """The stages of ZeRO to choose from, the one with the least communication first."""
+        settings, adapter = self.deepspeed, self.model.adapter
+        if settings.zero_stage != "auto":
+            return (settings.zero_stage,)
+        needs_3 = settings.offload_optimizer in ("cpu", "nvme") or settings.hpz is True
+        needs_3 |= self.training.optimizer.type == "adafactor" or self.checkpoint.fast_dir is not None
+        needs_3 |= adapter is not None and adapter.type == "qlora"
+        return (3,) if needs_3 else (2, 3)
+
     @model_validator(mode="before")
     @classmethod
     def _packed_where_it_can_be(cls, value: Any) -> Any:
@@ -242,9 +253,9 @@ class LaunchConfig(Section):
                 raise ValueError("export.adapter: random weights (`model.config`) are in no folder; use merge")
             if getattr(self.task, "head", None) is not None:
                 raise ValueError("export.adapter: an adapter's folder cannot hold the layers of task.head; use merge")
-        if self.model.adapter is not None and self.model.adapter.type == "qlora" and self.deepspeed.zero_stage != 3:
+        if self.model.adapter is not None and self.model.adapter.type == "qlora" and not self.deepspeed.may_cut_weights:
             raise ValueError("model.adapter.type: qlora needs deepspeed.zero_stage 3 (on one rank as well)")
-        if self.training.optimizer.type == "adafactor" and self.deepspeed.zero_stage != 3:
+        if self.training.optimizer.type == "adafactor" and not self.deepspeed.may_cut_weights:
             raise ValueError("training.optimizer.type: adafactor needs deepspeed.zero_stage 3, or use adamw")
         if self.data.packing and self.task.type not in PACKED_TASKS:
             raise ValueError(f"data.packing: samples of {self.task.type} cannot share a sequence; leave it out")
@@ -263,7 +274,7 @@ class LaunchConfig(Section):
 
     @model_validator(mode="after")
     def _checkpoints_serve(self) -> LaunchConfig:
-        if self.checkpoint.fast_dir is not None and self.deepspeed.zero_stage != 3:
+        if self.checkpoint.fast_dir is not None and not self.deepspeed.may_cut_weights:
             raise ValueError("checkpoint.fast_dir: needs ZeRO-3, where a rank's slices are the same after a restart")
         if self.export.checkpoint == "best" and not (self.checkpoint.keep_best and self.data.evaluation):
             raise ValueError("export.checkpoint: the best one is kept with checkpoint.keep_best=1 and data.evaluation")
