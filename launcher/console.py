@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
 
 def gib(size: float) -> str:
     """Bytes in the unit that reads best: `1.5 GiB`, `820 MiB`."""
@@ -23,3 +29,13 @@ def count(number: float) -> str:
 def printable(text: str) -> str:
     """Without what would drive a terminal or break XML: control characters become U+FFFD, line ends stay."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table as wide as what is in it: a narrow terminal wraps its lines, but cut cells would tell lies."""
+    width, needed = console.width, table.__rich_measure__(console, console.options.update(max_width=10_000)).maximum
+    console.width = max(width, needed)
+    with console.capture() as printed:
+        console.print(table, soft_wrap=True)
+    console.width = width
+    console.file.writelines(line.rstrip() + "\n" for line in printed.get().splitlines())  # padding would be wrapped too

@@ -37,11 +37,15 @@ def preflight_problems(config: LaunchConfig, plan: Plan, facts: Facts) -> list[s
         *_output(config, plan, facts),
         *_disk(config, plan),
         *_fp8(config, plan),
-        *_tokenizer(config),
-        *_data(config),
+        *input_problems(config),
         *_image(config),
         *notify.problems(config.resilience.notify),
     ]
+
+
+def input_problems(config: LaunchConfig) -> list[str]:
+    """Files that the config names and that are not there."""
+    return [*_tokenizer(config), *_data(config)]
 
 
 def _output(config: LaunchConfig, plan: Plan, facts: Facts) -> Iterator[str]:

@@ -235,7 +235,9 @@ def describe_evaluation(line: Json) -> str:
 
 
 def number(value: Any) -> str:
-    """Four significant digits; nan and inf are shown as they are."""
+    """Counts in full, else four significant digits; nan and inf are shown as they are."""
+    if isinstance(value, int):
+        return f"{value:,}"
     return "-" if value is None else f"{float(value):.4g}"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.console import count, gib
+from launcher.console import count, gib, print_whole
 from launcher.facts import Facts
 from launcher.plan import Plan, make_plan
 from trainer.config.schema import LaunchConfig
@@ -56,8 +56,7 @@ def show_nodes(choices: Sequence[Choice]) -> None:
         if choice.plan is not None:
             table.add_row(*_row(choice.plan))
     console = Console(highlight=False, soft_wrap=True)
-    console.width = max(console.width, 110)  # a cut column tells nothing; a narrow terminal wraps the lines
-    console.print(table)
+    print_whole(console, table)
     for choice in choices:
         if choice.problem:
             console.print(f"{choice.nodes} node(s):", end=" ", style="yellow")

@@ -117,7 +117,13 @@ def look_at(source: DataSource, task: Task, config: LaunchConfig, shown: int = 0
         "length_histogram": _histogram(lengths, data.sequence_length),
         "begin_with_bos": _share(made[0].tokens[0] == tokenizer.bos_id for made in samples.values() if made),
         "end_with_eos": _share(made[-1].tokens[-1] == tokenizer.eos_id for made in samples.values() if made),
-        "samples": [[_stretches(sample, tokenizer) for sample in made] for made in list(samples.values())[:shown]],
+        "samples": [[_stretches(sample, tokenizer) for sample in samples[at]] for at in list(samples)[:shown]],
+        "labels": [
+            encoder.named(int(numbers[at]), task.label_columns)
+            if any(sample.labels is not None for sample in samples[at])
+            else {}
+            for at in list(samples)[:shown]
+        ],
         **dict(zip(OUTCOMES, map(int, counted), strict=True)),
     }
 

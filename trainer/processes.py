@@ -93,12 +93,6 @@ def _stat(pid: int) -> list[bytes] | None:
     return stat[stat.rindex(b")") + 2 :].split()
 
 
-def age_seconds() -> float:
-    """How long ago this process was started; to a hundredth of a second."""
-    ticks = start_time(os.getpid()) or 0
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-
-
 def processes_of_run(run_dir: Path) -> list[int]:
     """Pids of living processes of this user on this host that were started for the run in `run_dir`."""
     mark = f"{RUN_VARIABLE}={run_dir}".encode()

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.console import count
+from launcher.console import count, print_whole
 from trainer.failures import EXIT_DONE, EXIT_USER, DsftError
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from trainer.config.schema import LaunchConfig
 
 BAR = 24
+MOST_CHARACTERS = 500  # shown of a label
+LEARNED = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}", "\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}"  # without colours
+PIECES = 3  # shown of a record that is split
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,11 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Look at a part of each source as training would encode it."""
+    from launcher.preflight import input_problems
     from trainer.config.loading import load_config
 
     config = load_config(arguments.config, arguments.set)
-    report = look(config, arguments.samples)
-    add_shares(report, config)
+    if problems := input_problems(config):  # before a tokenizer is looked for, which can take a while
+        report = {"ok": False, "class": "user", "errors": problems, "warnings": [], "statistics": []}
+    else:
+        report = look(config, arguments.samples)
+        add_shares(report, config)
     if arguments.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:
@@ -90,7 +97,7 @@ def show(report: dict[str, Any], config: LaunchConfig) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for item in report["statistics"]:
         console.print(Rule(f"{item['source']}", align="left", style="dim"))
-        _show_source(console, item, config.data.sequence_length)
+        _show_source(console, item, config)
     if "steps_per_epoch" in report:
         console.print(
             f"\nAn epoch is about {report['steps_per_epoch']:.4g} steps of {config.training.global_batch_size} "
@@ -102,9 +109,11 @@ def show(report: dict[str, Any], config: LaunchConfig) -> None:
             console.print(text, markup=False)
 
 
-def _show_source(console: Console, item: dict[str, Any], sequence_length: int) -> None:
+def _show_source(console: Console, item: dict[str, Any], config: LaunchConfig) -> None:
     from rich.table import Table
     from rich.text import Text
+
+    from trainer.config.tasks import PACKED_TASKS
 
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True, style="cyan")
@@ -113,10 +122,13 @@ def _show_source(console: Console, item: dict[str, Any], sequence_length: int) -
         ("path", Text(item["path"])),
         ("records", f"{count(item['records'])}, {item['looked_at']} looked at"),
         ("tokens", f"{item['mean_tokens']:.1f} a record, the longest sample {item['longest_sample']}"),
-        ("learned", f"{item['target_tokens'] / max(item['tokens'], 1):.1%} of the tokens"),
-        ("packing", f"{item['packing_efficiency']:.1%} of a sequence filled, by those looked at"),
-        ("BOS, EOS", f"{item['begin_with_bos']:.0%} begin, {item['end_with_eos']:.0%} end so"),
     ]
+    if config.task.type in PACKED_TASKS:
+        rows += [
+            ("learned", f"{item['target_tokens'] / max(item['tokens'], 1):.1%} of the tokens"),
+            ("packing", f"{item['packing_efficiency']:.1%} of a sequence filled, by those looked at"),
+            ("BOS, EOS", f"{item['begin_with_bos']:.0%} begin, {item['end_with_eos']:.0%} end so"),
+        ]
     if "share" in item:
         rows.append(("share", f"{item['share']:.1%} of the sequences; taken {item['epochs']:.3g} times"))
     odd = [
@@ -128,17 +140,25 @@ def _show_source(console: Console, item: dict[str, Any], sequence_length: int) -
         rows.append(("of note", f"[yellow]{', '.join(odd)}[/yellow]"))
     for name, value in rows:
         grid.add_row(name, value)
-    console.print(grid)
+    print_whole(console, grid)
     most = max((samples for _, samples in item["length_histogram"]), default=0)
     for upper, samples in item["length_histogram"]:
         bar = "█" * -(-BAR * samples // max(most, 1))
         console.print(f"  [dim]<= {upper:>7}[/dim]  [blue]{bar}[/blue] {samples or ''}")
-    for pieces in item["samples"]:
-        for stretches in pieces:
+    marks = ("", "") if console.color_system else LEARNED
+    for pieces, labels in zip(item["samples"], item["labels"], strict=True):
+        for stretches in pieces[:PIECES]:
             console.print()
             text = Text()
             for part, learned in stretches:
-                text.append(part, style="bold green" if learned else "dim")
+                learned = learned and not labels
+                text.append(part.join(marks) if learned else part, style="bold green" if learned else "dim")
             console.print(text)
+        if len(pieces) > PIECES:
+            console.print(f"\nand {len(pieces) - PIECES} more pieces of this record", style="dim")
+        for name, value in labels.items():
+            shown = json.dumps(value, ensure_ascii=False)
+            shown = shown if len(shown) <= MOST_CHARACTERS else shown[:MOST_CHARACTERS] + "..."
+            console.print(Text(f"{name}: {shown}".join(marks), style="bold green"))
     if item["samples"]:
-        console.print("\n[dim]seen[/dim] and [bold green]learned[/bold green]")
+        console.print(f"\n[dim]seen[/dim] and [bold green]{'learned'.join(marks)}[/bold green]")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trainer.lease import Holder, Lease
     from trainer.rundir import RunDirectory
 
+_STARTED = time.time()  # as good as the process's start, which `exec` in a script puts before all of that script
 _GRACE_SECONDS = 60.0  # between two looks at how long steps and checkpoints take
 # What `trainer.config.loading.redacted` leaves of a secret
 REDACTED = "***"
@@ -101,7 +102,6 @@ def launch(
     from trainer.config.loading import redacted
     from trainer.failures import EXIT_DONE, StorageError
     from trainer.lease import acquire
-    from trainer.processes import age_seconds
 
     if config.cluster.backend == "slurm":
         from launcher.backends.slurm import in_allocation
@@ -124,7 +124,7 @@ def launch(
             _write_records(target, resolved, plan)
         except OSError as error:
             raise _cannot_write(target, error) from error
-        target.event_writer("launch").write("launched", started=time.time() - age_seconds())
+        target.event_writer("launch").write("launched", started=_STARTED)
         gate = CheckProcess(target.config_path)
         try:
             stream = sys.stderr if as_json else sys.stdout

@@ -8,18 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.console import count, gib
+from launcher.console import count, gib, print_whole
 from trainer.failures import EXIT_DONE, EXIT_USER
 from trainer.planning.throughput import EFFICIENCY
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
     from rich.table import Table
 
     from launcher.plan import Plan
     from trainer.planning.throughput import StepTime
 
-BAR = 24
+BAR = 16  # with the longest name and note, 80 characters in all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,9 +80,10 @@ def show(plan: Plan, problems: list[str] | None = None) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     console.print()
-    console.print(_summary(plan))
+    print_whole(console, _summary(plan))
     if plan.memory is not None:
-        console.print(Rule("memory of a rank", align="left", style="dim"), _memory(plan))
+        console.print(Rule("memory of a rank", align="left", style="dim"))
+        print_whole(console, _memory(plan))
     console.print(Rule("DeepSpeed", align="left", style="dim"))
     console.print(json.dumps(plan.deepspeed, indent=2), markup=False)
     console.print(Rule("commands", align="left", style="dim"))
@@ -109,7 +109,7 @@ def _grid(columns: int) -> Table:
     return grid
 
 
-def _summary(plan: Plan) -> RenderableType:
+def _summary(plan: Plan) -> Table:
     batch, model = plan.batch, plan.model
     rows: list[tuple[str, str]] = [("run", f"[bold]{_escape(plan.name)}[/bold]  {_escape(plan.run_dir)}")]
     if model.parameters is None or model.trainable_parameters is None:
@@ -175,7 +175,7 @@ def _step(plan: Plan, time: StepTime) -> str:
     return text
 
 
-def _memory(plan: Plan) -> RenderableType:
+def _memory(plan: Plan) -> Table:
     memory = plan.memory
     assert memory is not None
     grid = _grid(4)
@@ -189,9 +189,9 @@ def _memory(plan: Plan) -> RenderableType:
     notes: dict[str, Any] = {
         "step": "after backward",
         "host_offload": "in host memory",
-        "host_staging": "in host memory, of checkpoints",
+        "host_staging": "for checkpoints, on the host",
         "nvme": "on the node's disk",
-        "staging": "copy of the states for checkpoints",
+        "staging": "copies for checkpoints",
         "logits": "all tokens labelled",
     }
     for name, size in memory.components().items():

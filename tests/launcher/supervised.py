@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.failures import DataError, NumericError
-from trainer.processes import age_seconds
 from trainer.rundir import RunDirectory, append_line, write_json
+
+STARTED = time.time()
 
 
 def train(run: RunDirectory, attempt: int) -> None:
@@ -113,7 +114,7 @@ def supervise(path: str, settings: dict[str, Any]) -> int:
     from trainer.lease import acquire
 
     run = RunDirectory(Path(path))
-    run.event_writer("launch").write("launched", started=time.time() - age_seconds())
+    run.event_writer("launch").write("launched", started=STARTED)
     resilience = ResilienceConfig(**{"max_restarts": 2, "stop_grace_seconds": 5.0} | settings)
     backend = LocalBackend(run, 2, {"PYTHONPATH": str(Path(__file__).parent)}, worker_module="supervised")
     try:

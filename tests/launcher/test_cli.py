@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,10 +36,10 @@ def dsft(tmp_path):
     path = os.pathsep.join([str(tmp_path / "blocked"), str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", "COLUMNS": "120"}
 
-    def run(*arguments):
+    def run(*arguments, **variables):
         return subprocess.run(
             [sys.executable, "-m", "launcher", *map(str, arguments)],
-            env=environment,
+            env=environment | variables,
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -52,6 +53,17 @@ def test_the_block_blocks(tmp_path, dsft):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "blocked")}
     result = subprocess.run([sys.executable, "-c", "import torch"], env=environment, capture_output=True, text=True)
     assert "torch is blocked" in result.stderr
+
+
+def test_a_plan_is_whole_in_a_narrow_terminal(tmp_path, dsft):
+    folder = tmp_path / ("a-folder-of-a-long-name" * 4)
+    folder.mkdir()
+    shown = dsft("plan", runnable(folder), COLUMNS="60").stdout
+    assert str(folder) in shown
+    assert not any(line.endswith(" ") for line in shown.splitlines())
+    memory = shown[shown.index("memory of a rank") : shown.index("DeepSpeed")].splitlines()[1:]
+    assert len(memory) > 5
+    assert all(re.search(r" [KMGT]iB ", line) and len(line) <= 80 for line in memory)
 
 
 def test_plan_for_people(tmp_path, dsft):

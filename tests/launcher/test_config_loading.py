@@ -6,6 +6,7 @@ import json
 import pytest
 from config_samples import complete, runnable, write
 
+from trainer.config.errors import ELSEWHERE, known_paths
 from trainer.config.loading import ConfigErrors, config_hash, load_config, redacted
 from trainer.config.schema import LaunchConfig
 
@@ -94,7 +95,10 @@ def test_every_error_at_once(tmp_path):
         ("training.max_grad_norm", "1", "expected a number of at least 0"),
         ("data.packing", "yes", "expected true or false"),
         ("data.train", [], "expected at least 1"),
-        ("data.train", {}, "expected a list"),
+        ("data.train", {}, "expected a list, each an object with path"),
+        ("task", "causal-lm", 'expected {"type": "causal-lm"}'),
+        ("training.optimizer", "adamw", 'expected {"type": "adamw"}'),
+        ("model.gradient_checkpointing", "true", 'expected true or false or "auto" or "selective" or an object'),
         ("model", None, "expected an object"),
         ("training.optimizer.betas", [], "missing"),
         ("training.optimizer.betas", 0.9, "expected a list of 2"),
@@ -111,6 +115,28 @@ def test_wrong_values_name_what_is_allowed(tmp_path, key, value, text):
 def test_keys_in_the_wrong_section_are_pointed_to_the_right_one(tmp_path):
     errors = errors_of(write(tmp_path / "c.json", changed(sequence_length=5)))
     assert errors["sequence_length"].message == "unknown key; did you mean `data.sequence_length`?"
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("training.weight_decay", "training.optimizer.weight_decay"),  # not the ema_decay beside it
+        ("training.warmup_steps", "training.schedule.warmup_steps"),
+        ("per_device_train_batch_size", "training.micro_batch_size"),
+        ("training.save_steps", "checkpoint.interval_steps"),
+        ("model.adapter.r", "model.adapter.rank"),
+    ],
+)
+def test_keys_as_other_trainers_call_them(tmp_path, key, meant):
+    adapter = {"type": "lora"}
+    config = changed(model__adapter=adapter) if "adapter" in key else changed()
+    errors = errors_of(write(tmp_path / "c.json", config), f"{key}=1")
+    assert errors[key].message == f"unknown key; did you mean `{meant}`?"
+
+
+def test_the_names_of_other_trainers_lead_to_keys_that_exist():
+    known = {".".join(path) for path in known_paths(LaunchConfig)}
+    assert set(ELSEWHERE) <= known
 
 
 def test_keys_of_another_backend_are_said_to_be_that(tmp_path):

@@ -87,8 +87,27 @@ def test_sources_with_epochs_of_their_own(tmp_path: Path, capfd: pytest.CaptureF
 def test_for_people(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["data", write_config(tmp_path, SOURCE, on_long="truncate"), "--set", "data.sequence_length=8"]) == 0
     shown = capfd.readouterr().out
-    for text in ("<s>ab[c]</s>", "9, 9 looked at", "4 truncated", "seen and learned", "100% begin"):
+    for text in ("<s>ab⟦[c]</s>⟧", "9, 9 looked at", "4 truncated", "seen and ⟦learned⟧", "100% begin"):
         assert text in shown
+
+
+def test_of_a_long_record_some_pieces_are_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = write_config(tmp_path, SOURCE)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"q": "ab", "a": "c" * 100}) + "\n")
+    assert main(["data", path, "--set", "data.sequence_length=8"]) == 0
+    shown = capfd.readouterr().out
+    assert shown.count("cccc") == 3
+    assert "and 12 more pieces of this record" in shown
+
+
+def test_labels_are_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = write_config(tmp_path, {"path": "b.tsv", "column_names": ["text", "label"]})
+    (tmp_path / "b.tsv").write_text("so so\tgood\nno\tbad\n")
+    task = ["--set", "task.type=text-classification", "--set", "data.packing=false"]
+    assert main(["data", path, *task]) == 0
+    shown = capfd.readouterr().out
+    assert 'so so\n⟦label: "good"⟧' in shown
+    assert "learned   " not in shown  # a share of tokens says nothing here
 
 
 def test_nothing_to_learn_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -97,4 +116,4 @@ def test_nothing_to_learn_is_refused(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert "none of 9 records leaves a token to learn from" in capfd.readouterr().out
     (tmp_path / "a.jsonl").write_text('{"q": 1}\n')
     assert main(["data", write_config(tmp_path, {**SOURCE, "path": "b.jsonl"}), "--json"]) == 2
-    assert "there is no such file" in json.loads(capfd.readouterr().out)["errors"][0]
+    assert "there is no file" in json.loads(capfd.readouterr().out)["errors"][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,10 @@ def test_missing_unknown_and_unreadable(tmp_path: Path) -> None:
         open_path(tmp_path / "missing.jsonl")
     with pytest.raises(DataError, match="no file in this folder"):
         open_path(tmp_path)
+    (tmp_path / "a.json").write_text("{}\n")
+    (tmp_path / "README.md").write_text("What it is.\n")
+    with pytest.raises(DataError, match=r"several formats \(\.json, \.md\); name those to be read"):
+        open_path(tmp_path)
     (tmp_path / "a.xyz").write_text("x")
     with pytest.raises(DataError, match="set `format`"):
         open_path(tmp_path / "a.xyz")
@@ -109,6 +114,22 @@ def test_missing_unknown_and_unreadable(tmp_path: Path) -> None:
     source_path.unlink()
     with pytest.raises(DataError, match=r"a\.jsonl cannot be read"):
         source.read([1])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"n": 1}, {"n": 2}]', r"found a JSON array.*jq -c '\.\[\]' FILE"),
+        ('[\n {"n": 1}\n]', r"found a JSON array.*jq -c '\.\[\]' FILE"),
+        ('{\n "n": 1\n}', r"found an object spread over lines.*jq -c \. FILE"),
+        ("n: 1", "not valid JSON: Expecting value"),
+    ],
+)
+def test_json_that_is_no_jsonl_is_told_how_to_become_it(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    ((_, problem),) = open_path(path).read([0])
+    assert re.search(message, problem or "")
 
 
 def test_windows_are_bounded_by_documents_and_bytes(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_windows_are_those_of_transformers(finished: RunDirectory, config: Launc
     assert ours == theirs
 
 
-def test_squad_files(tmp_path: Path) -> None:
+def test_squad_files(tmp_path: Path, config: LaunchConfig) -> None:
     answer = {"text": "London", "answer_start": 13}
     context = "Ada lives in London."
     qas = [{"id": "1", "question": "Where?", "answers": [answer]}, {"id": "2", "question": "Why?", "answers": []}]
@@ -122,6 +122,8 @@ def test_squad_files(tmp_path: Path) -> None:
     assert first["answers"] == {"text": ["London"], "answer_start": [13]}
     assert (second["question"], second["context"], second["answers"]["text"]) == ("Why?", context, [])
     assert source.where(1).endswith("squad.json, record 2")
+    with pytest.raises(DataError, match='set `"format": "squad"`'):
+        task_of(config).columns({}, json.loads(path.read_text()))
     path.write_text('{"rows": []}')
     with pytest.raises(DataError, match="no SQuAD file"):
         open_source(DataSource(path=str(path), format="squad"))

@@ -247,6 +247,9 @@ def test_layouts_of_glue_and_superglue(folder: Path, tmp_path: Path, first: str,
     assert sample.labels is not None
     assert sample.labels.tolist() == [1]
     assert sample.targets.tolist() == [True] + [False] * (len(sample.tokens) - 1)
+    same = {"columns": {"text": "text", "label": "label"}}  # as in the starter config
+    (again,) = encoded(folder, {"labels": ["no", "yes"]}, [{first: "the story", **pair, "label": 1}], **same)
+    assert again.tokens.tolist() == expected["input_ids"]
 
 
 def test_the_longer_text_of_a_pair_is_cut(folder: Path) -> None:
@@ -302,6 +305,23 @@ def test_bad_labels_name_file_and_line(folder: Path, task: dict[str, Any], label
     records = [{"text": "a film", "label": right}, {"text": "a story", "label": label}]
     with pytest.raises(DataError, match=r"records\.jsonl, " + message):
         encoded(folder, task, records)
+
+
+def test_a_file_without_a_header_is_told_of(folder: Path) -> None:
+    path = folder / "bare.tsv"
+    path.write_text("a film\tgood\na story\tbad\n")
+    for task in ({}, {"labels": ["bad", "good"]}):
+        config = config_of(folder, task)
+        config["data"]["train"] = [{"path": str(path)}]
+        checked = LaunchConfig.model_validate(config)
+        with pytest.raises(DataError, match=r"the record has 'a film', 'good': .*no header.*`column_names`"):
+            SourceEncoder(
+                open_source(checked.data.train[0]),
+                get_task(checked, load_tokenizer(checked.model)),
+                32,
+                "split",
+                "error",
+            )
 
 
 def test_labels_that_cannot_be_are_refused(folder: Path) -> None:

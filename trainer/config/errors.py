@@ -100,18 +100,14 @@ def expected(annotation: Any, metadata: Sequence[Any] = (), description: str | N
         options = [item for item in get_args(annotation) if item is not type(None)]
         if len(options) == 1:
             return expected(options[0], metadata, description)
-        return " or ".join(expected(item) for item in options)
+        return " or ".join(dict.fromkeys(expected(item) for item in options))
     if origin is Literal:
         return " or ".join(json.dumps(value) for value in get_args(annotation))
     if origin is tuple:
         items = get_args(annotation)
         if len(items) == 2 and items[1] is Ellipsis:
-            return (
-                "a list"
-                if isinstance(items[0], type) and issubclass(items[0], BaseModel)
-                else f"a list, each {_one(items[0])}"
-            )
-        return f"a list of {len(items)}, each {_one(items[0])}"
+            return f"a list, each {expected(items[0])}"
+        return f"a list of {len(items)}, each {expected(items[0])}"
     if origin is dict:
         return "an object"
     if annotation is bool:
@@ -124,10 +120,6 @@ def expected(annotation: Any, metadata: Sequence[Any] = (), description: str | N
         keys = [name for name, field in annotation.model_fields.items() if field.is_required()]
         return f"an object with {', '.join(keys)}" if keys else "an object"
     return "another value"
-
-
-def _one(annotation: Any) -> str:
-    return expected(annotation)
 
 
 def _number(kind: str, metadata: Sequence[Any]) -> str:
@@ -176,7 +168,8 @@ def translate(error: ValidationError, schema: type[BaseModel]) -> Iterator[tuple
             )
         else:
             allowed = expected(annotation, metadata, field and field.description)
-            message = f"found {found(item['input'], path)}; expected {allowed}{_closest(item['input'], allowed)}"
+            allowed = _spelt_out(item["input"], annotation) or allowed + _closest(item["input"], allowed)
+            message = f"found {found(item['input'], path)}; expected {allowed}"
         if path not in seen or kind == "value_error":
             seen.add(path)
             yield path, message, kind in ("missing", "union_tag_not_found", "value_error")
@@ -187,6 +180,16 @@ def _closest(value: Any, allowed: str) -> str:
         return ""
     close = difflib.get_close_matches(value, re.findall(r"[\"']([^\"']{2,})[\"']", allowed), 1)
     return f" (did you mean {json.dumps(close[0])}?)" if close else ""
+
+
+def _spelt_out(value: Any, annotation: Any) -> str | None:
+    """Of a text where an object is expected that has it as one of its choices: `{"type": "adamw"}`."""
+    for option in _options(annotation):
+        if isinstance(value, str) and isinstance(option, type) and issubclass(option, BaseModel):
+            for name, field in option.model_fields.items():
+                if value in _literals(field):
+                    return json.dumps({name: value})
+    return None
 
 
 def _tags(annotation: Any, key: str) -> list[str]:
@@ -222,6 +225,8 @@ def _locate(
         ]
         if tagged:
             current = tagged[0]
+        elif models and len(options) > len(models) and part not in models[0].model_fields:
+            current = next((model for model in models if model.__name__ == part), current)
         elif models:
             owner = models[0]
             path.append(part)
@@ -257,6 +262,46 @@ def known_paths(schema: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterat
                     yield from known_paths(item, (*prefix, name))
 
 
+# What other trainers call a setting
+ELSEWHERE = {
+    "model.path": "model_name_or_path model_name base_model pretrained_model_name_or_path",
+    "model.tokenizer": "tokenizer_name tokenizer_name_or_path",
+    "model.dtype": "bf16 fp16 torch_dtype mixed_precision precision",
+    "model.attention": "attn_implementation use_flash_attention_2 flash_attn",
+    "model.adapter.type": "use_lora use_peft load_in_4bit load_in_8bit quantization quantization_config",
+    "model.adapter.rank": "r lora_r lora_rank",
+    "model.adapter.alpha": "lora_alpha",
+    "model.adapter.dropout": "lora_dropout",
+    "model.adapter.targets": "target_modules lora_target_modules lora_target",
+    "data.train": "train_file train_data train_dataset dataset dataset_name datasets",
+    "data.evaluation": "validation_file eval_dataset test_file val_file",
+    "data.sequence_length": "max_seq_length max_seq_len max_length seq_length block_size cutoff_len",
+    "data.workers": "dataloader_num_workers num_workers",
+    "training.global_batch_size": "gradient_accumulation_steps train_batch_size batch_size",
+    "training.micro_batch_size": "per_device_train_batch_size per_device_eval_batch_size micro_batch",
+    "training.epochs": "num_train_epochs num_epochs n_epochs",
+    "training.optimizer.learning_rate": "lr",
+    "training.optimizer.type": "optim",
+    "training.optimizer.betas": "adam_beta1 adam_beta2",
+    "training.optimizer.eps": "adam_epsilon epsilon",
+    "training.schedule.type": "lr_scheduler_type lr_scheduler scheduler",
+    "training.schedule.warmup_steps": "warmup warmup_ratio num_warmup_steps",
+    "training.max_grad_norm": "gradient_clipping clip_grad_norm grad_clip",
+    "deepspeed.zero_stage": "zero_optimization stage",
+    "checkpoint.interval_steps": "save_steps save_strategy",
+    "checkpoint.keep_last": "save_total_limit",
+    "evaluation.interval_steps": "eval_steps eval_strategy evaluation_strategy",
+    "evaluation.metric": "metric_for_best_model",
+    "evaluation.larger_is_better": "greater_is_better",
+    "evaluation.patience": "early_stopping_patience",
+    "export.checkpoint": "load_best_model_at_end",
+    "logging.interval_steps": "logging_steps",
+    "cluster.nodes": "num_nodes nnodes num_machines",
+    "cluster.gpus_per_node": "num_gpus n_gpus n_gpu",
+    "cluster.processes_per_node": "nproc_per_node num_processes",
+}
+
+
 def suggestion(path: Path, owner: type[BaseModel], schema: type[BaseModel]) -> str:
     """What was probably meant by an unknown key."""
     key = str(path[-1])
@@ -264,6 +309,14 @@ def suggestion(path: Path, owner: type[BaseModel], schema: type[BaseModel]) -> s
     everywhere = list(known_paths(schema))
     if path in everywhere:  # of a union: a base file's cluster of another backend
         return f", for it belongs to another kind of `{dotted(path[:-1])}`; remove it"
+    meant = next((known for known, names in ELSEWHERE.items() if key in names.split()), None)
+    if meant is None:  # the key itself in another section, below this one first
+        same = sorted(
+            (item for item in everywhere if item[-1] == key), key=lambda item: item[: len(path) - 1] != path[:-1]
+        )
+        meant = dotted(same[0]) if same else None
+    if meant is not None:
+        return f"; did you mean `{meant}`?"
     close = difflib.get_close_matches(key.lower(), siblings, 1, 0.6)
     close = close or [name for name in siblings if len(key) > 2 and (key.lower() in name or name in key.lower())]
     if close:

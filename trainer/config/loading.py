@@ -157,13 +157,14 @@ class _Loader:
     def _merge_layer(self, layer: dict[str, Any], origin: str, folder: Path) -> None:
         renamed: dict[Keys, Keys] = {}
         for alias, full in _ALIASES.items():
-            section, optimizer = layer.get(str(alias[0])), None
-            if isinstance(section, dict) and alias[1] in section:
-                optimizer = section.setdefault(full[1], {})
-            if isinstance(optimizer, dict) and isinstance(section, dict):
+            section = layer.get(str(alias[0]))
+            if not isinstance(section, dict) or alias[1] not in section:
+                continue
+            value, optimizer = section.pop(alias[1]), section.setdefault(full[1], {})
+            if isinstance(optimizer, dict):  # else it is refused itself
                 if full[2] in optimizer:
                     self.add(alias, f"is also given as {dotted(full)}; keep one of them", origin)
-                optimizer[full[2]] = section.pop(alias[1])
+                optimizer[full[2]] = value
                 renamed[full] = alias
         if isinstance(layer.get("cluster"), str):
             profile = Path(_absolute(layer["cluster"], folder))

@@ -104,7 +104,7 @@ class CheckpointConfig(Section):
         "auto", description="Of the whole job, for the Young/Daly interval; auto: from this run's ledger"
     )
     keep_last: PositiveInt = 2
-    keep_best: NonNegativeInt = Field(0, description="Keep those with the lowest evaluation loss as well")
+    keep_best: NonNegativeInt = Field(0, description="Keep those with the best `evaluation.metric` as well")
     keep_every_steps: PositiveInt | None = Field(
         None, description="Keep the first checkpoint at or after each multiple for ever"
     )

@@ -12,7 +12,7 @@ import numpy as np
 from trainer.config.schema import DataSource
 from trainer.data.images import resolved
 from trainer.data.sample import Sample
-from trainer.data.sources import Source
+from trainer.data.sources import Source, lacks_names
 from trainer.failures import DataError
 
 # What became of a record that gives no sample, or more than one; counted over all ranks.
@@ -133,6 +133,12 @@ class SourceEncoder:
             return {name: text.format_map(_Shown(record)) for name, text in template.items()}
         return {name: record.get(column) for name, column in self._named}
 
+    def named(self, number: int, columns: frozenset[str]) -> dict[str, Any]:
+        """Those of a record's task columns, as they are in the data."""
+        record, _ = self.source.read([number])[0]
+        made = self._task_record(record) if record is not None else {}
+        return {name: value for name, value in made.items() if name in columns}
+
     def _fitted(self, samples: list[Sample], number: int) -> tuple[list[Sample], list[int]]:
         """Samples that fit, with at least one target each, and what is to be counted."""
         limit, on_long = self._limit, self._on_long
@@ -170,7 +176,8 @@ class SourceEncoder:
                         return {name: name for name in placeholders(config)}
                     return self._task.columns(config.columns, record)
                 except DataError as error:
-                    raise DataError(f"{self.source.where(number)}: {error}") from None
+                    more = lacks_names(config, self.source.files[0].name)
+                    raise DataError(f"{self.source.where(number)}: {error}{more}") from None
             if self._on_bad == "error":
                 break
         raise DataError(problem or f"{config.path}: no records")

@@ -154,6 +154,12 @@ def find_files(path: str) -> list[tuple[Path, str]]:
         return fetched(path)
     if os.path.isdir(path):
         found = [entry for entry in Path(path).rglob("*") if entry.is_file() and _format_of(entry)]
+        formats = {_format_of(entry): entry.suffix for entry in found}
+        if len(formats) > 1:
+            raise DataError(
+                f"{path}: the files in this folder are of several formats ({', '.join(sorted(formats.values()))}); "
+                f"name those to be read, as in {path}/**/*{found[0].suffix}"
+            )
         if not found:
             raise DataError(f"{path}: no file in this folder ends with {', '.join(_SUFFIXES)} (or these and .gz, .zst)")
     elif os.path.exists(path):
@@ -163,6 +169,14 @@ def find_files(path: str) -> list[tuple[Path, str]]:
         if not found:
             raise DataError(f"{path}: there is no such file; check the path (it is relative to the config file)")
     return [(file, str(file)) for file in sorted(found)]
+
+
+def lacks_names(config: DataSource, name: str) -> str:
+    """What else to do about a column that is missing, of csv and tsv files."""
+    format_name = _format_of(Path(name)) if config.format == "auto" else config.format
+    if format_name not in ("csv", "tsv") or config.column_names:
+        return ""
+    return "; where the file has no header, name all its columns in `column_names`"
 
 
 def _format_of(path: Path) -> str | None:

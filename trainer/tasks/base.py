@@ -124,6 +124,12 @@ class BaseTask:
         return columns if self.labelled else tuple(name for name in columns if name not in self.label_columns)
 
 
+def missing_column(name: str, column: str, record: Mapping[str, Any]) -> str:
+    """What to do where a record lacks the column of the file that stands for a task's column."""
+    found = ", ".join(map(repr, record)) or "none"
+    return f"no column {column!r}; the record has {found}: map `{name}` under `columns`"
+
+
 def named_columns(
     task: str,
     needed: Sequence[str],
@@ -143,6 +149,5 @@ def named_columns(
     names = {name: source_columns.get(name, name) for name in known}
     for name in needed:
         if names[name] not in record:
-            found = ", ".join(map(repr, record)) or "none"
-            raise DataError(f"no column {names[name]!r}; the record has {found}: map `{name}` under `columns`")
+            raise DataError(missing_column(name, names[name], record))
     return {name: names[name] for name in known if name in needed or names[name] in record or name in source_columns}

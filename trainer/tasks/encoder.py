@@ -12,10 +12,10 @@ import numpy as np
 from trainer.config.schema import LaunchConfig
 from trainer.config.tasks import HeadConfig
 from trainer.data.sample import Sample
-from trainer.data.sources import open_source
+from trainer.data.sources import lacks_names, open_source
 from trainer.failures import DataError, UserError
 from trainer.head import HeadAuto, save_head
-from trainer.tasks.base import BaseTask, Objective
+from trainer.tasks.base import BaseTask, Objective, missing_column
 from trainer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -143,9 +143,12 @@ def found_labels(config: LaunchConfig, column: str, also: Sequence[str] = ()) ->
     values: set[str] = set()
     for source in config.data.train:
         opened, name = open_source(source), source.columns.get(column, column)
-        if column not in source.columns and also:
-            first = next((record for record, _ in opened.read(range(min(opened.records, 100))) if record), {})
+        first = next((record for record, _ in opened.read(range(min(opened.records, 100))) if record), {})
+        if column not in source.columns:
             name = next((other for other in (column, *also) if other in first), column)
+        if name not in first:
+            more = lacks_names(source, opened.files[0].name)
+            raise DataError(f"{opened.where(0)}: {missing_column(column, name, first)}{more}")
         for start in range(0, opened.records, _AT_ONCE):
             for record, _ in opened.read(range(start, min(start + _AT_ONCE, opened.records))):
                 value = None if record is None else record.get(name)

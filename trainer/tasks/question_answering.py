@@ -20,7 +20,7 @@ import numpy as np
 from trainer.config.schema import LaunchConfig
 from trainer.config.tasks import QuestionAnsweringTask
 from trainer.data.sample import Sample
-from trainer.failures import UserError
+from trainer.failures import DataError, UserError
 from trainer.tasks.base import Predictions, named_columns
 from trainer.tasks.encoder import EncoderTask, inputs_of
 from trainer.tokenizer import Tokenizer
@@ -70,6 +70,8 @@ class QuestionAnswering(EncoderTask):
 
     def columns(self, source_columns: dict[str, str], record: dict[str, Any]) -> dict[str, str]:
         needed = self.needed("question", "context", "answers")
+        if "data" in record and "question" not in record:
+            raise DataError('a file in the layout of SQuAD; set `"format": "squad"`')
         return named_columns("question-answering", needed, (), source_columns, record)
 
     def encode(self, records: Sequence[dict[str, Any]]) -> Sequence[Sample | list[Sample] | str]:

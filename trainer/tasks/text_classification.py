@@ -67,11 +67,11 @@ class TextClassification(EncoderTask):
         self.metrics = task.metrics or _DEFAULT_METRICS[task.problem]
 
     def columns(self, source_columns: dict[str, str], record: dict[str, Any]) -> dict[str, str]:
-        if "text" not in source_columns and "text" not in record:
+        if source_columns.get("text", "text") == "text" and "text" not in record:
             for first, second in _LAYOUTS:
                 if first in record and (second is None or second in record):
                     pair = {"text_pair": second} if second else {}
-                    source_columns = {"text": first, **pair, **source_columns}
+                    source_columns = {**pair, **source_columns, "text": first}
                     break
         needed = self.needed("text", "label")
         return named_columns("text-classification", needed, ("text_pair",), source_columns, record)

@@ -226,16 +226,26 @@ _decode_json = json.JSONDecoder().decode  # json.loads looks up its arguments fo
 
 def parse_json(data: bytes) -> Record:
     """The JSON object in bytes. Raises ValueError, in the user's words."""
+    text = _text(data).strip()
     try:
-        value = _decode_json(_text(data).rstrip())
+        value = _decode_json(text)
     except json.JSONDecodeError as error:
+        if text[:1] == "[" or text == "{":
+            raise ValueError(_spread(text)) from None
         raise ValueError(f"not valid JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
         raise ValueError("not valid JSON: nested too deeply") from None
     if not isinstance(value, dict):
-        kind = "a JSON array, not one object a line" if isinstance(value, list) else f"a {type(value).__name__}"
-        raise ValueError(f"expected a JSON object, found {kind}")
+        raise ValueError(
+            _spread(text) if isinstance(value, list) else f"expected a JSON object, found a {type(value).__name__}"
+        )
     return value
+
+
+def _spread(text: str) -> str:
+    """What to do with a file that is one JSON value, by how it begins."""
+    what, items = ("a JSON array", "'.[]'") if text[0] == "[" else ("an object spread over lines", ".")
+    return f"expected a JSON object, found {what}, not one object a line; `jq -c {items} FILE > FILE.jsonl` makes it so"
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
