@@ -56,9 +56,9 @@ def find_run(text: str) -> RunDirectory:
         for run in known_runs():
             if run.name == text:
                 return run
-    names = sorted({run.name for run in known_runs()})
-    close = difflib.get_close_matches(text, names, n=3) or names[:5]
-    known = f"; known runs: {', '.join(close)}" if close else ""
+    names = list(dict.fromkeys(run.name for run in known_runs()))  # the newest launch first
+    close = difflib.get_close_matches(text, names, n=3)
+    known = f"; did you mean {' or '.join(close)}?" if close else f"; known runs: {', '.join(names[:5])}" * bool(names)
     raise UserError(f"no run {text!r}: give a run directory (it holds config.json) or the name of a run{known}")
 
 

@@ -117,8 +117,11 @@ def _facts(value: Json) -> Iterator[tuple[str, Any]]:
 
 def goodput_line(goodput: Json) -> str:
     """`ETTR 87 %: 0:52:10 of 1:00:00 in steps that count`."""
-    share, useful, wall = 100 * goodput["ettr"], goodput["useful_seconds"], goodput["wall_seconds"]
-    return f"ETTR {share:.1f} %: {seconds(useful)} of {seconds(wall)} in steps that count"
+    share, useful = 100 * goodput["ettr"], goodput["useful_seconds"]
+    waited = goodput["seconds"]["queue"] + goodput["seconds"]["idle"]
+    more = f"; {seconds(waited)} more in the queue or idle" if waited >= 0.05 else ""
+    there = seconds(goodput["wall_seconds"] - waited)
+    return f"ETTR {share:.1f} %: {seconds(useful)} of {there} in steps that count{more}"
 
 
 def seconds(value: float | None) -> str:

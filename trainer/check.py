@@ -57,6 +57,10 @@ def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
             report["errors"].append("model." + message.format(f"; pip install {package}"))
     if tokenizer.eos_id is None and task.splits:
         report["warnings"].append("the tokenizer has no end-of-text token: the model will not learn where to stop")
+    report["errors"] += _metric_problem(config, task)
+    if (labels := getattr(task, "labels", None)) and labels.names:
+        report["labels"] = list(labels.names)
+        report["warnings"] += _alike(labels.names)
     for part, sources in (("train", config.data.train), ("evaluation", config.data.evaluation)):
         for index, source in enumerate(sources):
             try:
@@ -81,6 +85,8 @@ def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
                     f"data.{part}[{index}]: {statistics['nothing_to_learn']} of {statistics['looked_at']} records "
                     "leave nothing to learn and will be skipped"
                 )
+    if not report["errors"]:
+        report["warnings"] += [*_trained_on(config), *_all_warmup(config, report["statistics"])]
     if config.data.prepared is not None and not report["errors"]:
         try:
             prepared_documents(config, [open_source(source) for source in config.data.train])
@@ -90,6 +96,53 @@ def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
         report["ok"] = False
         report.setdefault("class", "data")
     return report
+
+
+def _metric_problem(config: LaunchConfig, task: Task) -> list[str]:
+    """What is wrong with `evaluation.metric`, which nothing but the first evaluation would tell."""
+    metric, names = config.evaluation.metric, {source.name for source in config.data.evaluation}
+    of, slash, score = metric.rpartition("/")
+    known = ("loss", *task.scored, task.counted)
+    if not names or (score in known and (of in names or not slash)):
+        return []
+    more = f"; of one source: {', '.join(sorted(f'{name}/...' for name in names - {None}))}" if names - {None} else ""
+    return [f"evaluation.metric: there is no {metric!r}; the scores are {', '.join(known)}{more}"]
+
+
+def _alike(labels: Iterable[str]) -> list[str]:
+    """Labels that a slip of the pen may have made two of."""
+    found: dict[str, list[str]] = {}
+    for label in labels:
+        found.setdefault(label.strip().casefold(), []).append(label)
+    return [
+        f"the labels {', '.join(map(repr, same))} differ in case or white space alone"
+        for same in found.values()
+        if same[1:]
+    ]
+
+
+def _trained_on(config: LaunchConfig) -> list[str]:
+    """Files of the evaluation that are trained on as well, whatever they are called."""
+    trained = {content for source in config.data.train for _, _, content in open_source(source).fingerprint()}
+    return [
+        f"data.evaluation[{index}]: {name} is trained on as well: its scores say nothing about other data"
+        for index, source in enumerate(config.data.evaluation)
+        for name, _, content in open_source(source).fingerprint()
+        if content in trained
+    ]
+
+
+def _all_warmup(config: LaunchConfig, statistics: Iterable[dict[str, Any]]) -> list[str]:
+    """A training that ends before the learning rate has reached its peak."""
+    settings, warmup = config.training, config.training.schedule.warmup_steps
+    sequences = sum(item["sequences_per_epoch"] for item in statistics if item["source"].startswith("data.train"))
+    steps = settings.max_steps or (settings.epochs or 0) * sequences / settings.global_batch_size
+    if not 0 < steps <= warmup:
+        return []
+    return [
+        f"training.schedule.warmup_steps is {warmup}, and the training has about {steps:.4g} steps: the learning rate "
+        "does not reach its peak"
+    ]
 
 
 def look_at(source: DataSource, task: Task, config: LaunchConfig, shown: int = 0) -> dict[str, Any]:

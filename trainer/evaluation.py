@@ -13,6 +13,7 @@ from trainer.collectives import sum_step
 from trainer.config.schema import DataSource, EvaluationConfig, LaunchConfig
 from trainer.data.stream import BatchStream, GlobalBatch, build_evaluation_stream
 from trainer.engine import Engine
+from trainer.failures import UserError
 from trainer.tasks.base import BaseTask, Objective, Predictions
 
 BEST, OVER = 1, 2  # flags: to be saved as the best so far; not getting better any more
@@ -89,8 +90,12 @@ def judge(settings: EvaluationConfig, lines: Sequence[Mapping[str, Any]], keeps_
         keeps_best: whether the best model is to be saved.
 
     Raises:
-        KeyError: the metric is none of the scores.
+        UserError: the metric is none of the scores.
     """
+    if lines and settings.metric not in lines[-1]["evaluation"]:
+        raise UserError(
+            f"evaluation.metric: there is no {settings.metric!r} among the scores {', '.join(lines[-1]['evaluation'])}"
+        )
     sign = 1.0 if settings.maximise else -1.0
     values = [sign * float(line["evaluation"][settings.metric]) for line in lines]
     best = max(range(len(values)), key=lambda i: (not math.isnan(values[i]), values[i], -i))

@@ -95,12 +95,13 @@ def classify(error: BaseException) -> FailureClass:
 
 def write_failure(attempt_dir: Path, rank: int, error: BaseException, step: int | None) -> dict[str, Any]:
     """Write this rank's failure record (see docs/architecture.md) and return it."""
+    known = classify(error) != "unknown" or isinstance(error, DsftError)  # else its type is half of the story
     record: dict[str, Any] = {
         "class": classify(error),
         "rank": rank,
         "node": node_name(),
         "step": step,
-        "message": str(error) or type(error).__name__,
+        "message": str(error) if str(error) and known else f"{type(error).__name__}: {error}".removesuffix(": "),
         "traceback": "".join(traceback.format_exception(error)),
         "time": time.time(),
     }

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.console import count, print_whole
+from launcher.console import count, print_whole, printable
 from trainer.failures import EXIT_DONE, EXIT_USER, DsftError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trainer.config.schema import LaunchConfig
 
 BAR = 24
+MOST_LABELS = 50
 MOST_CHARACTERS = 500  # shown of a label
 LEARNED = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}", "\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}"  # without colours
 PIECES = 3  # shown of a record that is split
@@ -98,6 +99,10 @@ def show(report: dict[str, Any], config: LaunchConfig) -> None:
     for item in report["statistics"]:
         console.print(Rule(f"{item['source']}", align="left", style="dim"))
         _show_source(console, item, config)
+    if "labels" in report:
+        shown = [printable(label) for label in report["labels"]]
+        more = f" and {len(shown) - MOST_LABELS} more" if len(shown) > MOST_LABELS else ""
+        console.print(f"\n{len(shown)} labels: {', '.join(map(repr, shown[:MOST_LABELS]))}{more}", markup=False)
     if "steps_per_epoch" in report:
         console.print(
             f"\nAn epoch is about {report['steps_per_epoch']:.4g} steps of {config.training.global_batch_size} "

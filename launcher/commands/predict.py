@@ -36,6 +36,7 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Predict; the output appears by one rename, whole."""
     from launcher import inference
+    from trainer.config.generation import GenerationConfig, WritingTask
     from trainer.config.loading import change_config
     from trainer.failures import EXIT_DONE, UserError
 
@@ -53,6 +54,9 @@ def run(options: argparse.Namespace) -> int:
         )
         data = {**trained.config["data"], "evaluation": found}
         config = change_config({**trained.config, "data": data}, options.set, "--set")
+        if isinstance(config.task, WritingTask) and config.task.generation is None:  # none at evaluations
+            task = config.task.model_copy(update={"generation": GenerationConfig()})
+            config = config.model_copy(update={"task": task})
         request = {
             "config": inference.as_json(config),
             "batch_size": inference.at_least_one("--batch-size", options.batch_size, trained.batch_size),

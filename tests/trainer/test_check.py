@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -133,3 +134,57 @@ def test_a_large_source_is_not_walked_record_by_record(tmp_path: Path) -> None:
     start = time.process_time()
     assert check(config)["ok"]
     assert time.process_time() - start < 1.5
+
+
+@pytest.mark.parametrize(
+    ("metric", "name", "message"),
+    [
+        ("perplexity", None, None),
+        ("dev/loss", "dev", None),
+        ("target_tokens", "dev", None),
+        ("f1", None, "there is no 'f1'; the scores are loss, perplexity, target_tokens"),
+        ("test/loss", "dev", "there is no 'test/loss'; the scores are .*; of one source: dev/..."),
+    ],
+)
+def test_a_metric_that_no_evaluation_will_give(
+    tmp_path: Path, metric: str, name: str | None, message: str | None
+) -> None:
+    other = tmp_path / "b.jsonl"
+    other.write_text('{"text": "b c"}\n')
+    config = make_config(tmp_path, [{"text": "a b"}], evaluation=[{"path": str(other), "name": name}])
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"metric": metric})})
+    report = check(config)
+    assert report["ok"] == (message is None)
+    assert re.search(message or "^$", "".join(report["errors"]))
+
+
+def test_what_is_trained_on_is_no_evaluation(tmp_path: Path) -> None:
+    same = tmp_path / "copy.jsonl"
+    config = make_config(tmp_path, [{"text": "a b"}] * 3, evaluation=[{"path": str(same), "limit": 1}])
+    same.write_bytes((tmp_path / "a.jsonl").read_bytes())
+    report = check(config)
+    assert report["warnings"] == [
+        "data.evaluation[0]: copy.jsonl is trained on as well: its scores say nothing about other data"
+    ]
+
+
+def test_labels_are_told_and_those_that_look_alike(tmp_path: Path) -> None:
+    records = [{"s": f"a {n}", "class": label} for n, label in enumerate(["Good", "good ", "bad"])]
+    source = {"path": str(tmp_path / "a.jsonl"), "template": {"text": "Say {s}", "label": "{class}"}}
+    values = make_config(tmp_path, records).model_dump(mode="json")
+    values |= {"task": {"type": "text-classification"}, "data": {"train": [source], "sequence_length": 8}}
+    report = check(LaunchConfig.model_validate(values))
+    assert report["errors"] == []
+    assert report["labels"] == ["Good", "bad", "good "]
+    assert report["warnings"] == ["the labels 'Good', 'good ' differ in case or white space alone"]
+
+
+def test_a_training_that_only_warms_up(tmp_path: Path) -> None:
+    values = make_config(tmp_path, [{"text": "a b"}] * 6).model_dump(mode="json")
+    for length, steps in (
+        ({"max_steps": 4}, 4),
+        ({"epochs": 3.0}, 3),
+    ):  # 6 of 4 tokens: 2 a sequence, 2 of these a batch
+        training = {"global_batch_size": 3, **length, "schedule": {"warmup_steps": 4}}
+        (warning,) = check(LaunchConfig.model_validate({**values, "training": training}))["warnings"]
+        assert f"warmup_steps is 4, and the training has about {steps} steps" in warning

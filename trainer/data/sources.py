@@ -167,7 +167,7 @@ def find_files(path: str) -> list[tuple[Path, str]]:
     else:
         found = [Path(name) for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
         if not found:
-            raise DataError(f"{path}: there is no such file; check the path (it is relative to the config file)")
+            raise DataError(f"{path}: there is no such file; check the path (one in a config is relative to that file)")
     return [(file, str(file)) for file in sorted(found)]
 
 

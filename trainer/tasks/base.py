@@ -111,6 +111,11 @@ class BaseTask:
         """Inputs on which an export is compared with its checkpoint; none: token ids."""
         return {}
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Names of what `scores` can give."""
+        return ()
+
     def scores(self, loss: float, predictions: Predictions) -> dict[str, float]:
         """Scores of an evaluation besides the mean loss, from all predictions in the order of the data."""
         return {}

@@ -52,6 +52,10 @@ class CausalLM(BaseTask):
             loss.row_length = self._data.sequence_length
         return loss
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return ("perplexity",)
+
     def scores(self, loss: float, predictions: Predictions) -> dict[str, float]:
         return {"perplexity": math.exp(loss) if loss < 700 else math.inf}
 

@@ -143,15 +143,19 @@ def found_labels(config: LaunchConfig, column: str, also: Sequence[str] = ()) ->
     values: set[str] = set()
     for source in config.data.train:
         opened, name = open_source(source), source.columns.get(column, column)
-        first = next((record for record, _ in opened.read(range(min(opened.records, 100))) if record), {})
+        begin = opened.read(range(min(opened.records, 100)))
+        first = next((record for record, _ in begin if record), None)
+        if first is None:
+            raise DataError(begin[0][1])
         if column not in source.columns:
             name = next((other for other in (column, *also) if other in first), column)
-        if name not in first:
+        template = source.template.get(column)
+        if template is None and name not in first:
             more = lacks_names(source, opened.files[0].name)
             raise DataError(f"{opened.where(0)}: {missing_column(column, name, first)}{more}")
         for start in range(0, opened.records, _AT_ONCE):
             for record, _ in opened.read(range(start, min(start + _AT_ONCE, opened.records))):
-                value = None if record is None else record.get(name)
+                value = None if record is None else _value_of(record, name, template)
                 for item in value if isinstance(value, list) else [value]:
                     text = label_text(item)
                     if text is not None:
@@ -169,6 +173,15 @@ def found_labels(config: LaunchConfig, column: str, also: Sequence[str] = ()) ->
         )
     numeric = all(re.fullmatch(r"\d+", value) for value in values)
     return tuple(sorted(values, key=int) if numeric else sorted(values))
+
+
+def _value_of(record: dict[str, Any], column: str, template: str | None) -> Any:
+    if template is None:
+        return record.get(column)
+    try:
+        return template.format_map(record)
+    except KeyError:  # told when the record is encoded
+        return None
 
 
 def label_text(value: Any) -> str | None:

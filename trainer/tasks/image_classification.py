@@ -122,6 +122,10 @@ class ImageClassification(HeadTask):
         gold = [int(sample.labels[0]) for sample in samples if sample.labels is not None]
         return [(bool(row[0] == right), right in row[:_TOP].tolist()) for row, right in zip(order, gold, strict=True)]
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return ("accuracy", *(["top5_accuracy"] if len(self.labels.names) > _TOP else []))
+
     def scores(self, loss: float, predictions: Predictions) -> dict[str, float]:
         if not predictions:
             return {}

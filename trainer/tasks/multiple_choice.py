@@ -87,6 +87,10 @@ class MultipleChoice(EncoderTask):
         gold = np.concatenate([sample.labels for sample in samples if sample.labels is not None])
         return list(zip(gold.tolist(), _logits(output, samples).argmax(-1).tolist(), strict=True))
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return ("accuracy",)
+
     def scores(self, loss: float, predictions: Predictions) -> dict[str, float]:
         return {"accuracy": sum(g == p for _, (g, p) in predictions) / len(predictions)} if predictions else {}
 

@@ -99,6 +99,12 @@ class QuestionAnswering(EncoderTask):
         start, end = (logits.cpu().numpy() for logits in _without_padding(output, samples))
         return [self._spans(s, e, sample) for s, e, sample in zip(start, end, samples, strict=True)]
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        names = ("exact_match", "f1")
+        more = ("has_answer_{}", "no_answer_{}", "best_{}", "best_{}_threshold") if self.task.unanswerable else ()
+        return (*names, *(form.format(name) for name in names for form in more))
+
     def scores(self, loss: float, predictions: Predictions) -> dict[str, float]:
         """EM and F1 in percent; of questions that may have no answer the parts, and at the best threshold as well."""
         return squad_scores(

@@ -133,6 +133,10 @@ class TextClassification(EncoderTask):
             return list(zip(gold.astype(int).tolist(), (logits > 0).astype(int).tolist(), strict=True))
         return list(zip(gold[:, 0].tolist(), logits[:, 0].tolist(), strict=True))
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return tuple(self.metrics)
+
     def scores(self, loss: float, predictions: Predictions) -> dict[str, float]:
         pairs = [pair for _, pair in predictions]
         gold, predicted = (np.array([pair[side] for pair in pairs]) for side in (0, 1))

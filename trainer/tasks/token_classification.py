@@ -104,6 +104,10 @@ class TokenClassification(EncoderTask):
             found.append((gold, predicted.tolist()))
         return found
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return ("accuracy", *(() if self.scheme == "none" else ("precision", "recall", "f1")))
+
     def scores(self, loss: float, predictions: Predictions) -> dict[str, float]:
         gold, predicted = self.sentences(predictions)
         if not gold:

@@ -113,6 +113,11 @@ class WritingCausalLM(CausalLM):
             result["outcomes"] = [f"{outcome.status}: {outcome.message}"[:200] for outcome in outcomes]
         return result
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        passed = (f"pass@{k}" for k in self.code.pass_at if self.code.enabled)
+        return (*super().scored, *self.metrics, *passed, "generated")
+
     def scores(self, loss: float, predictions: Predictions) -> dict[str, float]:
         found = [written for _, written in predictions]
         texts, references = [one["texts"][0] for one in found], [one["references"] for one in found]

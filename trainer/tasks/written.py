@@ -22,6 +22,10 @@ class WrittenTask(BaseTask):
     settings: Any
     metrics: Sequence[Any]
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return tuple(self.metrics) if self.settings.generation else ()
+
     def scores(self, loss: float, predictions: Predictions) -> dict[str, float]:
         found = [written for _, written in predictions]
         texts, references = [one["texts"][0] for one in found], [one["references"] for one in found]
