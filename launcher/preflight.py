@@ -37,6 +37,7 @@ def preflight_problems(config: LaunchConfig, plan: Plan, facts: Facts) -> list[s
         *_output(config, plan, facts),
         *_disk(config, plan),
         *_fp8(config, plan),
+        *_weights(config),
         *input_problems(config),
         *_image(config),
         *notify.problems(config.resilience.notify),
@@ -102,6 +103,17 @@ def _fp8(config: LaunchConfig, plan: Plan) -> Iterator[str]:
         yield f"model.fp8: {plan.device_name} has no products in 8 bits (Ada, Hopper and later have); set it to none"
     if config.model.dtype != "bfloat16":
         yield "model.fp8: on GPUs it needs model.dtype bfloat16"
+
+
+def _weights(config: LaunchConfig) -> Iterator[str]:
+    """Whether files of weights are missing in a model's folder, as when it was copied in part."""
+    folder = Path(config.model.path or "")
+    if (
+        folder.is_absolute()
+        and folder.is_dir()
+        and not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
+    ):
+        yield f"model.path: {folder} has no weights (*.safetensors, *.bin) beside its config.json; copy them there"
 
 
 def _tokenizer(config: LaunchConfig) -> Iterator[str]:

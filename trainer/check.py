@@ -24,7 +24,7 @@ from trainer.data.packing import pack
 from trainer.data.prepared import prepared_documents
 from trainer.data.sample import Sample
 from trainer.data.sources import open_source
-from trainer.failures import EXIT_DONE, EXIT_USER, DsftError
+from trainer.failures import EXIT_DONE, EXIT_USER, DsftError, UserError
 from trainer.planning.mixture import source_epochs
 from trainer.tasks import Task, get_task, task_tokenizer
 from trainer.tokenizer import Tokenizer
@@ -38,9 +38,9 @@ def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
     try:
         tokenizer = task_tokenizer(config)
         task = get_task(config, tokenizer)
+        vocabulary = model_vocabulary(config)
     except DsftError as error:
         return {**report, "ok": False, "class": error.failure_class, "errors": [str(error)]}
-    vocabulary = model_vocabulary(config)
     if vocabulary is not None and tokenizer.vocab_size > vocabulary and not config.model.resize_embeddings:
         raised = "raise model.config.vocab_size" if config.model.path is None else "set model.resize_embeddings to true"
         report["errors"].append(
@@ -200,11 +200,14 @@ def _stretches(sample: Sample, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
 
 
 def model_vocabulary(config: LaunchConfig) -> int | None:
-    """`vocab_size` of the model's config, where it can be read here."""
+    """`vocab_size` of the model's config, where it is here. Raises UserError where it is no JSON."""
     values: Any = config.model.config
     if config.model.path:
         path = Path(config.model.path) / "config.json"
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        except ValueError as error:
+            raise UserError(f"model.path: {path} cannot be read: {error}") from None
     size = (values or {}).get("vocab_size")
     return size if isinstance(size, int) else None
 

@@ -111,6 +111,7 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
         DataError: it is not there, or cannot be read.
     """
     origin = config.tokenizer or config.processor or config.path or ""
+    key = "model.tokenizer" if config.tokenizer else "model.processor" if config.processor else "model.path"
     path = Path(origin)
     try:
         if path.is_file():
@@ -122,8 +123,8 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
         raise
     except Exception as error:  # the libraries raise bare Exception, RuntimeError, OSError, ...
         raise DataError(
-            f"model.tokenizer {origin!r} cannot be loaded: {error}; it has to be a Hugging Face folder or hub id, a "
-            "tokenizer.json or a SentencePiece .model"
+            f"{key}: the tokenizer of {origin!r} cannot be loaded: {' '.join(str(error).split())}; expected a Hugging "
+            "Face folder or hub id, a tokenizer.json or a SentencePiece .model"
         ) from error
 
 
@@ -317,6 +318,11 @@ def _transformers(origin: str, trust_remote_code: bool) -> Tokenizer:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(origin, trust_remote_code=trust_remote_code)
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # made of a folder without its files
+        raise DataError(
+            f"{origin} has no tokenizer: put the files of the model's own there (tokenizer.json or what it has), or "
+            "name another in model.tokenizer"
+        )
     begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     template = getattr(tokenizer, "chat_template", None)
 

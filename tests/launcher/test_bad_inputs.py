@@ -125,6 +125,19 @@ def test_vocabulary_larger_than_the_models(tmp_path: Path, config: dict[str, Any
     assert "257" in message
 
 
+def test_a_metric_that_is_no_score(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["data"]["evaluation"] = [{"path": "train.jsonl", "limit": 9}]
+    config["evaluation"] = {"metric": "accuracy"}
+    assert "evaluation.metric: there is no 'accuracy'; the scores are loss" in refused(tmp_path, config)
+
+
+def test_a_model_folder_without_weights(tmp_path: Path, config: dict[str, Any]) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(config["model"].pop("config")))
+    config["model"]["path"] = "./model"
+    assert "has no weights" in refused(tmp_path, config)
+
+
 def test_no_tokenizer(tmp_path: Path, config: dict[str, Any]) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     assert "model.tokenizer" in refused(tmp_path, config)

@@ -46,6 +46,7 @@ def test_it_is_planned_and_fits(tmp_path: Path, path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(model))
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    (tmp_path / "model" / "pytorch_model.bin").touch()
     command = [sys.executable, "-P", "-m", "launcher", "plan", "config.json", "--json", "--set", "model.path=./model"]
     done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     plan = json.loads(done.stdout)

@@ -110,8 +110,14 @@ def test_what_is_no_tokenizer_is_said_to_be_none(tmp_path: Path, name: str) -> N
         path.mkdir()
     else:
         path.write_text("{}")
-    with pytest.raises(DataError, match=r"model\.tokenizer .* cannot be loaded"):
+    with pytest.raises(DataError, match=r"model\.tokenizer: the tokenizer of .* cannot be loaded"):
         load_tokenizer(ModelConfig(path="unused", tokenizer=str(path)))
+
+
+def test_a_model_folder_without_its_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(DataError, match=f"{tmp_path} has no tokenizer: put the files of the model's own there"):
+        load_tokenizer(ModelConfig(path=str(tmp_path)))
 
 
 def test_light_forms_do_not_import_transformers(tmp_path: Path) -> None:
