@@ -11,7 +11,7 @@ _RECENT = 100  # steps and checkpoints that are looked at: the past of a run may
 
 def needed_seconds(run: RunDirectory) -> float | None:
     """The longest recent step, which a stop request waits for, and the longest recent checkpoint; None before both."""
-    steps = [float(line["step_seconds"]) for line in run.step_lines()[-_RECENT:] if "step_seconds" in line]
+    steps = [float(line["step_seconds"]) for line in run.last_steps(_RECENT) if "step_seconds" in line]
     saves = [float(event["seconds"]) for event in run.merged_events() if event["event"] == "checkpoint"][-_RECENT:]
     return max(steps) + max(saves) if steps and saves else None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,6 @@ from trainer.rundir import Json, RunDirectory, read_json, read_lines
 if TYPE_CHECKING:
     from slurm import client
 
-_LINE_BYTES = 4096  # more than a line of the metrics and the evaluation next to it take
 _NODES_SECONDS = 5.0
 
 
@@ -78,8 +76,9 @@ def _status(run: RunDirectory, events: Sequence[Json], state: RunState, job: cli
         state = with_job(state, job)
     running = state.state == "running"
     progress = Progress(_epochs(run) if running else None)
-    for line in _last_steps(run, 20 if running else 1):
-        progress.add(line)
+    with contextlib.suppress(OSError):  # storage away for a moment
+        for line in run.last_steps(20 if running else 1):
+            progress.add(line)
     last = progress.last or {}
     return {
         "run": str(run.path),
@@ -116,26 +115,6 @@ def _describe_job(job: client.Job) -> Json:
 def _restarts(events: Sequence[Json]) -> int:
     """Attempts that went on with what another had begun, in the same job, after a requeue or by hand."""
     return max(0, sum(1 for event in events if event["event"] == "attempt") - 1)
-
-
-def _last_steps(run: RunDirectory, count: int) -> list[Json]:
-    """Up to `count` of the newest step lines of the metrics, found from the end of the file."""
-    size = count * _LINE_BYTES
-    try:
-        with open(run.metrics_path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - size))
-            lines = file.read().split(b"\n")
-    except OSError:
-        return []
-    found: list[Json] = []
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):  # the first may be cut, the last torn
-            value = json.loads(line.decode())
-            if isinstance(value, dict) and "loss" in value and "step" in value:
-                found.append(value)
-                if len(found) == count:
-                    break
-    return found[::-1]
 
 
 def _last_checkpoint(run: RunDirectory) -> int | None:

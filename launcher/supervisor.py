@@ -359,7 +359,7 @@ class Supervisor:
 
 def progress(run: RunDirectory) -> tuple[int, int]:
     """The steps of the newest published checkpoint and of the newest logged step; 0 without one."""
-    checkpoints, lines = run.published_checkpoints(), run.step_lines()
+    checkpoints, lines = run.published_checkpoints(), run.last_steps(1)
     return (checkpoints[-1] if checkpoints else 0, int(lines[-1]["step"]) if lines else 0)
 
 

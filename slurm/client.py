@@ -46,7 +46,6 @@ class Job:
     node_list: str = ""
     time_left: str = ""
     start: str = ""
-    preempted: bool = False
 
 
 def available() -> bool:

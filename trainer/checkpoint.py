@@ -19,7 +19,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import shutil
 import threading
 import time
@@ -43,19 +42,11 @@ from trainer.checkpoint_files import (
 from trainer.engine import Engine
 from trainer.failures import StorageError
 from trainer.fast_tier import FastTier
-from trainer.rundir import RunDirectory, write_json
+from trainer.rundir import RunDirectory, sync, write_json
 
 FORMAT = 1
 _REPORT_TIMEOUT_SECONDS = 3600.0
 _CLEAN_UP_SECONDS = 30.0
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # Called before each act of a save with its name; tests kill, fill the disk or take rights away there.
@@ -279,10 +270,10 @@ class Saver:
         save(partial)
         partial.chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read, whatever the umask
         self.at_point("sync")
-        _fsync(partial)
+        sync(partial)
         self.at_point("rename")
         partial.replace(folder / name)
-        _fsync(folder)
+        sync(folder)
         self.at_point("report")
         entry = {"bytes": (folder / name).stat().st_size, "xxh3_128": checksum(folder / name)}
         write_json(folder / _report(rank), {"files": {name: entry}})
@@ -298,12 +289,12 @@ class Saver:
         manifest = {"format": FORMAT, "step": step, "world_size": self._engine.world_size, "files": files}
         manifest["evaluation"] = state.get("evaluation")
         self.at_point("manifest")
-        _fsync(folder)
+        sync(folder)
         write_json(folder / "manifest.json", manifest)
         with suppress(OSError):  # it is published; a power failure now could still undo that
             self.at_point("published")
-            _fsync(folder)
-            _fsync(self._checkpoints)
+            sync(folder)
+            sync(self._checkpoints)
         return sum(int(entry["bytes"]) for entry in files.values())
 
     def _collect(self, folder: Path) -> dict[str, Any]:

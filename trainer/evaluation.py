@@ -89,6 +89,8 @@ def judge(settings: EvaluationConfig, lines: Sequence[Mapping[str, Any]], keeps_
         lines: `RunDirectory.evaluation_lines`: {"step", "evaluation": scores}, in rising order of step.
         keeps_best: whether the best model is to be saved.
 
+    Evaluations without the metric, of before it was chosen, are no better than any.
+
     Raises:
         UserError: the metric is none of the scores.
     """
@@ -97,7 +99,7 @@ def judge(settings: EvaluationConfig, lines: Sequence[Mapping[str, Any]], keeps_
             f"evaluation.metric: there is no {settings.metric!r} among the scores {', '.join(lines[-1]['evaluation'])}"
         )
     sign = 1.0 if settings.maximise else -1.0
-    values = [sign * float(line["evaluation"][settings.metric]) for line in lines]
+    values = [sign * float(line["evaluation"].get(settings.metric, math.nan)) for line in lines]
     best = max(range(len(values)), key=lambda i: (not math.isnan(values[i]), values[i], -i))
     flags = BEST * (keeps_best and best == len(values) - 1 and not math.isnan(values[best]))
     if settings.patience is not None and len(values) - 1 - best >= settings.patience:

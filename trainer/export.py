@@ -16,7 +16,7 @@ from trainer.export_adapter import write_config
 from trainer.export_weights import Weights
 from trainer.failures import DsftError, StorageError, UserError
 from trainer.model import DTYPES, load_model_config, quiet_libraries
-from trainer.rundir import EXPORT_ABOUT, RunDirectory, write_json
+from trainer.rundir import EXPORT_ABOUT, RunDirectory, sync, write_json
 from trainer.tasks import get_task, task_tokenizer
 from trainer.tasks.base import BaseTask
 from trainer.vocabulary import wanted_vocabulary
@@ -34,7 +34,8 @@ def export_run(
 ) -> Path:
     """Write a checkpoint (the newest one by default) as a Hugging Face folder and check it; returns the folder.
 
-    The folder appears by one rename, whole and checked; an older export of the run is replaced, other folders are not.
+    The folder appears by one rename, whole, checked and on disk; an older export of the run is replaced, other folders
+    are not.
 
     Raises:
         UserError: there is no such checkpoint, it is damaged, or ``output`` is in use.
@@ -86,6 +87,8 @@ def export_run(
     write_json(partial / EXPORT_ABOUT, {"step": int(weights.state["step"]), "config": about})
     base = (config.model.path, DTYPES[config.model.dtype]) if alone and config.model.path else None
     weights.check(partial, config.model.trust_remote_code, base, task.example())
+    for path in (*partial.rglob("*"), partial):
+        sync(path)
     if target.exists():
         old = target.with_name(target.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
@@ -94,6 +97,7 @@ def export_run(
         shutil.rmtree(old, ignore_errors=True)
     else:
         partial.rename(target)
+    sync(target.parent)
     return target
 
 

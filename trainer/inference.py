@@ -47,9 +47,6 @@ class Replica:
     def averaged(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def unsharded(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
 
 def load_replica(config: LaunchConfig) -> tuple[BaseTask, Replica, Objective]:
     """The task of a config, its model (`model.path`) on this rank's device, and what runs the one on the other.

@@ -14,6 +14,7 @@ from typing import Any
 
 Json = dict[str, Any]
 
+_LINE_BYTES = 4096  # more than a step's line and an evaluation beside it usually take
 # In the folder of an export: {"step", "config": what decided its training}
 EXPORT_ABOUT = "dsft.json"
 
@@ -30,6 +31,15 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Have what was written to a file, or the names in a folder, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: Path) -> Any:
@@ -288,6 +298,23 @@ class RunDirectory:
         """Logged steps in rising order, the last line of each step alone (a step recurs after a restart)."""
         last = {line["step"]: line for line in read_lines(self.metrics_path) if "loss" in line and "step" in line}
         return [last[step] for step in sorted(last)]
+
+    def last_steps(self, count: int) -> list[Json]:
+        """Up to `count` of the newest step lines, the newest last, found from the end of the file."""
+        try:
+            with open(self.metrics_path, "rb") as file:
+                end, size = os.fstat(file.fileno()).st_size, count * _LINE_BYTES
+                while True:
+                    file.seek(max(0, end - size))
+                    lines = file.read(min(end, size)).splitlines(keepends=True)
+                    # the first may be cut, the last torn
+                    whole = [line for line in lines[int(size < end) :] if line.endswith(b"\n")]
+                    found = [value for line in whole for value in _objects(line) if "loss" in value and "step" in value]
+                    if len(found) >= count or size >= end:
+                        return found[-count:]
+                    size *= 4
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def evaluation_lines(self) -> list[Json]:
         """Evaluations in rising order of step, without those that the run has gone back behind since."""

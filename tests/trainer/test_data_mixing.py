@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,19 @@ from word_streams import (
     write_source,
 )
 
+from trainer.data.order import next_source, strides
 from trainer.planning.mixture import Mixture, expected_mixture, source_epochs, source_weights
+
+
+@given(weights=st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=4))
+def test_the_source_furthest_behind_its_share_is_next(weights: list[float]) -> None:
+    every, drawn = strides(weights), [0] * len(weights)
+    for _ in range(20):
+        behind = [(drawn[i] + 1) / Fraction(weight) for i, weight in enumerate(weights)]
+        index = next_source(drawn, every, [True] * len(weights))
+        assert index == behind.index(min(behind))
+        drawn[index] += 1
+    assert next_source(drawn, every, [False] * len(weights)) is None
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
 
 from trainer.config.schema import DataSource
+from trainer.data.cache import cached
 from trainer.data.formats import bytes as bytes_format
 from trainer.data.packing import pack
 from trainer.data.sources import Source, open_source
@@ -83,6 +86,23 @@ def test_a_broken_or_forbidden_cache_only_costs_a_scan(tmp_path: Path, cache: Pa
     shutil.rmtree(index.parent)
     index.parent.write_text("a file where the folder should be")
     assert all_records(open_path(path)) == [{"n": 1}]
+
+
+def test_without_locks_work_is_done_twice_and_never_half(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(_file: object, _operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+
+    def write(file: IO[bytes]) -> None:
+        file.write(b"whole")
+
+    def overtaken(file: IO[bytes]) -> None:
+        write(file)
+        assert cached("kind", "identity", ".bin", write).read_bytes() == b"whole"
+
+    assert cached("kind", "identity", ".bin", overtaken).read_bytes() == b"whole"
+    assert {path.suffix for path in (cache / "dsft" / "kind").iterdir()} == {".bin", ".lock"}
 
 
 @pytest.mark.parametrize("content", ["", "\n \n\n"])

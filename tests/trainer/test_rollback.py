@@ -9,13 +9,26 @@ import poisoned_worker
 import pytest
 from training_runs import launch, logs, make_run
 
-from trainer.config.schema import LossSpikeConfig, TrainingConfig
+from trainer.config.schema import EvaluationConfig, LossSpikeConfig, TrainingConfig
+from trainer.evaluation import BEST, OVER, judge
+from trainer.failures import UserError
 from trainer.rundir import RunDirectory
 from trainer.spikes import cause_to_go_back, is_spike, rollbacks_of
 
 pytestmark = pytest.mark.faults
 
 WORKER = (poisoned_worker.__file__,)
+
+
+def test_a_metric_that_was_chosen_later_is_judged_from_there_on() -> None:
+    settings = EvaluationConfig(metric="math/loss", patience=2)
+    lines = [{"step": step, "evaluation": {"loss": 1.0}} for step in (1, 2, 3)]
+    with pytest.raises(UserError, match=r"no 'math/loss' among the scores loss"):
+        judge(settings, lines, True)
+    lines.append({"step": 4, "evaluation": {"loss": 1.0, "math/loss": 0.5}})
+    assert judge(settings, lines, True) == BEST
+    lines += [{"step": step, "evaluation": {"math/loss": 0.6}} for step in (5, 6)]
+    assert judge(settings, lines, True) == OVER
 
 
 @pytest.fixture(scope="module")

@@ -134,6 +134,19 @@ def test_the_last_line_of_a_step_wins(tmp_path: Path) -> None:
     assert run.evaluation_lines() == [{"step": 2, "evaluation": {"loss": 4.0}}]
 
 
+def test_the_newest_steps_are_found_from_the_end(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert run.last_steps(3) == []
+    for step in range(1, 60):
+        append_line(run.metrics_path, {"step": step, "loss": 1.0, "more": "x" * 200})
+    append_line(run.metrics_path, {"step": 59, "evaluation": {f"set{i}/loss": 1.0 for i in range(1000)}})
+    with open(run.metrics_path, "ab") as file:
+        file.write(b'{"step": 60, "loss"')
+    assert [line["step"] for line in run.last_steps(1)] == [59]
+    assert [line["step"] for line in run.last_steps(3)] == [57, 58, 59]
+    assert [line["step"] for line in run.last_steps(100)] == list(range(1, 60))
+
+
 def test_evaluations_that_a_run_has_gone_back_behind_do_not_count(tmp_path: Path) -> None:
     """Else the next one would be judged as if they followed it."""
     run = RunDirectory(tmp_path)

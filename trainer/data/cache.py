@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -38,11 +39,12 @@ def cached(kind: str, identity: str, suffix: str, write: Callable[[IO[bytes]], N
     target = cache_folder() / kind / (hashlib.sha256(identity.encode()).hexdigest()[:40] + suffix)
     if target.exists():
         return target
-    # always the same name on a host: what a killed process has left of it is written over
-    unfinished = target.with_name(f"{target.name}.{node_name()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_name(f"{target.name}.lock")):
+        with _locked(target.with_name(f"{target.name}.lock")) as alone:
+            # always the same name on a host: what a killed process has left of it is written over
+            own = node_name() if alone else f"{node_name()}.{uuid.uuid4().hex[:12]}"
+            unfinished = target.with_name(f"{target.name}.{own}.tmp")
             if not target.exists():
                 try:
                     with unfinished.open("wb") as file:
@@ -61,9 +63,15 @@ def cached(kind: str, identity: str, suffix: str, write: Callable[[IO[bytes]], N
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process of this host at a time; freed by the kernel when its holder dies."""
+def _locked(path: Path) -> Iterator[bool]:
+    """One process of this host at a time; freed by the kernel when its holder dies.
+
+    Gives False on a file system without locks, where the work may be done twice.
+    """
     with path.open("w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: the work may be done twice
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        except OSError:
+            yield False
+        else:
+            yield True

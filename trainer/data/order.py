@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -31,13 +32,17 @@ def sequence_order(sequences: int, seed: int, source: int, epoch: int, window: i
     return _permutation(sequences, (seed, source, epoch, _SEQUENCES, window))
 
 
-def next_source(drawn: Sequence[int], weights: Sequence[float], open_sources: Sequence[bool]) -> int | None:
+def strides(weights: Sequence[float]) -> list[int]:
+    """Whole numbers that are to each other as 1 / weight, exactly."""
+    turns = [1 / Fraction(weight) for weight in weights]
+    common = math.lcm(*(turn.denominator for turn in turns))
+    return [int(turn * common) for turn in turns]
+
+
+def next_source(drawn: Sequence[int], every: Sequence[int], open_sources: Sequence[bool]) -> int | None:
     """The source of the next sequence: the one furthest behind its share; None when all are exhausted.
 
-    Weighted round robin in exact arithmetic: deterministic, and exact in the long run.
+    Weighted round robin in exact arithmetic: deterministic, and exact in the long run. ``every``: `strides`.
     """
     candidates = [index for index, is_open in enumerate(open_sources) if is_open]
-    if not candidates:
-        return None
-    exact = [Fraction(weight) for weight in weights]
-    return min(candidates, key=lambda index: ((drawn[index] + 1) / exact[index], index))
+    return min(candidates, key=lambda index: ((drawn[index] + 1) * every[index], index), default=None)

@@ -21,7 +21,7 @@ import numpy as np
 
 from trainer.config.schema import DataSource, LaunchConfig
 from trainer.data.encoding import OUTCOMES, Encoder
-from trainer.data.order import next_source
+from trainer.data.order import next_source, strides
 from trainer.data.sample import PackedSequence
 from trainer.data.sources import Source, open_source
 from trainer.data.windows import Gather, Options, SourceStream, Window
@@ -108,7 +108,7 @@ class BatchStream:
             SourceStream(index, source, encoders[index].encode, options, epochs[index], gather, states[index])
             for index, source in enumerate(opened)
         ]
-        self._weights = source_weights(sources, [source.records for source in opened], epochs)
+        self._strides = strides(source_weights(sources, [source.records for source in opened], epochs))
         drawn = state["drawn"] if state else []
         self._drawn: list[int] = [*drawn[: len(sources)], *[0] * (len(sources) - len(drawn))]
         self._load = task.load if task.loads else None
@@ -161,7 +161,7 @@ class BatchStream:
             is_open = [not stream.ended() for stream in self._streams]
             # of a training of so many epochs, what repeats does so only as long as something else lasts
             lasting = any(o and s.epochs is not None for o, s in zip(is_open, self._streams, strict=True))
-            index = next_source(self._drawn, self._weights, is_open)
+            index = next_source(self._drawn, self._strides, is_open)
             if index is None or not (lasting or self._options.epochs is None):
                 break
             if (found := self._streams[index].next()) is not None:
