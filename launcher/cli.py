@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from launcher import __version__
-from trainer.failures import EXIT_INTERRUPTED, DsftError
+from trainer.failures import EXIT_INTERRUPTED, DsftError, of_file
 
 # verb -> help; launcher/commands/<verb>.py has add_arguments(parser) and run(arguments) -> exit code
 VERBS = {
@@ -56,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `dsft logs | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
+    except OSError as error:  # of a file that the command has no words of its own for
+        told = of_file(error)
+        print(f"error: {told}", file=sys.stderr)
+        return told.exit_code
 
 
 def _parser(verb: str | None) -> argparse.ArgumentParser:

@@ -37,7 +37,11 @@ def known_runs() -> list[RunDirectory]:
             entries.append(read_json(path) or {})
     entries = [entry for entry in entries if isinstance(entry.get("path"), str)]
     runs = [RunDirectory(Path(e["path"])) for e in sorted(entries, key=lambda e: -float(e.get("time", 0)))]
-    return [run for run in runs if run.exists()]
+    found = []
+    for run in runs:
+        with contextlib.suppress(OSError):  # in a folder that others may not enter
+            found += [run] if run.exists() else []
+    return found
 
 
 def find_run(text: str) -> RunDirectory:

@@ -78,7 +78,7 @@ def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
             if statistics["target_tokens"] == 0:
                 report["errors"].append(
                     f"data.{part}[{index}]: none of {statistics['looked_at']} records leaves a token to learn from; "
-                    "check `columns`, and data.sequence_length where prompts are long"
+                    "check `columns` (`messages`: the role `assistant`), and data.sequence_length where prompts are long"
                 )
             elif statistics["nothing_to_learn"]:
                 report["warnings"].append(
@@ -171,6 +171,7 @@ def look_at(source: DataSource, task: Task, config: LaunchConfig, shown: int = 0
         "begin_with_bos": _share(made[0].tokens[0] == tokenizer.bos_id for made in samples.values() if made),
         "end_with_eos": _share(made[-1].tokens[-1] == tokenizer.eos_id for made in samples.values() if made),
         "samples": [[_stretches(sample, tokenizer) for sample in samples[at]] for at in list(samples)[:shown]],
+        "images": [encoder.named(int(numbers[at]), task.paths) for at in list(samples)[:shown]] if task.paths else [],
         "labels": [
             encoder.named(int(numbers[at]), task.label_columns)
             if any(sample.labels is not None for sample in samples[at])
@@ -215,7 +216,7 @@ def model_vocabulary(config: LaunchConfig) -> int | None:
 def main() -> int:
     config = LaunchConfig.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     report = check(config, int(sys.argv[2]) if len(sys.argv) > 2 else 0)
-    print(json.dumps(report))
+    print(json.dumps(report, default=lambda value: f"a {type(value).__name__}"))  # an encoded image, a date
     return EXIT_DONE if report["ok"] else EXIT_USER
 
 

@@ -66,6 +66,14 @@ class StorageError(DsftError):
     exit_code = EXIT_TEMPORARY
 
 
+def of_file(error: OSError) -> DsftError:
+    """What to tell of a file that cannot be read or written. Raises the error again where it is of no file."""
+    if error.filename is None:
+        raise error
+    kind = UserError if isinstance(error, PermissionError) else StorageError
+    return kind(f"{error.filename}: {error.strerror}")
+
+
 NODE_VARIABLE = "DSFT_NODE"  # set over SSH: the name that the config has for the host
 
 

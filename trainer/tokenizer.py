@@ -71,7 +71,7 @@ class Tokenizer:
         Raises:
             DataError: the tokenizer does not tell (a slow one of transformers).
         """
-        found = self._encode_with_starts(list(texts))
+        found = self._encode_with_starts(list(texts)) if texts else []
         return [(np.asarray(ids, dtype=np.int32), np.asarray(starts, dtype=np.int64)) for ids, starts in found]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -151,19 +151,25 @@ def _show_source(console: Console, item: dict[str, Any], config: LaunchConfig) -
         bar = "█" * -(-BAR * samples // max(most, 1))
         console.print(f"  [dim]<= {upper:>7}[/dim]  [blue]{bar}[/blue] {samples or ''}")
     marks = ("", "") if console.color_system else LEARNED
-    for pieces, labels in zip(item["samples"], item["labels"], strict=True):
+    for index, (pieces, labels) in enumerate(zip(item["samples"], item["labels"], strict=True)):
         for stretches in pieces[:PIECES]:
             console.print()
             text = Text()
             for part, learned in stretches:
                 learned = learned and not labels
                 text.append(part.join(marks) if learned else part, style="bold green" if learned else "dim")
-            console.print(text)
+            if text.plain:  # an image has no text
+                console.print(text)
         if len(pieces) > PIECES:
             console.print(f"\nand {len(pieces) - PIECES} more pieces of this record", style="dim")
+        for name, value in item["images"][index].items() if item["images"] else ():
+            console.print(Text(f"{name}: {_value(value)}", style="dim"))
         for name, value in labels.items():
-            shown = json.dumps(value, ensure_ascii=False)
-            shown = shown if len(shown) <= MOST_CHARACTERS else shown[:MOST_CHARACTERS] + "..."
-            console.print(Text(f"{name}: {shown}".join(marks), style="bold green"))
+            console.print(Text(f"{name}: {_value(value)}".join(marks), style="bold green"))
     if item["samples"]:
         console.print(f"\n[dim]seen[/dim] and [bold green]{'learned'.join(marks)}[/bold green]")
+
+
+def _value(value: Any) -> str:
+    shown = json.dumps(value, ensure_ascii=False)
+    return shown if len(shown) <= MOST_CHARACTERS else shown[:MOST_CHARACTERS] + "..."

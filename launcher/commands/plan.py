@@ -128,11 +128,13 @@ def _summary(plan: Plan) -> Table:
     shared = plan.sequence_parallel
     streams = f"groups of {shared} ranks, a slice of each sequence a rank," if shared > 1 else "ranks"
     idle = f", {batch.idle_micro_batches} of them idle" if batch.idle_micro_batches else ""
+    made = plan.world_size // shared * batch.micro_batches_per_rank * batch.micro_batch_size
+    times = "x" if made == batch.global_batch else "of up to"
     rows.append(
         (
             "batch",
             f"{batch.global_batch} sequences = {plan.world_size // shared} {streams} x {batch.micro_batches_per_rank} "
-            f"micro-batches x {batch.micro_batch_size}{idle}; {batch.wasted_share:.0%} wasted",
+            f"micro-batches {times} {batch.micro_batch_size}{idle}; {batch.wasted_share:.0%} wasted",
         )
     )
     rows.append(("", f"[dim]micro-batch size: {batch.reason}[/dim]"))

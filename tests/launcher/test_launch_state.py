@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from launcher.cli import main
 from launcher.consistency import refuse_changes
 from launcher.grace import grace_problem
 from launcher.registry import find_run, known_runs, register
@@ -105,6 +107,19 @@ def test_a_run_is_found_by_path_by_name_here_and_by_name_elsewhere(
     nearer.path.mkdir(parents=True)
     write_json(nearer.config_path, {})
     assert find_run("a").path == nearer.path
+
+
+def test_runs_that_one_may_not_look_into(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def forbidden(run: RunDirectory) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(run.config_path))
+
+    register(run)
+    monkeypatch.setattr(RunDirectory, "exists", forbidden)
+    assert known_runs() == []
+    assert main(["status", str(run.path)]) == 2
+    assert capsys.readouterr().err == f"error: {run.config_path}: Permission denied\n"
 
 
 def test_runs_that_are_gone_are_forgotten(run: RunDirectory) -> None:

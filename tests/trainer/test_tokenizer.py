@@ -120,6 +120,16 @@ def test_a_model_folder_without_its_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(ModelConfig(path=str(tmp_path)))
 
 
+def test_of_no_texts_no_tokens_begin(tmp_path: Path) -> None:
+    """As where every conversation of a window is bad."""
+    (tmp_path / "vocab.json").write_text('{"a": 0, "<|endoftext|>": 1}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    tokenizer = load_tokenizer(ModelConfig(path=str(tmp_path)))
+    assert tokenizer.encode_with_starts([]) == []
+    assert [ids.tolist() for ids, _ in tokenizer.encode_with_starts(["aa"])] == [[0, 0]]
+
+
 def test_light_forms_do_not_import_transformers(tmp_path: Path) -> None:
     import subprocess
 

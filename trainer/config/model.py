@@ -97,7 +97,10 @@ class ModelConfig(Section):
         if self.resize_embeddings and self.adapter is not None:
             raise ValueError("`resize_embeddings` adds rows that an `adapter` would not train: leave one of them out")
         if self.config is not None and self.tokenizer is None and self.processor is None:
-            raise ValueError("`tokenizer` is needed with `config`, since there is no model folder to take it from")
+            raise ValueError(
+                "`tokenizer` (of tasks with images: `processor`) is needed with `config`, since there is no model "
+                "folder to take it from"
+            )
         return self
 
     def _speed_and_memory(self) -> None:
