@@ -78,7 +78,7 @@ def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
             if statistics["target_tokens"] == 0:
                 report["errors"].append(
                     f"data.{part}[{index}]: none of {statistics['looked_at']} records leaves a token to learn from; "
-                    "check `columns` (`messages`: the role `assistant`), and data.sequence_length where prompts are long"
+                    "check `columns`, the roles of `messages`, and data.sequence_length where prompts are long"
                 )
             elif statistics["nothing_to_learn"]:
                 report["warnings"].append(
