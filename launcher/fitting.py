@@ -146,7 +146,7 @@ def choose(
     enough = min(share, max(1, ENOUGH_TOKENS[room.device] // config.data.sequence_length))
 
     def candidates(place: str) -> Iterator[tuple[Setup, BatchPlan]]:
-        stages = config.zero_stages if known and place == start.offload else (start.stage,)
+        stages = config.zero_stages if (known or alone) and place == start.offload else (start.stage,)
         for mode, stage in product(modes, stages):
             size = 1 if given == "auto" else given
             setup = replace(start, recompute=mode, offload=place, stage=stage, micro_batch_size=size)
@@ -193,7 +193,9 @@ def _reason(config: LaunchConfig, setup: Setup, known: bool, fitting: list[Setup
         parts.append(moved if setup.offload != "none" else "the optimizer stays on the device")
     if config.deepspeed.zero_stage == "auto":
         if setup.stage < 3:
-            parts.append("ZeRO-2: whole weights fit, so that none are gathered")
+            parts.append(
+                "ZeRO-2: whole weights fit, so that none are gathered" if known else "ZeRO-2: one rank has all"
+            )
         elif len(config.zero_stages) == 1:
             parts.append("ZeRO-3, which other settings need")
         elif any(option.stage < 3 for option in fitting):

@@ -157,6 +157,8 @@ def test_the_stage_of_zero_is_chosen_by_memory_and_time(tmp_path):
         for ranks in (1, 2)
     ]
     assert stages == [2, 3]
+    unknown = plan_of(tmp_path, *small, 'model.config={"model_type": "bert"}', "cluster.processes_per_node=1")
+    assert "ZeRO-2: one rank has all" in unknown.memory_reason
     # who has set it is told that another would do
     whole = ["deepspeed.zero_stage=2", "training.micro_batch_size=1", "model.gradient_checkpointing=true"]
     with pytest.raises(UserError, match=r"It fits with deepspeed\.zero_stage=3$"):
