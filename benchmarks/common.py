@@ -109,7 +109,7 @@ def llama(hidden: int, layers: int, vocabulary: int) -> dict[str, Any]:
 
 def quick_dtype() -> str:
     """bfloat16, or float32 on CPUs that have no instructions for it."""
-    return "bfloat16" if multiplies_bfloat16(Path("/proc/cpuinfo").read_text()) else "float32"
+    return "bfloat16" if multiplies_bfloat16() else "float32"
 
 
 def environment(scratch: Path) -> dict[str, str]:

@@ -74,7 +74,7 @@ def gather_facts(config: LaunchConfig) -> Facts:
         disk_free=shutil.disk_usage(existing_parent(Path(config.output_dir))).free,
         model=facts_of_model(config, config.model),
         adapted_models=adapted_facts(config),
-        multiplies_bfloat16=multiplies_bfloat16(Path("/proc/cpuinfo").read_text()),
+        multiplies_bfloat16=multiplies_bfloat16(),
         liger=importlib.util.find_spec("liger_kernel") is not None,
     )
 
@@ -125,7 +125,7 @@ def find_gpus(environment: Mapping[str, str]) -> tuple[Gpu, ...]:
     if visible is None:
         return tuple(gpu for key, gpu in found.items() if key.isdigit())
     chosen = []
-    for item in visible.split(","):  # CUDA stops at the first device that does not exist
+    for item in map(str.strip, visible.split(",")):  # CUDA stops at the first device that does not exist
         gpu = next((gpu for key, gpu in found.items() if key == item or (len(item) > 4 and key.startswith(item))), None)
         if gpu is None:
             break
@@ -133,13 +133,14 @@ def find_gpus(environment: Mapping[str, str]) -> tuple[Gpu, ...]:
     return tuple(chosen)
 
 
-def multiplies_bfloat16(cpuinfo: str) -> bool:
+def multiplies_bfloat16(cpuinfo: str | None = None) -> bool:
     """Whether torch's matrix products in bfloat16 are quick on this CPU, from /proc/cpuinfo; True if it does not tell.
 
     oneDNN has them for AVX-512 and for Arm's BF16; elsewhere torch falls back to plain loops (measured on AVX2: a
     hundredth of the speed of float32).
     """
-    lines = (line.partition(":") for line in cpuinfo.splitlines())
+    told = Path("/proc/cpuinfo").read_text() if cpuinfo is None else cpuinfo
+    lines = (line.partition(":") for line in told.splitlines())
     flags = next((value.split() for key, _, value in lines if key.strip() in ("flags", "Features")), None)
     return flags is None or not {"avx512bw", "bf16"}.isdisjoint(flags)
 

@@ -87,7 +87,7 @@ def suit(config: dict[str, Any]) -> None:
     if find_gpus(os.environ):
         return
     config["cluster"]["processes_per_node"] = CPU_RANKS
-    if not multiplies_bfloat16(Path("/proc/cpuinfo").read_text()):
+    if not multiplies_bfloat16():
         config["model"]["dtype"] = "float32"
         print("float32: this CPU has no instructions for bfloat16, which elsewhere the quickstart trains in")
 
