@@ -9,8 +9,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from trainer.config.schema import ResilienceConfig
+
 TIMEOUT_SECONDS = 1800.0
+_LATER_SECONDS = 300.0
 _LIMB = 21  # bits: sums of 21-bit integers over 2**32 ranks stay exact in a float64
+
+
+def timeout_seconds(resilience: ResilienceConfig) -> float:
+    """How long a collective may take: the supervisor ends a wait in a slow phase before, and knows for whom."""
+    return max(TIMEOUT_SECONDS, resilience.slow_phase_timeout_seconds + _LATER_SECONDS)
 
 
 def new_group(timeout_seconds: float) -> dist.ProcessGroup | None:

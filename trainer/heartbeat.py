@@ -91,6 +91,7 @@ _over = threading.Event()
 _publish_now = threading.Event()
 _publisher: threading.Thread | None = None
 _kept_open: list[Any] = []
+_passed_over: list[Any] = []
 
 
 def enter(phase: Phase, step: int | None = None) -> float:
@@ -139,6 +140,11 @@ def noting_own_time(gather: Callable[[T], R]) -> Callable[[T], R]:
         return result
 
     return noting
+
+
+def pass_over(group: object) -> None:
+    """No longer count the collectives of a process group: ranks have left it at different ones."""
+    _passed_over.append(group)
 
 
 def start(path: Path, rank: int, world_size: int = 1) -> None:
@@ -228,7 +234,7 @@ def _collectives() -> tuple[int, ...]:
     if torch_groups is None:
         return ()
     try:
-        groups = list(torch_groups._world.pg_map)
+        groups = [group for group in list(torch_groups._world.pg_map) if group not in _passed_over]
         largest = max((group.size() for group in groups), default=0)
         whole = [group for group in groups if group.size() == largest][:_MAX_GROUPS]
         return tuple(int(group._get_sequence_number_for_group()) for group in whole)

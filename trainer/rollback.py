@@ -64,7 +64,5 @@ def roll_back(trainer: Trainer, cause: Cause) -> bool:
             message=cause.message,
             skipped_batches=suspects,
         )
-    # The old stream's thread may still be in a collective of its group
-    gather = collectives.make_gather(collectives.new_group(collectives.TIMEOUT_SECONDS))
-    trainer.gather = heartbeat.noting_own_time(gather)
+    trainer.open_data_group()
     return True

@@ -60,20 +60,21 @@ class Trainer:
     """One rank of one attempt."""
 
     step = 0  # completed optimizer steps
+    data_group: Any = None
 
     def __init__(self, run: RunDirectory, attempt: int) -> None:
         self.run, self.attempt = run, attempt
         self.config = LaunchConfig.model_validate_json(run.config_path.read_text())
         self.plan: dict[str, Any] = json.loads(run.plan_path.read_text())
         quiet_libraries()
-        self.device = init_distributed(self.plan["device"], collectives.TIMEOUT_SECONDS)
+        self.timeout = collectives.timeout_seconds(self.config.resilience)
+        self.device = init_distributed(self.plan["device"], self.timeout)
         if self.config.training.deterministic:
             torch.use_deterministic_algorithms(True)
-        self.control = collectives.new_group(collectives.TIMEOUT_SECONDS)
+        self.control = collectives.new_group(self.timeout)
         # a group each: both streams may be under way, and ranks need not reach their calls in the same order
-        gather = collectives.make_gather(collectives.new_group(collectives.TIMEOUT_SECONDS))
-        self.gather = heartbeat.noting_own_time(gather)
-        self.evaluation_gather = collectives.make_gather(collectives.new_group(collectives.TIMEOUT_SECONDS))
+        self.open_data_group()
+        self.evaluation_gather = collectives.make_gather(collectives.new_group(self.timeout))
 
         self.task = get_task(self.config, task_tokenizer(self.config))
         self.config = self.task.config  # with what the task has found in the data
@@ -209,6 +210,12 @@ class Trainer:
         if not result.applied:
             line["skipped"] = True
         return line, request
+
+    def open_data_group(self) -> None:
+        """A new process group for the thread that makes batches; that of an older one may be left in a collective."""
+        heartbeat.pass_over(self.data_group)
+        self.data_group = collectives.new_group(self.timeout)
+        self.gather = heartbeat.noting_own_time(collectives.make_gather(self.data_group))
 
     # -- pieces of the loop --------------------------------------------------------------------------------------
 

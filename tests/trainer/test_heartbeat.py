@@ -9,7 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+
+from trainer import heartbeat
+from trainer.collectives import timeout_seconds
+from trainer.config.schema import ResilienceConfig
 from trainer.heartbeat import INTERVAL_SECONDS, STACK_SIGNAL, Heartbeat, read
 
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -129,3 +135,24 @@ def test_storage_that_stands_still_does_not_hold_up_the_main_thread(tmp_path: Pa
     began = "t = time.perf_counter(); [heartbeat.enter('step', n) for n in range(10_000)]"
     rank = start(f"{began}; heartbeat.finish(); os._exit(time.perf_counter() - t > 10)", tmp_path)
     assert rank.wait(60) == 0
+
+
+def test_a_group_that_was_left_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after going back behind a bad step: else it would be blamed for the next hang."""
+
+    class Group:
+        def __init__(self, entered: int) -> None:
+            self.size, self._get_sequence_number_for_group = lambda: 2, lambda: entered
+
+    groups = [Group(30), Group(7), Group(2)]
+    world = SimpleNamespace(_world=SimpleNamespace(pg_map=dict.fromkeys(groups)))
+    monkeypatch.setitem(sys.modules, "torch.distributed.distributed_c10d", world)  # type: ignore[arg-type]
+    monkeypatch.setattr(heartbeat, "_passed_over", [])
+    assert heartbeat._collectives() == (30, 7, 2)
+    heartbeat.pass_over(groups[1])
+    assert heartbeat._collectives() == (30, 2)
+
+
+def test_the_supervisor_judges_slow_phases_before_a_collective_gives_up() -> None:
+    for seconds in (60.0, 1800.0, 10_000.0):
+        assert timeout_seconds(ResilienceConfig(slow_phase_timeout_seconds=seconds)) >= max(seconds + 60, 1800)
