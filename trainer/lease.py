@@ -8,6 +8,7 @@ host, creates the next generation: of several contenders one wins. A holder that
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -111,8 +112,9 @@ class Lease:
         """Let the next contender in at once."""
         self._end.set()
         self._thread.join()
-        if not self.lost.is_set() and _generations(self._folder)[-1:] == [self._generation]:
-            write_json(_path(self._folder, self._generation), self._value | {"released": True})
+        with contextlib.suppress(OSError):  # a full disk: the lock runs out by itself
+            if not self.lost.is_set() and _generations(self._folder)[-1:] == [self._generation]:
+                write_json(_path(self._folder, self._generation), self._value | {"released": True})
 
 
 def acquire(

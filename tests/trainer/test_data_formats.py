@@ -147,6 +147,15 @@ def test_a_long_field_of_csv_is_read_by_whoever_finds_the_index_made(
     assert open_path(path).read([0]) == [({"text": "x" * 200_000}, None)]
 
 
+def test_a_time_beyond_all_dates_costs_its_row_alone(tmp_path: Path) -> None:
+    times = pyarrow.array([0, 2**62], pyarrow.timestamp("us"))
+    parquet.write_table(pyarrow.table({"text": ["a", "b"], "time": times}), tmp_path / "a.parquet")
+    (good, _), (bad, problem) = open_path(tmp_path / "a.parquet").read(range(2))
+    assert good["text"] == "a"
+    assert bad is None
+    assert "row 2: date value out of range" in str(problem)
+
+
 def test_text_that_is_not_utf_8_costs_its_row_alone(tmp_path: Path) -> None:
     _, offsets, data = pyarrow.array([b"a", b"\xff", b"c"], pyarrow.binary()).buffers()
     table = pyarrow.table({"text": pyarrow.StringArray.from_buffers(3, offsets, data)})

@@ -131,6 +131,21 @@ def test_a_holder_that_was_suspended_finds_that_it_has_lost(tmp_path: Path) -> N
     lease.release()
 
 
+def test_a_lock_that_cannot_be_given_back_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    lease = acquire(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_json", full)
+        lease.release()
+    holder = read_holder(tmp_path)
+    assert holder is not None
+    assert not holder.released
+    monkeypatch.setattr(module, "same_host", lambda _: False)  # as seen from elsewhere
+    acquire(tmp_path, lease_seconds=0.3).release()
+
+
 def test_a_process_may_be_called_anything() -> None:
     command = "open('/proc/self/comm', 'wb').write(b'kn) S \\xc3'); print(flush=True); input()"
     process = subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE)

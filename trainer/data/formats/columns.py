@@ -67,6 +67,8 @@ class BatchedFile:
             (record,) = rows.slice(number - int(self._bounds[batch]), 1).to_pylist()
         except UnicodeDecodeError as error:
             return None, f"{self.where(number)}: not UTF-8 ({error.reason})"
+        except (ValueError, OverflowError) as error:  # a time that Python has no date for, say
+            return None, f"{self.where(number)}: {error}"
         return record, None
 
 
