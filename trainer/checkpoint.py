@@ -151,10 +151,13 @@ class Saver:
         )
 
     def missing_space(self) -> str | None:
-        """What to tell the user if the disk has no room for one more checkpoint."""
+        """What to tell the user if the disk has no room for one more checkpoint, or does not answer."""
         needed = self.bytes_of_all_ranks() * 101 // 100 + (1 << 20)
-        self._checkpoints.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self._checkpoints).free
+        try:
+            self._checkpoints.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self._checkpoints).free
+        except OSError as error:
+            return f"{self._checkpoints} cannot be used: {error.strerror}"
         if needed <= free:
             return None
         return (

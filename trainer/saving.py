@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
 from trainer import heartbeat
 from trainer.checkpoint import Saver
-from trainer.checkpoint_interval import auto_interval_seconds, estimate_mtbf_seconds
+from trainer.checkpoint_interval import PRIOR_MTBF_SECONDS, auto_interval_seconds, estimate_mtbf_seconds
 from trainer.config.schema import CheckpointConfig
 from trainer.rundir import EventWriter, RunDirectory
 
@@ -73,9 +74,14 @@ class SavePolicy:
             return None
         if self._mtbf is None:  # once a save: the ledger is a file on shared storage
             hours = self._config.mean_time_between_failures_hours
-            ledger = self._run.merged_events() if hours == "auto" else []
-            self._mtbf = estimate_mtbf_seconds(ledger, time.time()) if hours == "auto" else 3600.0 * hours
+            self._mtbf = self._seen_mtbf() if hours == "auto" else 3600.0 * hours
         return auto_interval_seconds(self._stall, self._saver.seconds, self._mtbf)
+
+    def _seen_mtbf(self) -> float:
+        """From the ledger; while the storage is away, as if nothing had failed yet."""
+        with contextlib.suppress(OSError):
+            return estimate_mtbf_seconds(self._run.merged_events(), time.time())
+        return PRIOR_MTBF_SECONDS
 
     def _wanted(self, step: int) -> bool:
         steps = self._config.interval_steps
@@ -86,8 +92,8 @@ class SavePolicy:
             return True
         if time.monotonic() >= self._next_poll:
             self._next_poll = time.monotonic() + _POLL_SECONDS
-            if self._request.exists():
-                self._request.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there is none, or the storage is away for a moment
+                self._request.unlink()
                 return True
         return False
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plain_state import make_state, save_rank
 
+from trainer.checkpoint import Saver
 from trainer.checkpoint_files import (
     Checkpoint,
     Retention,
@@ -31,10 +32,34 @@ from trainer.checkpoint_interval import (
     estimate_mtbf_seconds,
     young_daly_seconds,
 )
+from trainer.config.schema import CheckpointConfig
 from trainer.failures import UserError
-from trainer.rundir import RunDirectory
+from trainer.rundir import RunDirectory, write_json
+from trainer.saving import SavePolicy
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_storage_that_is_away_puts_a_save_off_and_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    state = make_state(0, 0, 1)
+    run = RunDirectory(tmp_path)
+    run.new_attempt()
+    saver = Saver(run, state, Retention(2), print)  # type: ignore[arg-type]  # as an Engine
+    policy = SavePolicy(CheckpointConfig(interval_steps="auto"), saver, run, 1, 1)
+    with monkeypatch.context() as patch:
+        for name in ("exists", "unlink", "glob", "mkdir"):
+            patch.setattr(Path, name, away)
+        assert not policy.due(1)
+        problem = saver.missing_space()
+    assert problem is not None
+    assert "cannot be used: Stale file handle" in problem
+    write_json(run.save_request_path(1), {})
+    policy._next_poll = 0.0
+    assert policy.due(2)
+    assert not run.save_request_path(1).exists()
 
 
 def checkpoint(step: int, loss: float | None = None, status: str = "published") -> Checkpoint:
