@@ -290,6 +290,7 @@ def test_gpus_come_from_nvidia_smi(tmp_path):
         assert names() == [("NVIDIA A", 1024), ("NVIDIA B", 2048)]
         assert names(CUDA_VISIBLE_DEVICES="1,0") == [("NVIDIA B", 2048), ("NVIDIA A", 1024)]
         assert names(CUDA_VISIBLE_DEVICES="GPU-bbbb") == [("NVIDIA B", 2048)]
+        assert names(CUDA_VISIBLE_DEVICES="1, 0") == [("NVIDIA B", 2048), ("NVIDIA A", 1024)]
         assert names(CUDA_VISIBLE_DEVICES="0,7,1") == [("NVIDIA A", 1024)]
         assert names(CUDA_VISIBLE_DEVICES="") == names(DS_ACCELERATOR="cpu") == []
         program.write_text("#!/bin/sh\nexit 9\n")
