@@ -127,6 +127,7 @@ class Trainer:
         self.batch_of: dict[int, int] = {}
         self.rollbacks, self.left_out = 0, frozenset[int]()
         spike = self.config.training.loss_spike
+        self.most_suspects = 1 + (spike.batches_before if spike else 0)
         self.losses: collections.deque[float] = collections.deque(maxlen=spike.window if spike else 0)
         self._next_stop_poll = 0.0
 
@@ -231,6 +232,7 @@ class Trainer:
                     self.data_state, self.progress = batch.state, batch.progress
                     continue
                 self.batch_of[self.step + 1] = index
+                self.batch_of.pop(self.step + 1 - self.most_suspects, None)
                 yield batch
                 if self.rollbacks != rollbacks or (limit is not None and self.step >= limit):
                     break
