@@ -27,6 +27,7 @@ from PIL import Image, ImageOps
 
 from trainer.check import check
 from trainer.config.schema import LaunchConfig
+from trainer.data import retry
 from trainer.data.encoding import BAD, SourceEncoder
 from trainer.data.images import decode, reference
 from trainer.data.sources import open_source
@@ -113,6 +114,23 @@ def test_damaged_images_are_errors_or_counted(folder: Path, tmp_path: Path) -> N
         with pytest.raises(DataError, match=problem) as raised:
             SourceEncoder(source, task, 5, "split", "error").encode(np.array([number]), [0])
         assert f"a.jsonl, line {number + 1}" in str(raised.value) or f"a.jsonl:{number + 1}" in str(raised.value)
+
+
+def test_a_picture_that_cannot_be_read_for_a_moment_is_not_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, whole = tmp_path / "a.png", encoded(draw_shape("blue", random.Random(4)))
+    answers: list[bytes | OSError] = [OSError(5, "Input/output error"), whole, OSError(116, "Stale file handle"), whole]
+
+    def read(_path: Path) -> bytes:
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
+    image = reference(str(path))
+    assert isinstance(image, np.ndarray)
+    assert decode(image).tobytes() == Image.open(BytesIO(whole)).convert("RGB").tobytes()
 
 
 def test_a_picture_is_turned_as_its_exif_says_whatever_else_is_in_there() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.retry import retried
+
 _PATH, _BYTES = b"p", b"b"  # first byte of a reference
 _ORIENTATION = 0x0112  # tag of EXIF
 
@@ -43,10 +45,10 @@ def _problem(image: np.ndarray) -> str | None:
     """What is wrong with an image, found by decoding all of it (JPEG at an eighth of its size, which costs little)."""
     from PIL import Image, UnidentifiedImageError
 
-    source = _source(image)
-    name = f"image {source}" if isinstance(source, Path) else "image"
+    path = _path(image)
+    name = "image" if path is None else f"image {path}"
     try:
-        with Image.open(source) as opened:
+        with Image.open(_body(image)) as opened:
             opened.draft("RGB", (opened.width // 8, opened.height // 8))
             opened.load()
     except FileNotFoundError:
@@ -62,7 +64,7 @@ def decode(image: np.ndarray) -> Any:
     """The PIL image of a reference: RGB, turned as its EXIF data says (as transformers' pipelines load images)."""
     from PIL import Image
 
-    with Image.open(_source(image)) as opened:
+    with Image.open(_body(image)) as opened:
         return _turned(opened).convert("RGB")
 
 
@@ -89,6 +91,12 @@ def _turned(image: Any) -> Any:
     return image.transpose(turns[orientation]) if orientation in turns else image
 
 
-def _source(image: np.ndarray) -> Path | io.BytesIO:
-    data = image[1:].tobytes()
-    return Path(data.decode()) if image[:1].tobytes() == _PATH else io.BytesIO(data)
+def _path(image: np.ndarray) -> Path | None:
+    """Where an image lies; None: the reference holds it."""
+    return Path(image[1:].tobytes().decode()) if image[:1].tobytes() == _PATH else None
+
+
+def _body(image: np.ndarray) -> io.BytesIO:
+    """The encoded image; reads that fail for a moment are tried again."""
+    path = _path(image)
+    return io.BytesIO(image[1:].tobytes() if path is None else retried(path.read_bytes, str(path)))
