@@ -14,12 +14,14 @@ from typing import Any
 from launcher.backends.local import LocalBackend
 from launcher.facts import find_gpus
 from launcher.registry import find_run
+from launcher.watch import duration
 from trainer.checkpoint_files import published
 from trainer.failures import DataError, DsftError, UserError
 from trainer.processes import child_environment
 from trainer.rundir import EXPORT_ABOUT, RunDirectory, read_json, write_json
 
 _POLL_SECONDS = 0.05
+_SHOW_SECONDS = 1.0
 _LOG_LINES = 20
 
 
@@ -187,21 +189,52 @@ def sources(config: dict[str, Any], paths: Sequence[str], **given: Any) -> list[
 def run_ranks(module: str, request: dict[str, Any], trained: Trained, processes: int, work: Path) -> RunDirectory:
     """Run a rank program to its end; it finds the request in `work/request.json`, and its log and failures go there.
 
+    On a terminal it says how many lines the ranks have written to `work/part-*.jsonl` so far.
+
     Raises:
         DsftError: what the first failing rank says.
     """
     run = RunDirectory(work)
     write_json(work / "request.json", request)
-    attempt = LocalBackend(run, processes, trained.environment, module).start(1)
+    attempt, progress = LocalBackend(run, processes, trained.environment, module).start(1), _Progress(work)
     try:
         attempt.release()
         while (codes := attempt.poll()) is None:
             time.sleep(_POLL_SECONDS)
+            progress.tick()
     finally:
         attempt.kill()
+        progress.close()
     if any(codes.values()):
         raise _failure(run)
     return run
+
+
+class _Progress:
+    """On a terminal, how long the ranks have worked and how many lines of answers they have written."""
+
+    def __init__(self, work: Path) -> None:
+        self._work, self._start, self._next = work, time.monotonic(), _SHOW_SECONDS
+        self._read: dict[Path, int] = {}
+        self._lines = 0
+
+    def tick(self) -> None:
+        seconds = time.monotonic() - self._start
+        if seconds < self._next or not sys.stderr.isatty():
+            return
+        self._next = seconds + _SHOW_SECONDS
+        for part in self._work.glob("part-*.jsonl"):
+            with part.open("rb") as file:
+                file.seek(self._read.get(part, 0))
+                block = file.read()
+            self._read[part] = self._read.get(part, 0) + len(block)
+            self._lines += block.count(b"\n")
+        records = f", {self._lines:,} records" if self._lines else ""
+        print(end=f"\r{duration(seconds)}{records}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if sys.stderr.isatty():
+            print(end="\r\033[K", file=sys.stderr, flush=True)
 
 
 def _failure(run: RunDirectory) -> DsftError:

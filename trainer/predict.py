@@ -108,6 +108,7 @@ def _block(
             items = sorted(found[number], key=lambda item: item[0])
             line["prediction"] = task.answer([item for _, item in items])
         part.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+    part.flush()  # the launcher counts the lines
 
 
 def _batches(samples: list[Sample], size: int) -> Iterator[list[PackedSequence]]:
