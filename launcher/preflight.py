@@ -38,10 +38,16 @@ def preflight_problems(config: LaunchConfig, plan: Plan, facts: Facts) -> list[s
         *_disk(config, plan),
         *_fp8(config, plan),
         *_weights(config),
+        *_positions(config, plan),
         *input_problems(config),
         *_image(config),
         *notify.problems(config.resilience.notify),
     ]
+
+
+# Families with an embedding for each position, and how many of them their padding takes
+_LEARNED_POSITIONS = {"albert": 0, "bert": 0, "distilbert": 0, "electra": 0, "gpt2": 0, "opt": 0}
+_LEARNED_POSITIONS |= {"camembert": 2, "roberta": 2, "xlm-roberta": 2}
 
 
 def input_problems(config: LaunchConfig) -> list[str]:
@@ -114,6 +120,15 @@ def _weights(config: LaunchConfig) -> Iterator[str]:
         and not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
     ):
         yield f"model.path: {folder} has no weights (*.safetensors, *.bin) beside its config.json; copy them there"
+
+
+def _positions(config: LaunchConfig, plan: Plan) -> Iterator[str]:
+    """A sample as long as it may be would fail in the middle of a run; other families only do worse: a plan warns."""
+    family, positions = plan.model.model_type, plan.model.max_positions
+    if family in _LEARNED_POSITIONS and positions is not None:
+        limit = positions - _LEARNED_POSITIONS[family]
+        if config.data.sequence_length > limit:
+            yield f"data.sequence_length: {family} has positions for {limit} tokens; lower it to that"
 
 
 def _tokenizer(config: LaunchConfig) -> Iterator[str]:
