@@ -159,7 +159,8 @@ def _source(path: str) -> Iterator[str]:
     files = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
     if not files:
         pattern = any(mark in path for mark in "*?[")
-        yield f"no file matches {path}" if pattern else f"there is no file or folder {path}"
+        more = "" if Path(path).suffix else "; a dataset of the Hugging Face hub is written hf://org/name"
+        yield f"no file matches {path}" if pattern else f"there is no file or folder {path}{more}"
     for file in files:
         if not os.access(file, os.R_OK):
             yield f"{file} cannot be read (permissions)"

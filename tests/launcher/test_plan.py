@@ -321,6 +321,7 @@ def test_preflight_finds_every_missing_or_empty_file(tmp_path):
         "data.evaluation.0.path",
     ]
     assert "no file matches" in problems[2]
+    assert problems_of(tmp_path, "data.train.0.path=org/name")[0].endswith("hub is written hf://org/name")
     assert "is empty" in problems_of(tmp_path, "data.train.0.path=empty.jsonl")[0]
     assert problems_of(tmp_path, "data.train.0.path=data/*.json", "data.evaluation.0.path=data") == []
 

@@ -130,6 +130,9 @@ def test_conll_columns(tmp_path: Path, config: LaunchConfig) -> None:
     encoder = SourceEncoder(open_source(DataSource(path=str(path))), task_of(config), 24, "split", "error")
     (made,) = encoder.encode(np.array([0]), [0])[0].values()
     assert made[0].reference[0] == [TAGS_BY_NAME["B-name"], TAGS_BY_NAME["O"]]
+    text = open_source(DataSource(path=str(path.rename(tmp_path / "some.txt"))))
+    with pytest.raises(DataError, match="a text file has paragraphs alone: set `format`"):
+        SourceEncoder(text, task_of(config), 24, "split", "error")
 
 
 TAGS_BY_NAME = {name: index for index, name in enumerate(sorted(TAGS))}

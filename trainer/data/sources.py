@@ -172,8 +172,10 @@ def find_files(path: str) -> list[tuple[Path, str]]:
 
 
 def lacks_names(config: DataSource, name: str) -> str:
-    """What else to do about a column that is missing, of csv and tsv files."""
+    """What else to do about a column that is missing, of csv, tsv and text files."""
     format_name = _format_of(Path(name)) if config.format == "auto" else config.format
+    if format_name == "text":
+        return "; a text file has paragraphs alone: set `format` if it is of another kind (conll: a word a line)"
     if format_name not in ("csv", "tsv") or config.column_names:
         return ""
     return "; where the file has no header, name all its columns in `column_names`"
