@@ -44,10 +44,13 @@ class Holder:
     since: float
     counter: int
     released: bool
+    user: int = -1
 
     def is_gone(self) -> bool:
-        """True if it is certain, without waiting, that the holder holds no more."""
-        return self.released or (same_host(self.host) and start_time(self.pid) != self.process_start)
+        """True if it is certain, without waiting, that the holder holds no more: other users' processes may be hidden
+        (proc(5), hidepid)."""
+        seen = same_host(self.host) and self.user == os.getuid()
+        return self.released or (seen and start_time(self.pid) != self.process_start)
 
     def is_here(self) -> bool:
         """True if the holder is a living process of this host."""
@@ -137,6 +140,7 @@ def acquire(
             "node": node_name(),
             "host": host_identity(),
             "pid": os.getpid(),
+            "user": os.getuid(),
             "process_start": start_time(os.getpid()) or 0,
             "since": time.time(),
             "counter": 0,

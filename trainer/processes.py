@@ -88,7 +88,7 @@ def _stat(pid: int) -> list[bytes] | None:
     """The third field and those after it of /proc/PID/stat (proc(5)); the command name before may be any bytes."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # the last: another user's, hidden
         return None
     return stat[stat.rindex(b")") + 2 :].split()
 

@@ -307,11 +307,14 @@ class RunDirectory:
                 while True:
                     file.seek(max(0, end - size))
                     lines = file.read(min(end, size)).splitlines(keepends=True)
-                    # the first may be cut, the last torn
-                    whole = [line for line in lines[int(size < end) :] if line.endswith(b"\n")]
-                    found = [value for line in whole for value in _objects(line) if "loss" in value and "step" in value]
-                    if len(found) >= count or size >= end:
-                        return found[-count:]
+                    found: list[Json] = []
+                    for line in reversed(lines[int(size < end) :]):  # the first may be cut, the last torn
+                        if line.endswith(b"\n"):
+                            found += [value for value in _objects(line) if "loss" in value and "step" in value]
+                        if len(found) == count:
+                            break
+                    if len(found) == count or size >= end:
+                        return found[::-1]
                     size *= 4
         except (FileNotFoundError, NotADirectoryError):
             return []

@@ -73,6 +73,17 @@ def test_a_dead_holder_of_this_host_is_replaced_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 1
 
 
+def test_a_process_of_another_user_that_cannot_be_seen_is_waited_out(tmp_path: Path) -> None:
+    first = acquire(tmp_path, renew_seconds=0.05)
+    other = os.getuid() + 1
+    first._value |= {"user": other, "pid": 2**22 + 1}  # as where /proc shows nobody else's processes
+    while read_json(tmp_path / "holder-00000001")["user"] != other:
+        time.sleep(0.01)
+    with pytest.raises(LockedError):
+        acquire(tmp_path, lease_seconds=5.0)
+    first.release()
+
+
 def test_a_released_lock_is_free(tmp_path: Path) -> None:
     for generation in (1, 2, 3):
         with acquire(tmp_path / "lock") as lease:
