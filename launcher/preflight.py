@@ -102,8 +102,15 @@ def _disk(config: LaunchConfig, plan: Plan) -> Iterator[str]:
 
 
 def _fp8(config: LaunchConfig, plan: Plan) -> Iterator[str]:
-    """Ranks look again, at the GPU itself."""
-    if config.model.fp8 == "none" or plan.device != "cuda":
+    """Ranks look again, at the GPU and the model themselves."""
+    if config.model.fp8 == "none":
+        return
+    if plan.model.for_fp8 == 0:
+        yield (
+            "model.fp8: no matrix of the model's layers is trained, has sides divisible by 16, and is a "
+            "torch.nn.Linear (GPT-2's are not); set it to none"
+        )
+    if plan.device != "cuda":
         return
     if plan.device_name and lacks_fp8(plan.device_name):
         yield f"model.fp8: {plan.device_name} has no products in 8 bits (Ada, Hopper and later have); set it to none"

@@ -205,6 +205,7 @@ def _from_record(record: dict[str, Any]) -> _Candidate:
         message=str(record.get("message", "")),
         time=float(record["time"]),
         traceback=record.get("traceback"),
+        unfit=bool(record.get("unfit")),
     )
 
 

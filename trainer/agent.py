@@ -22,7 +22,7 @@ from typing import Any
 
 from trainer.binding import divide_node
 from trainer.failures import EXIT_DONE, EXIT_FAILED, EXIT_TERMINATED, classify, exit_code_of, node_name
-from trainer.health import UnfitNodeError, check_node
+from trainer.health import check_node
 from trainer.heartbeat import STACK_SIGNAL
 from trainer.kernel_log import read_kernel_log, since_boot, telling
 from trainer.processes import RUN_VARIABLE, die_with_parent, oom_kills
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stopped = type(error).__name__ == "SignalException"  # how torch says that this process was told to stop
         report.message = f"stopped by {signal.Signals(error.sigval).name}" if stopped else str(error)  # type: ignore[attr-defined]
         report.failure_class = None if stopped else classify(error)
-        report.unfit = isinstance(error, UnfitNodeError)
+        report.unfit = getattr(error, "unfit", False)
         code = EXIT_TERMINATED if stopped else exit_code_of(error)
         if not stopped:
             import traceback

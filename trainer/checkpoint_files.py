@@ -109,7 +109,12 @@ def damage(folder: Path, share: Callable[[int], bool] = lambda _: True) -> str |
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        for index, (name, entry) in enumerate(sorted(manifest["files"].items())):
+        files, ranks = manifest["files"], int(manifest["world_size"])
+        if folder.name != folder_name(int(manifest["step"])):
+            return f"{folder} holds the checkpoint of step {manifest['step']}"
+        if unlisted := {"state.json", *(rank_file(rank, ranks) for rank in range(ranks))} - files.keys():
+            return f"{folder / 'manifest.json'} does not list {min(unlisted)}"
+        for index, (name, entry) in enumerate(sorted(files.items())):
             if not share(index):
                 continue
             path = folder / name
@@ -181,7 +186,14 @@ def remove(folder: Path) -> None:
     """Remove a checkpoint so that a kill in between leaves nothing that could be taken for one."""
     doomed = folder.with_name(folder.name + ".deleting")
     folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    _delete(doomed)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder as far as that goes; of a link to one, which somebody has moved elsewhere, the link alone."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_unpublished(checkpoints: Path) -> list[str]:
@@ -192,7 +204,7 @@ def remove_unpublished(checkpoints: Path) -> list[str]:
             suffix = folder.name.removeprefix(_PREFIX)
             unpublished = suffix.isdigit() and not (folder / "manifest.json").is_file()
             if folder.name.startswith(_PREFIX) and (unpublished or suffix.endswith(".deleting")):
-                shutil.rmtree(folder, ignore_errors=True)
+                _delete(folder)
                 removed.append(folder.name)
     return removed
 

@@ -110,6 +110,7 @@ def write_failure(attempt_dir: Path, rank: int, error: BaseException, step: int 
         "node": node_name(),
         "step": step,
         "message": str(error) if str(error) and known else f"{type(error).__name__}: {error}".removesuffix(": "),
+        "unfit": getattr(error, "unfit", False),
         "traceback": "".join(traceback.format_exception(error)),
         "time": time.time(),
     }

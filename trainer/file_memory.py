@@ -8,6 +8,7 @@ SIGBUS in the middle of a step.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -20,7 +21,8 @@ import numpy as np
 import torch
 
 from trainer import local_disk
-from trainer.failures import UserError, node_name
+from trainer.failures import StorageError, UserError, node_name
+from trainer.health import UnfitNodeError
 
 _SMALL = 8 << 20  # bytes of tensors that share a file: a process may map some 65,000
 _ALIGNMENT = 64  # bytes, as torch's own allocator
@@ -41,30 +43,41 @@ class FileMemory:
         self._chunk, self._used = np.empty(0, dtype=np.uint8), 0
 
     @classmethod
-    def planned(cls, plan: Mapping[str, Any], ranks: int, agree: Callable[[bool], bool]) -> FileMemory | None:
+    def planned(
+        cls, plan: Mapping[str, Any], ranks: int, gather: Callable[[np.ndarray], list[np.ndarray]]
+    ) -> FileMemory | None:
         """As plan.json has it, in a folder that has been looked at on every node.
 
         Args:
             ranks: of this node.
-            agree: whether something is true on any rank; a collective.
+            gather: all-gather of int64 arrays, so that no rank takes of the space before all have looked.
 
         Raises:
-            UserError: a folder does not serve, on this node or another.
+            UserError: the folder does not serve, on any node.
+            UnfitNodeError: on this one, but on others.
+            ConnectionError: on another one.
         """
         if not plan.get("nvme"):
             return None
         folder, holds = Path(plan["nvme"]["path"]), plan["nvme"]["holds"]
         problem = local_disk.problem(folder, ranks, plan["memory"]["nvme"] if plan["memory"] else 0)
-        if agree(problem is not None):  # before any rank has taken of the space
-            raise UserError(
-                f"deepspeed.nvme_path: {node_name()}: {problem or f'{folder} does not serve on another node'}"
-            )
+        found = [bool(flag) for (flag,) in gather(np.array([problem is not None]))]
+        if problem:
+            kind = UserError if all(found) else UnfitNodeError
+            raise kind(f"deepspeed.nvme_path: {node_name()}: {problem}")
+        if any(found):  # whose ranks say why
+            raise ConnectionError(f"deepspeed.nvme_path: {folder} does not serve on another node")
         if doubt := local_disk.doubt(folder):
             print(f"deepspeed.nvme_path: {node_name()}: {doubt}", flush=True)
         return cls(folder, "optimizer" in holds, "parameters" in holds)
 
     def zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """Zeros, [numel], in a file that they keep. Raises UserError where the disk is full."""
+        """Zeros, [numel], in a file that they keep.
+
+        Raises:
+            StorageError: the disk is full, by now: another start looks at it first.
+            UserError: no such file can be had otherwise.
+        """
         size = numel * dtype.itemsize
         if not size:
             return torch.empty(0, dtype=dtype)
@@ -90,7 +103,8 @@ class FileMemory:
                 mapped = torch.from_file(path, shared=True, size=size, dtype=torch.uint8).numpy()
         except (OSError, RuntimeError) as error:  # torch's is the latter
             free = shutil.disk_usage(self.folder).free
-            raise UserError(
+            kind = StorageError if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else UserError
+            raise kind(
                 f"deepspeed.nvme_path: {node_name()}: a rank needs {size / 1e9:.3g} GB in {self.folder} beside the "
                 f"{self.bytes / 1e9:.3g} GB it has there, and {free / 1e9:.3g} GB are free: "
                 f"{getattr(error, 'strerror', error)}"

@@ -23,6 +23,7 @@ class UnfitNodeError(DsftError):
 
     failure_class: FailureClass = "node"
     exit_code = EXIT_TEMPORARY
+    unfit = True
 
 
 def check_node(config: Mapping[str, Any], device: str, ranks: int) -> None:

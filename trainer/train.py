@@ -81,8 +81,8 @@ class Trainer:
         planned = {"gradient_checkpointing": self.plan["recompute"]}
         auto = self.config.model.gradient_checkpointing == "auto"
         chosen, why = choose_attention(self.config, load_model_config(self.config.model), self.device)
-        agree = functools.partial(collectives.any_rank, self.control)
-        memory = FileMemory.planned(self.plan, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), agree)
+        gather = collectives.make_gather(self.control)
+        memory = FileMemory.planned(self.plan, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), gather)
         with in_files(memory):
             model = build_model(
                 self.config.model.model_copy(update=planned if auto else {}),

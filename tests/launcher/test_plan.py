@@ -353,6 +353,16 @@ def test_preflight_looks_at_the_folder_for_what_is_in_files(tmp_path):
     assert missing == [f"deepspeed.nvme_path: {tmp_path}/none is no folder; name one on the node's own disk"]
 
 
+def test_preflight_finds_models_without_products_in_8_bits(tmp_path):
+    eight_bits = ("model.fp8=rowwise", "model.compile=true")
+    assert problems_of(tmp_path, *eight_bits, 'model.freeze=["layers:1-"]') == []
+    for change in ('model.freeze=["layers:0-"]', "model.config.hidden_size=72", 'model.config={"model_type": "gpt2"}'):
+        (problem,) = problems_of(tmp_path, *eight_bits, "model.freeze=[]", change)
+        assert problem.startswith("model.fp8: no matrix of the model's layers is trained")
+    unknown = 'model.config={"model_type": "bert"}'  # the ranks will see
+    assert problems_of(tmp_path, *eight_bits, "model.freeze=[]", unknown) == []
+
+
 @pytest.mark.parametrize(
     ("name", "has_them"),
     [

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -24,6 +26,8 @@ from trainer.checkpoint_files import (
     folder_name,
     list_checkpoints,
     published,
+    rank_file,
+    remove,
     superfluous,
 )
 from trainer.checkpoint_interval import (
@@ -67,19 +71,50 @@ def checkpoint(step: int, loss: float | None = None, status: str = "published") 
 
 
 def test_a_share_of_the_files_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [f"f{number}" for number in range(4)]
-    for name in names:
-        (tmp_path / name).write_text(name)
-    files = {name: {"bytes": 2, "xxh3_128": checksum(tmp_path / name)} for name in names}
-    (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
+    folder, _ = whole_checkpoint(tmp_path)
     looked = []
     monkeypatch.setattr("trainer.checkpoint_files.checksum", lambda path: looked.append(path.name) or checksum(path))
-    assert [damage(tmp_path, lambda index, rank=rank: index % 2 == rank) for rank in (0, 1)] == [None, None]
-    assert looked == ["f0", "f2", "f1", "f3"]
-    (tmp_path / "f1").unlink()
-    assert damage(tmp_path, lambda index: index % 2 == 0) is None
-    assert "f1 is missing" in str(damage(tmp_path, lambda index: index % 2 == 1))
-    assert "f1 is missing" in str(damage(tmp_path))
+    assert [damage(folder, lambda index, rank=rank: index % 2 == rank) for rank in (0, 1)] == [None, None]
+    names = [*(rank_file(rank, 3) for rank in range(3)), "state.json"]
+    assert looked == [names[0], names[2], names[1], names[3]]
+    (folder / names[1]).unlink()
+    assert damage(folder, lambda index: index % 2 == 0) is None
+    assert f"{names[1]} is missing" in str(damage(folder, lambda index: index % 2 == 1))
+    assert f"{names[1]} is missing" in str(damage(folder))
+
+
+def test_a_checkpoint_is_what_its_name_says_and_its_manifest_lists_all_of_it(tmp_path: Path) -> None:
+    folder, manifest = whole_checkpoint(tmp_path)
+    assert damage(folder) is None
+    copied = shutil.copytree(folder, tmp_path / folder_name(9))
+    assert "holds the checkpoint of step 5" in str(damage(copied))
+    for name in manifest["files"]:
+        files = {other: entry for other, entry in manifest["files"].items() if other != name}
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
+        assert f"does not list {name}" in str(damage(folder))
+
+
+def test_a_link_to_a_checkpoint_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    folder, _ = whole_checkpoint(tmp_path / "archive")
+    link = tmp_path / folder.name
+    link.symlink_to(folder)
+    assert damage(link) is None
+    remove(link)
+    assert [path.name for path in tmp_path.iterdir()] == ["archive"]
+    assert damage(folder) is None
+
+
+def whole_checkpoint(parent: Path) -> tuple[Path, dict[str, Any]]:
+    """(folder, manifest) of a checkpoint of three ranks."""
+    folder = parent / folder_name(5)
+    folder.mkdir(parents=True)
+    names = [*(rank_file(rank, 3) for rank in range(3)), "state.json"]
+    for name in names:
+        (folder / name).write_text(name)
+    files = {name: {"bytes": len(name), "xxh3_128": checksum(folder / name)} for name in names}
+    manifest = {"format": 1, "step": 5, "world_size": 3, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder, manifest
 
 
 def kept(checkpoints: list[Checkpoint], retention: Retention) -> list[int]:

@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from launcher.verdict import Snapshot, classify
 from trainer import local_disk
-from trainer.failures import UserError
+from trainer.failures import UserError, node_name, write_failure
 from trainer.file_memory import FileMemory
+from trainer.health import UnfitNodeError
 
 
 def test_tensors_are_zeros_in_files_without_a_name(tmp_path: Path) -> None:
@@ -72,14 +75,14 @@ def test_they_are_no_memory_of_the_process_and_gone_with_it(tmp_path: Path) -> N
 IN_A_SMALL_FILE_SYSTEM = """
 import sys, torch
 from trainer import local_disk
-from trainer.failures import UserError
+from trainer.failures import StorageError
 from trainer.file_memory import FileMemory
 
 memory = FileMemory(sys.argv[1])
 kept = memory.zeros(20 << 20, torch.float32)
 try:
     memory.zeros(20 << 20, torch.float32)
-except UserError as error:
+except StorageError as error:  # it filled up since it was looked at
     print(error)
 kept.fill_(1)
 del kept
@@ -133,14 +136,26 @@ def test_a_folder_that_does_not_serve(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "keep it from filling up" in str(local_disk.doubt(tmp_path))
 
 
-def test_ranks_agree_before_they_take_space(tmp_path: Path) -> None:
+def test_a_disk_of_one_node_is_its_fault_and_that_of_all_the_users(tmp_path: Path) -> None:
     plan = {"nvme": {"path": str(tmp_path), "holds": ["optimizer"]}, "memory": {"nvme": 10**18}}
+    serves, does_not = np.array([0]), np.array([1])
+
+    def planned(*others: np.ndarray) -> FileMemory | None:
+        return FileMemory.planned(plan, 2, lambda own: [own, *others])
+
     with pytest.raises(UserError, match="2e\\+09 GB are needed"):
-        FileMemory.planned(plan, 2, lambda mine: mine)
+        planned(does_not)
+    with pytest.raises(UnfitNodeError, match="2e\\+09 GB are needed") as caught:
+        planned(serves)
+    record = write_failure(tmp_path, 1, caught.value, None)
     plan["memory"] = {"nvme": 1}
-    with pytest.raises(UserError, match="another node"):
-        FileMemory.planned(plan, 2, lambda mine: True)
-    memory = FileMemory.planned(plan, 2, lambda mine: mine)
+    with pytest.raises(ConnectionError, match="another node") as echo:
+        planned(does_not)
+    records = [record, write_failure(tmp_path, 0, echo.value, None) | {"node": "another", "time": 0.0}]
+    verdict = classify(Snapshot({}, records=records))
+    assert (verdict.failure_class, verdict.node, verdict.rank, verdict.unfit) == ("node", node_name(), 1, True)
+    memory = planned(serves)
     assert memory is not None
     assert (memory.optimizer, memory.parameters) == (True, False)
-    assert FileMemory.planned({"nvme": None}, 2, lambda mine: mine) is None
+    plan["nvme"] = None
+    assert planned(serves) is None

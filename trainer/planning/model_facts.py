@@ -9,7 +9,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ from trainer.config.schema import ModelConfig
 from trainer.config.trained import AdapterConfig
 from trainer.failures import UserError
 from trainer.planning.layouts import FAMILIES, Json, Shape, parameter_shapes, sizes_of
-from trainer.selection import adapter_shapes, select, trained_names
+from trainer.selection import adapter_shapes, layers_of, select, trained_names
 
 HEAD = "task_head"  # what `trainer.modeling_head` calls the layers of `task.head`
 TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt"})  # their layers keep weights as [in, out]
@@ -40,6 +40,7 @@ class ModelFacts:
         small_parameters: elements in tensors of at most 100,000, which ZeRO-3 keeps whole on every rank.
         held_elements: all of them.
         largest_packed: parameters of the largest matrix in 4 bits.
+        for_fp8: trained matrices that can be multiplied in 8 bits (`trainer.float8`), where that is known.
         pinned: frozen weights are in the model's own files, and checkpoints leave them out.
         gated: whether the MLP multiplies two projections (SwiGLU, GeGLU).
         source: where the counts come from.
@@ -55,6 +56,7 @@ class ModelFacts:
     small_parameters: int = 0
     held_elements: int | None = None
     largest_packed: int = 0
+    for_fp8: int | None = None
     pinned: bool = False
     vocabulary: int | None = None
     hidden_size: int | None = None
@@ -202,8 +204,14 @@ def _counted(
         small_parameters=sum(count for count in held.values() if count <= 100_000),
         held_elements=sum(held.values()),
         largest_packed=max((counts[name] for name in packed), default=0),
+        for_fp8=_for_fp8(facts, shapes, trained) if facts.source == "config" else None,
         note=None,
     )
+
+
+def _for_fp8(facts: ModelFacts, shapes: Mapping[str, Shape], trained: Collection[str]) -> int:
+    matrices = set(trained) & layers_of(shapes).keys() if facts.model_type not in TRANSPOSED else set()
+    return sum(len(shapes[name]) == 2 and not any(side % 16 for side in shapes[name]) for name in matrices)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
