@@ -59,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
     from launcher.permissions import apply_umask
     from launcher.plan import make_plan
     from launcher.preflight import preflight
-    from trainer.config.loading import load_config
+    from trainer.config.loading import load_config, redacted
+    from trainer.failures import EXIT_DONE
     from trainer.rundir import RunDirectory
 
     if (parent := getattr(options, "parent_pid", None)) is not None:
@@ -72,13 +73,15 @@ def run(options: argparse.Namespace) -> int:
         return plan_command.run(options)
     config = load_config(options.config, options.set)
     apply_umask(config.cluster)
+    target = RunDirectory(Path(config.output_dir) / config.name)
+    if _is_finished(target, redacted(config), options.json):  # whatever has become of its data, its model or a disk
+        return EXIT_DONE
     facts = gather_facts(config)
     plan = make_plan(config, facts)
     preflight(config, plan, facts)
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     gpus = [gpu.name for gpu in facts.gpus]
-    target = RunDirectory(Path(plan.run_dir))
     if options.detach and config.cluster.backend != "slurm":
         from launcher.detach import detach
 
@@ -110,8 +113,6 @@ def launch(
             return _submit(config, config.cluster, plan, target, as_json, watch)
     environment = _rank_environment(config, plan)
     resolved = redacted(config)
-    if _is_finished(target, resolved, as_json):
-        return EXIT_DONE
     try:
         make_run_directory(target.path, config.cluster)
         lease = acquire(target.lock_dir, _tell_waiting)
@@ -162,8 +163,6 @@ def _submit(
     from trainer.failures import EXIT_DONE
 
     resolved = redacted(config)
-    if _is_finished(target, resolved, as_json):
-        return EXIT_DONE
     if watch and (job_there := waiting_job(target)) is not None:
         return _follow(config, target, base_id(job_there), as_json)
     try:

@@ -105,6 +105,14 @@ def test_user_errors_exit_with_2_and_no_traceback(tmp_path, dsft, overrides, tex
     assert "Traceback" not in result.stderr
 
 
+def test_a_disk_that_takes_nothing_is_told_without_a_traceback(tmp_path, dsft):
+    write(tmp_path / "run/config.json", json.dumps(load_config(runnable(tmp_path)).model_dump(mode="json")))
+    write(tmp_path / "run/lock", "")  # no folder, which stops root as well
+    result = dsft("checkpoint", "gc", tmp_path / "run")
+    assert (result.returncode, result.stderr.count("\n")) == (75, 1)
+    assert str(tmp_path / "run/lock") in result.stderr
+
+
 def test_usage_errors(dsft):
     assert dsft().returncode == 2
     assert "invalid choice: 'lunch'" in dsft("lunch").stderr

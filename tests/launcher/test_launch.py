@@ -96,7 +96,12 @@ def test_a_launch_runs_to_its_end_and_says_so_the_second_time(folder: Path) -> N
     assert "sesame" not in "".join(path.read_text() for path in run.path.glob("*.json"))
     assert processes_of_run(run.path) == []
 
-    code, output, _ = dsft(folder, "launch", str(config))
+    data = folder / "train.jsonl"
+    data.rename(folder / "gone.jsonl")  # it is needed no more
+    try:
+        code, output, _ = dsft(folder, "launch", str(config))
+    finally:
+        (folder / "gone.jsonl").rename(data)
     assert code == 0
     assert "finished already" in output
     assert run.attempts() == [1]
