@@ -21,7 +21,7 @@ from tune_inputs import KEY, write_inputs
 pytestmark = [pytest.mark.cluster, pytest.mark.matrix, pytest.mark.faults, pytest.mark.timeout(900)]
 
 CHOICES = [1e-3, 3e-2, 3e-3]
-STEPS = 200
+STEPS = 800
 
 
 def test_trials_outlive_preemption_a_requeue_by_hand_and_a_lost_node(
