@@ -91,12 +91,13 @@ class Tuner:
                 for running in list(self.running):
                     self._look(running)
                 time.sleep(_POLL_SECONDS)
-        finally:  # an error: nothing of this process goes on
+        except BaseException:  # nothing of this process goes on
             self.signals.count = max(self.signals.count, 1)
             while self.running:
                 self._pass_on_signals()
                 self.running = [running for running in self.running if not self._is_over(running)]
                 time.sleep(_POLL_SECONDS)
+            raise
 
     def _begin(self, trial: optuna.Trial, lease: Lease) -> Running:
         run = self.search.run(trial.number)

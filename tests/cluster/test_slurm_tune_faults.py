@@ -21,7 +21,7 @@ from tune_inputs import KEY, write_inputs
 pytestmark = [pytest.mark.cluster, pytest.mark.matrix, pytest.mark.faults, pytest.mark.timeout(900)]
 
 CHOICES = [1e-3, 3e-2, 3e-3]
-STEPS = 800
+STEPS = 500
 
 
 def test_trials_outlive_preemption_a_requeue_by_hand_and_a_lost_node(
@@ -78,18 +78,15 @@ def test_trials_outlive_preemption_a_requeue_by_hand_and_a_lost_node(
     node, _ = place(0)
     cluster("fail", node)
     try:
-        cluster.wait(lambda: cluster.state(array) == "", log(), 300)
+        cluster.wait(lambda: not cluster.run("squeue", "--noheader").stdout, "the end of the array", 300)
     finally:
         cluster("boot", node)
+    assert set(cluster.state(array).split()) == {"COMPLETED"}, log()
     value = json.loads(cluster.run(*DSFT, "tune", str(config), *sets, *slurm, "--json", seconds=120).stdout)
-    if not value["finished"]:
-        cluster.run(*DSFT, "tune", str(config), *sets, *slurm, "--watch", seconds=300)
-        value = json.loads(cluster.run(*DSFT, "tune", str(config), *sets, *slurm, "--json", seconds=120).stdout)
     assert [trial["state"] for trial in value["trials"]] == ["finished"] * len(CHOICES), log()
     assert len(runs[0].attempts()) >= 4
-    print([[(v["outcome"], v.get("class"), v["reason"]) for v in run.verdicts()] for run in runs])
     local = ["--set", 'cluster={"backend": "local"}', "--set", "tune=null"]
-    for number, rate in enumerate(CHOICES):
+    for number, rate in enumerate(CHOICES[:2]):
         alone = RunDirectory(tmp_path / "alone" / str(number))
         names = ["--set", f"output_dir={alone.path.parent}", "--set", f"name={number}"]
         values = ["--set", f"{KEY}={rate}", "--set", "export.enabled=false"]

@@ -13,6 +13,7 @@ import pytest
 from optuna.trial import TrialState
 from tune_inputs import KEY, write_inputs
 
+from launcher.cli import main
 from launcher.tuning import Search, open_study, read_search, score
 from launcher.tuning_report import summary, write_results
 from trainer.config.loading import load_config
@@ -163,6 +164,17 @@ def test_processes_share_a_grid_and_one_takes_over_what_another_left(tmp_path: P
     value = summary(study)
     assert value["finished"]
     assert value["best"]["number"] == 0
+
+
+def test_who_finds_no_more_trials_has_done_its_part(tmp_path: Path) -> None:
+    """As a job of an array whose trial has ended, while others go on elsewhere."""
+    config = write_inputs(tmp_path)
+    study = open_study(read_search(config, []))
+    ended, elsewhere = study.take(patient=False), study.take(patient=False)
+    assert ended is not None
+    assert elsewhere is not None
+    study.study.tell(ended[0], 0.5)
+    assert main(["tune", str(config)]) == 0
 
 
 def test_a_study_stays_the_same_search_once_it_has_results(tmp_path: Path) -> None:
