@@ -31,7 +31,22 @@ def run(options: argparse.Namespace) -> int:
     if options.step is not None:
         _go_back(found, options.step, options.dry_run)
     options.config = Path(found.config_path)
+    options.set = [*_where_it_is(found), *options.set]
     return launch.run(options)
+
+
+def _where_it_is(run: RunDirectory) -> list[str]:
+    """`--set` of a run that was moved or copied, which goes on where it is and not where it began."""
+    import json
+    import os
+
+    from trainer.rundir import read_json
+
+    config, path = read_json(run.config_path) or {}, run.path.absolute()
+    began = Path(str(config.get("output_dir"))) / str(config.get("name"))
+    if began.exists() and os.path.samefile(began, path):
+        return []
+    return [f"output_dir={json.dumps(str(path.parent))}", f"name={json.dumps(path.name)}"]
 
 
 def _go_back(run: RunDirectory, step: int, dry_run: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -105,6 +106,9 @@ def test_a_launch_runs_to_its_end_and_says_so_the_second_time(folder: Path) -> N
     assert code == 0
     assert "finished already" in output
     assert run.attempts() == [1]
+    moved = shutil.copytree(run.path, folder / "archive" / "moved")
+    code, output, _ = dsft(folder, "resume", "archive/moved", MY_API_KEY="sesame")
+    assert (code, f"{moved}: this run is finished already" in output) == (0, True)
     code, _, errors = dsft(folder, "launch", str(config), "--set", "training.max_steps=9")
     assert code == 2
     assert "training.max_steps: the run has 6, the config 9" in errors
