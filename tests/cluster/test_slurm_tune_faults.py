@@ -87,8 +87,8 @@ def test_trials_outlive_preemption_a_requeue_by_hand_and_a_lost_node(
     assert len(runs[0].attempts()) >= 4
     local = ["--set", 'cluster={"backend": "local"}', "--set", "tune=null"]
     for number, rate in enumerate(CHOICES[:2]):
-        alone = RunDirectory(tmp_path / "alone" / str(number))
-        names = ["--set", f"output_dir={alone.path.parent}", "--set", f"name={number}"]
+        alone = RunDirectory(tmp_path / f"alone{number}" / "words")
+        names = ["--set", f"output_dir={alone.path.parent}"]
         values = ["--set", f"{KEY}={rate}", "--set", "export.enabled=false"]
         cluster.run(*DSFT, "launch", str(config), *sets, *local, *names, *values, seconds=200)
         keys = ("step", "loss", "grad_norm", "batch_digest")
