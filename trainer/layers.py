@@ -71,7 +71,7 @@ def set_recomputation(model: Any, config: ModelConfig) -> None:
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     except ValueError as error:
-        raise UserError(f"model.gradient_checkpointing: {error}; set it to false") from error
+        raise UserError(f"model.gradient_checkpointing: {str(error).rstrip('.')}; set it to false") from error
     every = wanted.every if isinstance(wanted, CheckpointedLayers) else 1
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index % every == 0  # type: ignore[assignment]
