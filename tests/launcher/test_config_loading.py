@@ -104,6 +104,7 @@ def test_every_error_at_once(tmp_path):
         ("training.optimizer.betas", 0.9, "expected a list of 2"),
         ("model.freeze", "model", "expected a list, each a string"),
         ("cluster.backend", "slrm", 'did you mean "slurm"?'),
+        ("task.type", [], "found a list of 0"),
         ("training.max_steps", True, "expected a positive integer"),
     ],
 )

@@ -83,11 +83,18 @@ def test_a_new_head_is_known_to_the_model_alone():
     assert facts.lookup_parameters == real.model.embed_tokens.weight.numel()
 
 
+def test_lists_of_sizes_of_a_family_that_is_not_known_are_none():
+    """As LeViT's, one for each stage."""
+    facts = facts_of_config({"model_type": "levit", "hidden_sizes": [128, 256], "num_attention_heads": [4, 8]})
+    assert (facts.heads, facts.kv_heads, facts.parameters) == (None, None, None)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"hidden_size": "64"}, r'hidden_size: found "64"; expected a positive integer'),
         ({"vocab_size": 0}, "vocab_size: found 0"),
+        ({"max_position_embeddings": [512]}, r"max_position_embeddings: found \[512\]"),
         ({"num_attention_heads": 5}, "not divisible"),
         ({"model_type": "mistral"}, "num_key_value_heads 8 .the default"),
     ],

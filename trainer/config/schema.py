@@ -240,7 +240,7 @@ class LaunchConfig(Section):
     @classmethod
     def _packed_where_it_can_be(cls, value: Any) -> Any:
         task, data = (value.get(key) if isinstance(value, dict) else None for key in ("task", "data"))
-        if not isinstance(task, dict) or not isinstance(data, dict) or task.get("type") in PACKED_TASKS:
+        if not isinstance(task, dict) or not isinstance(data, dict) or str(task.get("type")) in PACKED_TASKS:
             return value
         return {**value, "data": {"packing": False, **data}}
 

@@ -49,6 +49,7 @@ _SYNONYMS = {
     "n_positions": "max_position_embeddings",
 }
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 def sizes_of(config: Json, family: Family | None) -> dict[str, Any]:
@@ -61,11 +62,13 @@ def sizes_of(config: Json, family: Family | None) -> dict[str, Any]:
         sizes["num_key_value_heads"] = sizes.get("num_attention_heads")
     if family and sizes.get("intermediate_size") is None and isinstance(sizes.get("hidden_size"), int):
         sizes["intermediate_size"] = 4 * sizes["hidden_size"]
-    checked = [*_REQUIRED, "num_key_value_heads"] if family else []
-    for key in checked:
+    for key in (*_REQUIRED, *_OPTIONAL):
         value = sizes.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            continue
+        if family and (value is not None or key in _REQUIRED):
             raise UserError(f"model.config.{key}: found {json.dumps(value)}; expected a positive integer")
+        sizes[key] = None  # a family that is not known here may have a list of them
     hidden, heads, kv = (sizes.get(k) for k in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
     if sizes.get("head_dim") is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
         if family and hidden % heads:
