@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -132,6 +133,8 @@ def test_csv_by_the_letter(tmp_path: Path) -> None:
     (tmp_path / "b.tsv").write_text('1\tsay "so"\n2\t"open\n')
     named = open_path(tmp_path / "b.tsv", column_names=("n", "text"), quoting=False)
     assert named.read([0, 1]) == [({"n": "1", "text": 'say "so"'}, None), ({"n": "2", "text": '"open'}, None)]
+    (tmp_path / "d.csv").write_bytes(b"\xef\xbb\xbf\r\na,b\r\n1,2\r\n")
+    assert open_path(tmp_path / "d.csv").read([0]) == [({"a": "1", "b": "2"}, None)]
     (tmp_path / "c.csv").write_text("a,a\n1,2\n")
     with pytest.raises(DataError, match="column 'a' comes twice"):
         open_path(tmp_path / "c.csv")
@@ -145,6 +148,17 @@ def test_a_long_field_of_csv_is_read_by_whoever_finds_the_index_made(
     open_path(path)
     csv.field_size_limit(131_072)  # Python's own, as in a new process
     assert open_path(path).read([0]) == [({"text": "x" * 200_000}, None)]
+
+
+def test_damaged_arrow_is_not_read_beyond_its_end(tmp_path: Path) -> None:
+    path, table = tmp_path / "a.arrow", pyarrow.table({"text": ["abc", "def"]})
+    with pyarrow.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+    offsets = np.array([0, 3, 6], dtype=np.int32).tobytes()
+    assert path.read_bytes().count(offsets) == 1
+    path.write_bytes(path.read_bytes().replace(offsets, np.array([0, 1 << 30, 6], dtype=np.int32).tobytes()))
+    with pytest.raises(DataError, match=r"a\.arrow cannot be read: .*offset"):
+        open_path(path).read([0, 1])
 
 
 def test_a_time_beyond_all_dates_costs_its_row_alone(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ BLOCK = 1 << 24  # bytes scanned at a time
 _DENSE = 2  # times the bytes that are wanted may be read
 _LONGEST_FIELD = 1 << 24  # bytes: a quote that is never closed would swallow the file
 _BLANK_LINES = re.compile(rb"\r?\n[ \t]*\r?\n\s*")
+_BOM = "\xef\xbb\xbf"  # in Latin-1
 _BLANK = b"\xef\xbb\xbf \t\r\n"
 
 Parse = Callable[[bytes], Record]
@@ -292,7 +293,7 @@ def _rows(path: Path, dialect: dict[str, Any]) -> Starts:
     with path.open("rb") as file:
         starts, start = [], 0
         for row in csv.reader(lines(file), **dialect):
-            if row and any(row):
+            if any(row) and row != [_BOM]:
                 starts.append(start)
             start = position
             if len(starts) == 1 << 16:
@@ -306,7 +307,7 @@ def _csv_parser(
 ) -> tuple[np.ndarray, Parse]:
     def fields(data: bytes) -> list[str]:
         try:
-            return next(csv.reader(io.StringIO(_text(data), newline=""), strict=True, **dialect))
+            return next(csv.reader(io.StringIO(_text(data), newline=""), strict=True, **dialect), [])
         except csv.Error as error:
             hint = "; set `quoting` to false if quotes are ordinary text here" if '"' in str(error) else ""
             raise ValueError(f"not a row of fields as in RFC 4180: {error}{hint}") from None

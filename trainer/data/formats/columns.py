@@ -32,7 +32,7 @@ class BatchedFile:
         self.name, self.size, self._content = name, size, content
         self._bounds = np.concatenate([[0], np.cumsum(np.asarray(rows, dtype=np.int64))]).astype(np.int64)
         self.records = int(self._bounds[-1])
-        self._load = lru_cache(_KEPT)(load)
+        self._load = lru_cache(_KEPT)(lambda batch: _sound(load(batch)))
         self._lock = threading.Lock()  # training and evaluation may read the same file
 
     def position(self, number: int) -> int:
@@ -70,6 +70,22 @@ class BatchedFile:
         except (ValueError, OverflowError) as error:  # a time that Python has no date for, say
             return None, f"{self.where(number)}: {error}"
         return record, None
+
+
+def _sound(rows: Any) -> Any:
+    """``rows``, a table or record batch, once it is known that reading them stays inside of them.
+
+    Raises:
+        pyarrow.ArrowInvalid: it does not: the file is damaged.
+    """
+    import pyarrow
+
+    try:
+        rows.validate(full=True)
+    except pyarrow.ArrowInvalid as error:
+        if "UTF8" not in str(error):  # which is a matter of its row alone
+            raise
+    return rows
 
 
 def open_columns(path: Path, name: str, format_name: str) -> BatchedFile:
