@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from launcher.console import gib
 from trainer.checkpoint_files import (
     Checkpoint,
     damage,
@@ -82,9 +83,9 @@ def _list(target: RunDirectory, options: argparse.Namespace) -> int:
     found = list_checkpoints(target)
     lines = []
     for checkpoint in found:
-        loss = "".join(f"  {name} {value:.6g}" for name, value in checkpoint.scores.items() if name != "target_tokens")
+        loss = "".join(f"  {name} {value:.6g}" for name, value in checkpoint.scores.items() if isinstance(value, float))
         ranks = "" if checkpoint.world_size is None else f"  {checkpoint.world_size} ranks"
-        lines.append(f"{checkpoint.folder.name}  {checkpoint.status}  {checkpoint.size / 1e9:.3f} GB{ranks}{loss}")
+        lines.append(f"{checkpoint.folder.name}  {checkpoint.status}  {gib(checkpoint.size)}{ranks}{loss}")
     _show(options, [_to_json(checkpoint) for checkpoint in found], lines, "no checkpoints yet")
     return EXIT_DONE
 
@@ -127,7 +128,7 @@ def _gc(target: RunDirectory, options: argparse.Namespace) -> int:
             for checkpoint in doomed:
                 remove(checkpoint.folder)
     word = "would remove" if options.dry_run else "removed"
-    lines = [f"{word} {c.folder.name}  {c.status}  {c.size / 1e9:.3f} GB" for c in doomed]
+    lines = [f"{word} {c.folder.name}  {c.status}  {gib(c.size)}" for c in doomed]
     _show(options, [_to_json(c) for c in doomed], lines, "nothing to remove")
     return EXIT_DONE
 
