@@ -189,5 +189,6 @@ def test_init_writes_a_config_that_loads_and_never_overwrites(tmp_path, dsft):
     assert again.returncode == 2
     assert "does not overwrite" in again.stderr
     assert path.read_text() == "mine"
-    assert dsft("init", "causal-lm", tmp_path / "other.json").returncode == 0
+    assert dsft("init", "causal-lm", tmp_path / "my run.json").returncode == 0
+    assert load_config(tmp_path / "my run.json").name == "my-run"  # as README's commands have it
     assert "there are:" in dsft("init", "nonsense").stderr
