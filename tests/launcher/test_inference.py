@@ -6,10 +6,12 @@ import io
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher import inference
+from launcher.cli import main
 
 
 def test_progress_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,3 +27,23 @@ def test_progress_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         progress.tick()
     progress.close()
     assert terminal.getvalue() == "\r0:00:02, 1,201 records\r0:00:04, 1,215 records\r\033[K"
+
+
+@pytest.mark.parametrize("generation", [None, {"max_new_tokens": 5}])
+def test_predictions_are_written_whether_evaluations_write_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generation: dict[str, Any] | None
+) -> None:
+    config = {
+        "name": "a",
+        "task": {"type": "causal-lm", "generation": generation},
+        "model": {"path": str(tmp_path)},
+        "data": {"train": [{"path": "train.jsonl"}], "sequence_length": 8},
+        "training": {"global_batch_size": 1, "max_steps": 1},
+    }
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        inference, "find_trained", lambda *arguments: inference.Trained(tmp_path, config, 1, 1, 8, environment={})
+    )
+    monkeypatch.setattr(inference, "run_ranks", lambda module, request, *rest: asked.update(request))
+    assert main(["predict", "a", "--input", str(tmp_path / "q.jsonl"), "--output", str(tmp_path / "a.jsonl")]) == 0
+    assert asked["config"]["task"]["generation"]["max_new_tokens"] == (128 if generation is None else 5)
