@@ -57,7 +57,8 @@ def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
             report["errors"].append("model." + message.format(f"; pip install {package}"))
     if tokenizer.eos_id is None and task.splits:
         report["warnings"].append("the tokenizer has no end-of-text token: the model will not learn where to stop")
-    report["errors"] += _metric_problem(config, task)
+    if problem := _metric_problem(config, task):
+        report |= {"class": "user", "errors": [*report["errors"], problem]}
     if (labels := getattr(task, "labels", None)) and labels.names:
         report["labels"] = list(labels.names)
         report["warnings"] += _alike(labels.names)
@@ -98,15 +99,15 @@ def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
     return report
 
 
-def _metric_problem(config: LaunchConfig, task: Task) -> list[str]:
+def _metric_problem(config: LaunchConfig, task: Task) -> str | None:
     """What is wrong with `evaluation.metric`, which nothing but the first evaluation would tell."""
     metric, names = config.evaluation.metric, {source.name for source in config.data.evaluation}
     of, slash, score = metric.rpartition("/")
     known = ("loss", *task.scored, task.counted)
     if not names or (score in known and (of in names or not slash)):
-        return []
+        return None
     more = f"; of one source: {', '.join(sorted(f'{name}/...' for name in names - {None}))}" if names - {None} else ""
-    return [f"evaluation.metric: there is no {metric!r}; the scores are {', '.join(known)}{more}"]
+    return f"evaluation.metric: there is no {metric!r}; the scores are {', '.join(known)}{more}"
 
 
 def _alike(labels: Iterable[str]) -> list[str]:

@@ -158,13 +158,12 @@ class LanguageModelLoss:
         return []
 
     def check(self, engine: Engine) -> None:
-        """That the ranks of a group compute together what one computes alone, and that packed samples are apart."""
+        """That the ranks of a group compute together what one computes alone, and that tokens see what they may."""
         if self.parallel is not None:
             self.check_shards(engine, self.parallel)
         if self._fused:
             self.check_fused(engine)
-        if self._packing:
-            self.check_isolation(engine)
+        self.check_sight(engine)
 
     def check_shards(self, engine: Engine, parallel: SequenceParallel) -> None:
         """Prove on the model itself that slices of a sequence give the loss of the whole.
@@ -213,22 +212,38 @@ class LanguageModelLoss:
         loss = float(self(engine.probe, [PackedSequence(tuple(samples))])[0].detach())
         return loss if self.parallel is None else self.parallel.sum(loss)
 
-    def check_isolation(self, engine: Any) -> None:
-        """Prove on the model itself that packed samples do not see one another.
+    def check_sight(self, engine: Any) -> None:
+        """Prove on the model itself that a token sees neither what comes after it nor the samples beside its own.
 
-        The loss of the second of two packed samples must not move when the first one changes. Some architectures ignore
-        restarting position ids and would mix samples in silence.
+        The loss of the first tokens of a sample must not move when the sample before it and its own last tokens change.
+        Some architectures ignore restarting position ids and would mix samples in silence; encoders (BERT) also load as
+        causal language models, see the answer and learn to copy it.
 
         Raises:
-            UserError: they are mixed.
+            UserError: it sees them.
         """
-        second = Sample(np.arange(1, 9, dtype=np.int32), np.arange(8) > 0)
-        losses = []
-        for token in (1, 2):
-            first = Sample(np.full(7, token, dtype=np.int32), np.zeros(7, dtype=bool))
-            losses.append(self._probe(engine, (first, second)))
-        if abs(losses[0] - losses[1]) > 1e-6 * abs(losses[0]):
+
+        def loss(before: int, after: int) -> float:
+            tokens = np.array([1, 2, 3, 4, after, after, after, after], dtype=np.int32)
+            samples = [Sample(tokens, np.array([False, True, True, True] + 4 * [False]))]
+            if self._packing:
+                samples.insert(0, Sample(np.full(7, before, dtype=np.int32), np.zeros(7, dtype=bool)))
+            return self._probe(engine, samples)
+
+        expected = loss(1, 5)
+        if _same(expected, loss(2, 6)):
+            return
+        name = type(self._model).__name__
+        if not _same(expected, loss(1, 6)):
             raise UserError(
-                f"{type(self._model).__name__} with {self._attention} attention lets packed samples attend to one "
-                "another: set data.packing to false, or choose another model.attention"
+                f"{name} lets tokens see those that come after them, and would learn to copy them: causal-lm takes a "
+                "decoder; train an encoder with another task"
             )
+        raise UserError(
+            f"{name} with {self._attention} attention lets packed samples attend to one another: set data.packing to "
+            "false, or choose another model.attention"
+        )
+
+
+def _same(loss: float, other: float) -> bool:
+    return abs(loss - other) <= 1e-6 * abs(loss)

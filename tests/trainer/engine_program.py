@@ -125,7 +125,7 @@ def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) 
     loss = LanguageModelLoss(model, None, "sdpa", torch.device("cpu"), fused=case.get("fused_loss", False))
     engine = Engine(model, build_optimizer(model, optimizer, unfreeze_of(case)), config, case.get("ema_decay"), memory)
     if case.get("probe_first"):
-        loss.check_isolation(engine)
+        loss.check_sight(engine)
     if case.get("load"):
         source = RunDirectory(Path(case["load"]))
         slices.load(source.checkpoints_dir / checkpoint.folder_name(case["steps"][0] - 1), engine)
@@ -134,7 +134,7 @@ def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) 
     engine.train()
     gathers = count_gathers(engine.model)
     if case.get("probe"):
-        loss.check_isolation(engine)
+        loss.check_sight(engine)
     micro = case["micro_batch_size"]
     count = config["gradient_accumulation_steps"]
     results = []

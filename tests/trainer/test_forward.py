@@ -127,7 +127,7 @@ def test_without_targets_the_fused_loss_still_reaches_the_head() -> None:
 
 
 class Plain:
-    """The part of an engine that the isolation check uses."""
+    """The part of an engine that the checks use."""
 
     def __init__(self, model: Any) -> None:
         self.probe = model
@@ -135,7 +135,7 @@ class Plain:
 
 def test_isolation_holds_for_a_model_that_honours_positions() -> None:
     model = llama("sdpa")
-    LanguageModelLoss(model, None, "sdpa", CPU).check_isolation(Plain(model))
+    LanguageModelLoss(model, None, "sdpa", CPU).check_sight(Plain(model))
 
 
 def test_a_model_that_mixes_packed_samples_is_refused() -> None:
@@ -147,7 +147,20 @@ def test_a_model_that_mixes_packed_samples_is_refused() -> None:
     engine = Plain(model)
     engine.probe = mixing
     with pytest.raises(UserError, match=r"data\.packing"):
-        LanguageModelLoss(model, None, "sdpa", CPU).check_isolation(engine)
+        LanguageModelLoss(model, None, "sdpa", CPU).check_sight(engine)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_encoder_that_loads_as_a_causal_model_is_refused(packing: bool) -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes = {name: SMALL[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    model = BertLMHeadModel(BertConfig(**sizes, intermediate_size=32)).eval()
+    objective = LanguageModelLoss(model, None, "sdpa", CPU, packing)
+    with pytest.raises(UserError, match="BertLMHeadModel lets tokens see those that come after them"):
+        objective.check_sight(Plain(model))
+    decoder = BertLMHeadModel(BertConfig(**sizes, intermediate_size=32, is_decoder=True)).eval()
+    LanguageModelLoss(decoder, None, "sdpa", CPU, packing=False).check_sight(Plain(decoder))
 
 
 def test_rows_of_constant_length() -> None:
