@@ -99,7 +99,8 @@ def test_help(installed: Installation) -> None:
 def test_init_and_plan(installed: Installation) -> None:
     result = installed.run("dsft", "init", "causal-lm", "mine.json")
     assert result.returncode == 0, result.stderr
-    assert (installed.folder / "mine.json").read_bytes() == (ROOT / "configs/causal-lm.json").read_bytes()
+    starter = json.loads((ROOT / "configs/causal-lm.json").read_text())
+    assert json.loads((installed.folder / "mine.json").read_text()) == starter | {"name": "mine"}
     model = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     model |= {"num_attention_heads": 4, "vocab_size": 512}
     override = ["--set", "model.path=null", "--set", f"model.config={json.dumps(model)}"]
