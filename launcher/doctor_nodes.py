@@ -130,7 +130,7 @@ def _accept(listener: socket.socket, token: str, found: Probes) -> None:
         if hmac.compare_digest(hello["token"], token) and hello["node"] not in found.nodes:
             found.nodes[hello["node"]] = Probe(hello["node"], connection, lines, address, hello)
             return
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         pass
     connection.close()
 

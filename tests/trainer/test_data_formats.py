@@ -150,6 +150,13 @@ def test_a_long_field_of_csv_is_read_by_whoever_finds_the_index_made(
     assert open_path(path).read([0]) == [({"text": "x" * 200_000}, None)]
 
 
+def test_what_may_pass_is_tried_again_and_nothing_else() -> None:
+    for error in (OSError(5, "Input/output error"), OSError(116, "Stale"), ConnectionError("reset"), TimeoutError()):
+        assert retry.passing(error)
+    for error in (OSError("Corrupt snappy compressed data."), OSError(2, "none"), PermissionError(), ValueError()):
+        assert not retry.passing(error)
+
+
 def test_damaged_arrow_is_not_read_beyond_its_end(tmp_path: Path) -> None:
     path, table = tmp_path / "a.arrow", pyarrow.table({"text": ["abc", "def"]})
     with pyarrow.ipc.new_file(str(path), table.schema) as writer:
