@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from trainer.failures import EXIT_TEMPORARY, DsftError, UserError
 
 QUERY_SECONDS = 10.0  # without a controller the commands themselves give up only after half a minute
 SUBMIT_SECONDS = 60.0
+_RELEASE_SECONDS, _RELEASE_PAUSE = 60.0, 1.0
 
 # What the commands say when the controller or the accounting daemon is away
 _NO_ANSWER = re.compile(
@@ -118,11 +120,32 @@ def requeue_excluding(job_id: str, nodes: Sequence[str]) -> None:
 
     The list can be changed only while the job does not run, hence the hold in between.
     """
-    _call(["scontrol", "requeuehold", job_id], QUERY_SECONDS)
+    held = True
     try:
+        try:
+            _call(["scontrol", "requeuehold", job_id], QUERY_SECONDS)
+        except SlurmError:  # without an answer it may be held all the same
+            held = False
+            raise
         _call(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}"], QUERY_SECONDS)
     finally:
-        _call(["scontrol", "release", job_id], QUERY_SECONDS)
+        if held:
+            _release(job_id)
+
+
+def _release(job_id: str) -> None:
+    """A job that stays held never starts again: SLURM is asked as long as it leaves this process (KillWait)."""
+    deadline = time.monotonic() + _RELEASE_SECONDS
+    while True:
+        try:
+            _call(["scontrol", "release", job_id], QUERY_SECONDS)
+            return
+        except SlurmUnavailable as error:
+            if time.monotonic() > deadline:
+                raise SlurmUnavailable(
+                    f"job {job_id} is requeued and held: `scontrol release {job_id}` ({error})"
+                ) from error
+            time.sleep(_RELEASE_PAUSE)
 
 
 def queued(job_ids: Sequence[str], seconds: float | None = None) -> dict[str, Job]:

@@ -99,6 +99,22 @@ def test_no_answer_is_not_absence(squeue: str, sacct: str, programs: Path, monke
         client.job("7")
 
 
+@pytest.mark.parametrize("hold", ["exit 0", DOWN, 'echo "Requeue is disabled" >&2; exit 1'], ids=["held", "mute", "no"])
+def test_a_job_is_never_left_held(hold: str, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_RELEASE_PAUSE", 0.01)
+    calls = programs / "calls"
+    release = f"[ $(grep -c release {calls}) -gt 2 ] || {{ {DOWN}; }}"  # the controller is away for two calls
+    cases = f"case $1 in requeuehold) {hold};; release) {release};; esac"
+    program(programs, "scontrol", f"echo $1 >> {calls}\n{cases}")
+    if hold == "exit 0":
+        client.requeue_excluding("7", ["n1"])
+    else:
+        with pytest.raises(client.SlurmUnavailable if hold == DOWN else client.SlurmError):
+            client.requeue_excluding("7", ["n1"])
+    released = calls.read_text().split().count("release")
+    assert released == (0 if "disabled" in hold else 3)
+
+
 def test_without_slurm_the_user_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="login node"):
