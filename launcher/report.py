@@ -151,7 +151,8 @@ def _failures(found: list[Json]) -> Table:
         cells = [f"attempt {failure['attempt']}", str(failure["class"]).replace("_", " ")]
         cells += ["-" if failure[key] is None else str(failure[key]) for key in ("rank", "node", "step")]
         cells += [failure["injected"] or "no", seconds(failure["detection_seconds"])]
-        cells += [seconds(failure["recovery_seconds"]), failure["message"]]
+        message = str(failure["message"])
+        cells += [seconds(failure["recovery_seconds"]), message if len(message) <= 300 else message[:300] + "..."]
         table.add_row(*map(_text, cells))
     return table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import difflib
 import functools
 import logging
 import re
@@ -131,17 +132,41 @@ def load_model_config(config: ModelConfig) -> Any:
 
     with named_errors(config):
         if config.config is not None:
-            arguments = dict(config.config)
-            return transformers.AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+            return _inline_config(dict(config.config))
         return transformers.AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+
+
+def _inline_config(arguments: dict[str, Any]) -> Any:
+    """A transformers config of `model.config`. Raises UserError for what transformers would pass over in silence."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    family = arguments.pop("model_type")
+    if family not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(family, list(CONFIG_MAPPING), 1)
+        more = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"model.config.model_type: transformers {transformers.__version__} has no {family!r}{more}")
+    made = transformers.AutoConfig.for_model(family, **arguments)
+    kind = type(made)
+    try:
+        known = {*vars(kind()), *kind().to_dict(), *kind.attribute_map, *transformers.GenerationConfig().to_dict()}
+    except Exception:  # of kinds that cannot be made without arguments nothing is known
+        return made
+    for name in sorted(arguments.keys() - known - {name.lstrip("_") for name in known}):
+        if close := difflib.get_close_matches(name, known, 1, 0.93):  # a slip of the pen, not what versions differ in
+            raise UserError(f"model.config.{name}: {family} has no such key; did you mean `{close[0]}`?")
+    return made
 
 
 @contextmanager
 def named_errors(config: ModelConfig) -> Iterator[None]:
     """What transformers raises inside becomes a UserError that names the config's key."""
+    from huggingface_hub import errors
+
+    wrong_type: type[Exception] = getattr(errors, "StrictDataclassError", ValueError)  # which older versions lack
     try:
         yield
-    except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
+    except (ValueError, OSError, ImportError, KeyError, TypeError, wrong_type) as error:
         origin = f"model.path {config.path!r}" if config.path else "model.config"
         raise UserError(f"{origin}: the model cannot be built: {error}") from error
 

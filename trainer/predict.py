@@ -102,6 +102,8 @@ def _block(
             found.setdefault(number, []).append((piece, item))
     for number, (record, _) in zip(map(int, numbers), reader.source.read(numbers.tolist()), strict=True):
         line: dict[str, Any] = {"number": first + number, "input": _shown(record or {})}
+        if reader.source.config.format == "parallel":  # a file of sources stands for that of the targets as well
+            line["input"].pop("target", None)
         if number in why:
             line["error"] = why[number]
         else:
