@@ -57,6 +57,9 @@ def render(run: RunDirectory) -> str:
     )
 
 
+_NO_SCORES = ("step", "loss", "perplexity", "samples", "target_tokens")  # of an evaluation
+
+
 def _plots(steps: Sequence[Json], evaluations: Sequence[Json]) -> Iterator[tuple[str, str, str]]:
     """(title, what the lines are, svg) of each."""
 
@@ -71,6 +74,10 @@ def _plots(steps: Sequence[Json], evaluations: Sequence[Json]) -> Iterator[tuple
     note = "line: training, by step" + ("; dots: evaluation" if scored else "")
     losses = [Line("training loss", "first", series("loss")), Line("evaluation loss", "second", scored, dots=True)]
     yield "Loss", note, chart("loss", losses)
+    score = next((name for entry in evaluations for name in entry if name not in _NO_SCORES), None)
+    if score is not None:
+        known = [(float(e["step"]), float(e[score])) for e in evaluations if isinstance(e.get(score), int | float)]
+        yield "Score", f"{score}, by step", chart(score, [Line(score, "second", known, dots=True)])
     yield "Learning rate", "", chart("learning rate", [Line("learning rate", "first", series("learning_rate"))], True)
     rate = [Line("tokens", "first", rates("tokens")), Line("target tokens", "second", rates("target_tokens"))]
     yield (

@@ -291,7 +291,8 @@ class RunDirectory:
 
     def merged_events(self) -> list[Json]:
         """The ledger of all writers in the order of their times; each writer's own order is kept where times tie."""
-        events = [event for path in sorted(self.events_dir.glob("*.jsonl")) for event in read_lines(path)]
+        lines = [line for path in sorted(self.events_dir.glob("*.jsonl")) for line in read_lines(path)]
+        events = [line for line in lines if "event" in line]  # others are nobody's of dsft
         return sorted(events, key=lambda event: float(event.get("time", 0)))
 
     def step_lines(self) -> list[Json]:

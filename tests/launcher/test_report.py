@@ -98,7 +98,7 @@ def test_the_html_is_well_formed_and_self_contained(run: RunDirectory) -> None:
     assert "49" not in re.findall(r"\{\{.*?\}\}|\b49\b", text)  # no template within the template
     assert "{{ 7*7 }}" in text
     drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(drawings) == 5  # timeline, loss, learning rate, throughput, memory
+    assert len(drawings) == 6  # timeline, loss, score, learning rate, throughput, memory
     for drawing in drawings:
         ElementTree.fromstring(drawing)
     marks = re.findall(r'class="mark (\w+)"', drawings[0])

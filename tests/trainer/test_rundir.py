@@ -107,7 +107,7 @@ def test_the_ledger_is_merged_by_time_and_survives_torn_writers(tmp_path: Path) 
     two.write("first_step", step=1)
     one.write("finished", attempt=1)
     with open(run.events_dir / "rank0.jsonl", "ab") as file:
-        file.write(b'{"time": 1, "ev')
+        file.write(b'{}\n{"time": 1, "ev')
     run.event_writer("rank0", attempt=2).write("first_step", step=7)
     assert [(event["event"], event["attempt"]) for event in run.merged_events()] == [
         ("attempt", 1),
