@@ -32,6 +32,7 @@ from common import (
     environment,
     llama,
     plan_run,
+    quick_dtype,
     run_ranks,
     write_data,
     write_result,
@@ -187,7 +188,7 @@ def make_run(folder: Path, options: argparse.Namespace) -> Path:
             "model": {
                 "config": llama(options.hidden, options.layers, options.vocabulary),
                 "tokenizer": str(made["tokenizer"]),
-                "dtype": "bfloat16",
+                "dtype": quick_dtype(),
             },
             "data": {
                 "train": [{"path": str(made["data"]), "columns": {"prompt": "question", "completion": "answer"}}],
