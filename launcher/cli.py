@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from launcher import __version__
-from trainer.failures import EXIT_INTERRUPTED, DsftError, of_file
+from trainer.failures import EXIT_INTERRUPTED, DsftError, in_words
 
 # verb -> help; launcher/commands/<verb>.py has add_arguments(parser) and run(arguments) -> exit code
 VERBS = {
@@ -47,17 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = importlib.import_module(f"launcher.commands.{options.verb}").run(options)
         sys.stdout.flush()
         return code
-    except DsftError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `dsft logs | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
-    except OSError as error:  # of a file that the command has no words of its own for
-        told = of_file(error)
+    except (DsftError, OSError) as error:  # the latter: of a file that the command has no words of its own for
+        told = in_words(error)
         print(f"error: {told}", file=sys.stderr)
         return told.exit_code
 

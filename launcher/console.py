@@ -33,7 +33,7 @@ def printable(text: str) -> str:
 
 def print_whole(console: Console, table: Table) -> None:
     """Print a table as wide as what is in it: a narrow terminal wraps its lines, but cut cells would tell lies."""
-    width, needed = console.width, table.__rich_measure__(console, console.options.update(max_width=10_000)).maximum
+    width, needed = console.width, console.measure(table, options=console.options.update(max_width=10_000)).maximum
     console.width = max(width, needed)
     with console.capture() as printed:
         console.print(table, soft_wrap=True)

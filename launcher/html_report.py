@@ -57,27 +57,25 @@ def render(run: RunDirectory) -> str:
     )
 
 
-_NO_SCORES = ("step", "loss", "perplexity", "samples", "target_tokens")  # of an evaluation
-
-
 def _plots(steps: Sequence[Json], evaluations: Sequence[Json]) -> Iterator[tuple[str, str, str]]:
     """(title, what the lines are, svg) of each."""
 
-    def series(key: str, factor: float = 1.0) -> list[tuple[float, float]]:
-        return [(float(s["step"]), factor * float(s[key])) for s in steps if isinstance(s.get(key), int | float)]
+    def series(key: str, factor: float = 1.0, of: Sequence[Json] = steps) -> list[tuple[float, float]]:
+        return [(float(s["step"]), factor * float(s[key])) for s in of if isinstance(s.get(key), int | float)]
 
     def rates(key: str) -> list[tuple[float, float]]:
         known = (s for s in steps if s.get("step_seconds") and isinstance(s.get(key), int | float))
         return [(float(s["step"]), float(s[key]) / float(s["step_seconds"])) for s in known]
 
-    scored = [(float(e["step"]), float(e["loss"])) for e in evaluations if isinstance(e.get("loss"), int | float)]
+    scored = series("loss", of=evaluations)
     note = "line: training, by step" + ("; dots: evaluation" if scored else "")
     losses = [Line("training loss", "first", series("loss")), Line("evaluation loss", "second", scored, dots=True)]
     yield "Loss", note, chart("loss", losses)
-    score = next((name for entry in evaluations for name in entry if name not in _NO_SCORES), None)
+    found = (name for entry in evaluations for name, value in entry.items() if isinstance(value, float))  # no counts
+    score = next((name for name in found if name not in ("loss", "perplexity")), None)
     if score is not None:
-        known = [(float(e["step"]), float(e[score])) for e in evaluations if isinstance(e.get(score), int | float)]
-        yield "Score", f"{score}, by step", chart(score, [Line(score, "second", known, dots=True)])
+        dots = Line(score, "second", series(score, of=evaluations), dots=True)
+        yield "Score", f"{score}, by step", chart(score, [dots])
     yield "Learning rate", "", chart("learning rate", [Line("learning rate", "first", series("learning_rate"))], True)
     rate = [Line("tokens", "first", rates("tokens")), Line("target tokens", "second", rates("target_tokens"))]
     yield (

@@ -18,7 +18,7 @@ from launcher.watch import duration
 from trainer.checkpoint_files import published
 from trainer.failures import DataError, DsftError, UserError
 from trainer.processes import child_environment
-from trainer.rundir import EXPORT_ABOUT, RunDirectory, read_json, write_json
+from trainer.rundir import EXPORT_ABOUT, LineReader, RunDirectory, read_json, write_json
 
 _POLL_SECONDS = 0.05
 _SHOW_SECONDS = 1.0
@@ -215,7 +215,7 @@ class _Progress:
 
     def __init__(self, work: Path) -> None:
         self._work, self._start, self._next = work, time.monotonic(), _SHOW_SECONDS
-        self._read: dict[Path, int] = {}
+        self._parts: dict[Path, LineReader] = {}
         self._lines = 0
 
     def tick(self) -> None:
@@ -224,11 +224,7 @@ class _Progress:
             return
         self._next = seconds + _SHOW_SECONDS
         for part in self._work.glob("part-*.jsonl"):
-            with part.open("rb") as file:
-                file.seek(self._read.get(part, 0))
-                block = file.read()
-            self._read[part] = self._read.get(part, 0) + len(block)
-            self._lines += block.count(b"\n")
+            self._lines += len(self._parts.setdefault(part, LineReader(part)).read())
         records = f", {self._lines:,} records" if self._lines else ""
         print(end=f"\r{duration(seconds)}{records}", file=sys.stderr, flush=True)
 

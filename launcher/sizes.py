@@ -26,8 +26,9 @@ def smaller_plans(config: LaunchConfig, facts: Facts, micro_batch_size: int, sta
         return found
     for nodes in range(config.cluster.nodes - 1, config.cluster.fewest_nodes - 1, -1):
         smaller = _plan_for(config, facts, nodes, micro_batch_size, stage)
-        if smaller is None:
-            smaller = _plan_for(config, facts, nodes, config.training.micro_batch_size, config.deepspeed.zero_stage)
+        asked = config.training.micro_batch_size, config.deepspeed.zero_stage
+        if smaller is None and "auto" in asked:
+            smaller = _plan_for(config, facts, nodes, *asked)
         if smaller is not None:
             found[nodes] = smaller
     return found

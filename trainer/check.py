@@ -124,6 +124,8 @@ def _alike(labels: Iterable[str]) -> list[str]:
 
 def _trained_on(config: LaunchConfig) -> list[str]:
     """Files of the evaluation that are trained on as well, whatever they are called."""
+    if not config.data.evaluation:
+        return []
     trained = {content for source in config.data.train for _, _, content in open_source(source).fingerprint()}
     return [
         f"data.evaluation[{index}]: {name} is trained on as well: its scores say nothing about other data"
@@ -159,6 +161,7 @@ def look_at(source: DataSource, task: Task, config: LaunchConfig, shown: int = 0
     bins = len(pack(np.array(lengths), data.sequence_length) if data.packing else lengths)
     tokenizer = task.tokenizer
     counted = np.bincount([outcome for _, outcome in outcomes], minlength=len(OUTCOMES))
+    first = [(samples[at], int(numbers[at])) for at in list(samples)[:shown]]
     return {
         "records": opened.records,
         "looked_at": len(numbers),
@@ -171,13 +174,11 @@ def look_at(source: DataSource, task: Task, config: LaunchConfig, shown: int = 0
         "length_histogram": _histogram(lengths, data.sequence_length),
         "begin_with_bos": _share(made[0].tokens[0] == tokenizer.bos_id for made in samples.values() if made),
         "end_with_eos": _share(made[-1].tokens[-1] == tokenizer.eos_id for made in samples.values() if made),
-        "samples": [[_stretches(sample, tokenizer) for sample in samples[at]] for at in list(samples)[:shown]],
-        "images": [encoder.named(int(numbers[at]), task.paths) for at in list(samples)[:shown]] if task.paths else [],
+        "samples": [[_stretches(sample, tokenizer) for sample in made] for made, _ in first],
+        "images": [encoder.named(number, task.paths) for _, number in first] if task.paths else [],
         "labels": [
-            encoder.named(int(numbers[at]), task.label_columns)
-            if any(sample.labels is not None for sample in samples[at])
-            else {}
-            for at in list(samples)[:shown]
+            encoder.named(number, task.label_columns) if any(sample.labels is not None for sample in made) else {}
+            for made, number in first
         ],
         **dict(zip(OUTCOMES, map(int, counted), strict=True)),
     }

@@ -14,7 +14,7 @@ from trainer.checkpoint_files import damage, published
 from trainer.config.schema import LaunchConfig, ModelConfig
 from trainer.export_adapter import write_config
 from trainer.export_weights import Weights
-from trainer.failures import DsftError, StorageError, UserError, of_file
+from trainer.failures import DsftError, StorageError, UserError, in_words
 from trainer.model import DTYPES, load_model_config, quiet_libraries
 from trainer.rundir import EXPORT_ABOUT, RunDirectory, sync, write_json
 from trainer.tasks import get_task, task_tokenizer
@@ -166,7 +166,7 @@ def main() -> None:
     try:
         print(export_run(run, config, arguments.step, arguments.dtype, arguments.output, arguments.adapter))
     except (DsftError, OSError) as error:
-        told = of_file(error) if isinstance(error, OSError) else error
+        told = in_words(error)
         print(f"error: {told}", file=sys.stderr)
         sys.exit(told.exit_code)
 

@@ -66,8 +66,10 @@ class StorageError(DsftError):
     exit_code = EXIT_TEMPORARY
 
 
-def of_file(error: OSError) -> DsftError:
-    """What to tell of a file that cannot be read or written. Raises the error again where it is of no file."""
+def in_words(error: DsftError | OSError) -> DsftError:
+    """What to tell: a DsftError as it is, or which file cannot be read or written. Others are raised again."""
+    if isinstance(error, DsftError):
+        return error
     if error.filename is None:
         raise error
     kind = UserError if isinstance(error, PermissionError) else StorageError

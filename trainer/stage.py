@@ -18,7 +18,7 @@ from trainer.config.loading import load_config, redacted
 from trainer.config.schema import DataSource, LaunchConfig
 from trainer.data.formats.columns import load_dataset
 from trainer.data.remote import fetched, is_hub_dataset, is_remote
-from trainer.failures import EXIT_DONE, EXIT_USER, DsftError, UserError, of_file
+from trainer.failures import EXIT_DONE, EXIT_USER, DsftError, UserError, in_words
 from trainer.rundir import write_json
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -149,7 +149,7 @@ def main() -> int:
     try:
         written, copied = stage(load_config(path, sys.argv[3:]), folder)
     except (DsftError, OSError) as error:
-        told = of_file(error) if isinstance(error, OSError) else error
+        told = in_words(error)
         print(f"error: {told}", file=sys.stderr)
         return told.exit_code or EXIT_USER
     print(json.dumps({"config": str(written), "copied": copied}))

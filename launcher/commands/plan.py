@@ -126,13 +126,8 @@ def _summary(plan: Plan) -> Table:
         ("ranks", f"{plan.world_size} = {nodes} x {plan.processes_per_node} on {_escape(device)}, {plan.backend}")
     )
     shared = plan.sequence_parallel
-    streams = (
-        f"groups of {shared} ranks, a slice of each sequence a rank,"
-        if shared > 1
-        else "ranks"
-        if plan.world_size > 1
-        else "rank"
-    )
+    ranks = "rank" if plan.world_size == 1 else "ranks"
+    streams = f"groups of {shared} ranks, a slice of each sequence a rank," if shared > 1 else ranks
     idle = f", {batch.idle_micro_batches} of them idle" if batch.idle_micro_batches else ""
     made = plan.world_size // shared * batch.micro_batches_per_rank * batch.micro_batch_size
     times = "x" if made == batch.global_batch else "of up to"
