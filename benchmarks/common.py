@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -194,7 +195,7 @@ def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
 def command_line(script: str) -> str:
     """This command as others would type it: of files named by their whole paths, the names."""
     words = (Path(word).name if word.startswith("/") else word for word in sys.argv[1:])
-    return " ".join(["python", f"benchmarks/{script}.py", *words])
+    return shlex.join(["python", f"benchmarks/{script}.py", *words])
 
 
 def machine() -> dict[str, Any]:

@@ -2,17 +2,19 @@
 
 Limits: MFU 0.45; 1.15 times the tokens/s of HF's Trainer; peak memory within 10 % of the plan.
 
-bf16, sequences of 4,096 tokens, every token learned. Each variant is a torchrun job of its own that starts from the
-same random weights, on the very same sequences in the same order: dsft's real `Trainer` and transformers' Trainer with
-DeepSpeed and Liger's kernels, each with several settings, so that the best of both are compared; out of memory is an
-outcome. `--data documents`: a sequence is the beginning of one long document. `--data packed`: it is many short
-samples, which must not see one another. Products in 8 bits are rounded otherwise than HF's: they stand by themselves,
-in no ratio and no distance of losses. `--model 8b` is Llama-3.1-8B with Adafactor: its states fit one GPU. `--small` is
-the same on a CPU with tiny models: it tests the script and says nothing of speed.
+bf16, sequences of 4,096 tokens, every token learned. Each variant (gpu_variants.py) is a torchrun job of its own that
+starts from the same random weights, on the very same sequences in the same order: dsft's real `Trainer` and
+transformers' Trainer with DeepSpeed and Liger's kernels, each with several settings, so that the best of both are
+compared; out of memory is an outcome. `--data documents`: a sequence is the beginning of one long document. `--data
+packed`: it is many short samples, which must not see one another; HF has them padded by length as well. Products in 8
+bits are rounded otherwise than HF's: they have a ratio of their own, and their losses are not among those compared.
+`--model 8b` is Llama-3.1-8B with Adafactor: its states fit one GPU. `--overlap` has the next variant import its
+packages while one trains, where a minute of a GPU is dear. `--small` is the same on a CPU with tiny models: it tests
+the script and says nothing of speed.
 
-MFU: tokens/s * FLOPs per token / peak, by `trainer.planning.flops` (formula and data-sheet peak, recomputation not
-counted); "causal" counts half of the attention, the half that kernels compute. Memory:
-torch.cuda.max_memory_allocated beside the plan's total without the CUDA context.
+Tokens/s are without padding. MFU: tokens/s * FLOPs per token / peak, by `trainer.planning.flops` (formula and peak of
+the data sheet, recomputation not counted); "causal" counts half of the attention, the half that kernels compute.
+Memory: torch.cuda.max_memory_allocated beside the plan's total without the CUDA context.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,112 +44,12 @@ from common import (
     write_data,
     write_result,
 )
-from gpu_ranks import LEARNING_RATE, rank_program
+from gpu_ranks import rank_program
+from gpu_variants import MODELS, SMALL, Variant, config_of, variants_of
 
 LIMITS = {"mfu": 0.45, "tokens": 1.15, "memory": 0.1}
-# As in the config.json of Qwen3-1.7B, Llama-3.2-3B and Llama-3.1-8B, vocabularies too; the tokenizer is a small one
-MODELS: dict[str, dict[str, Any]] = {
-    "1.7b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
-    | {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True},
-    "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
-    | {"num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
-    | {"num_key_value_heads": 8, "vocab_size": 128256},
-    "small": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 2}
-    | {"num_key_value_heads": 2, "vocab_size": 2048},
-}
-
-
 SAID = ("step_seconds", "tokens_per_second", "mfu", "mfu_causal", "micro_batch_size", "peak", "reserved", "planned")
-SAID += ("losses", "seconds", "process_seconds", "whole_seconds")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to train: ``sets`` change dsft's config (both sides are planned from it), ``hf`` TrainingArguments."""
-
-    sets: tuple[str, ...] = ()
-    hf: dict[str, Any] | None = None
-
-    @property
-    def side(self) -> str:
-        return "dsft" if self.hf is None else "hf"
-
-
-def _hf(stage: int, recompute: bool, **settings: Any) -> Variant:
-    sets = (f"deepspeed.zero_stage={stage}", f"model.gradient_checkpointing={json.dumps(recompute)}")
-    return Variant(sets, settings)
-
-
-# Liger's fused head takes the head's weight outside of its module, where ZeRO-3 has not gathered it
-_LIGER: dict[str, Any] = {"use_liger_kernel": True}
-_LIGER_3 = _LIGER | {"liger_kernel_config": {"fused_linear_cross_entropy": False, "cross_entropy": True}}
-VARIANTS: dict[str, Variant] = {
-    "dsft, ZeRO-3": Variant(),
-    "dsft, ZeRO-3, compiled": Variant(("model.compile=true",)),
-    "dsft, ZeRO-3, compiled, fused loss": Variant(("model.compile=true", "model.fused_loss=true")),
-    "fp8 rowwise: dsft, ZeRO-3, compiled": Variant(("model.compile=true", "model.fp8=rowwise")),
-    "fp8 tensorwise: dsft, ZeRO-3, compiled": Variant(("model.compile=true", "model.fp8=tensorwise")),
-    "dsft, ZeRO-2": Variant(("deepspeed.zero_stage=2",)),
-    "HF Trainer, ZeRO-2, kept, Liger": _hf(2, False, **_LIGER),
-    "HF Trainer, ZeRO-2, recomputed, Liger": _hf(2, True, **_LIGER),
-    "HF Trainer, ZeRO-3, kept, Liger": _hf(3, False, **_LIGER_3),
-    "HF Trainer, ZeRO-3, recomputed, Liger": _hf(3, True, **_LIGER_3),
-    "HF Trainer, ZeRO-3, recomputed": _hf(3, True),
-}
-# its steps are relative to the size of the weights
-_ADAFACTOR = ("training.optimizer.type=adafactor", "training.optimizer.learning_rate=1e-3")
-LARGE: dict[str, Variant] = {
-    "dsft, 8B, Adafactor": Variant(_ADAFACTOR),
-    "dsft, 8B, Adafactor, compiled": Variant((*_ADAFACTOR, "model.compile=true")),
-    "dsft, 8B, Adafactor, compiled, fused loss": Variant(
-        (*_ADAFACTOR, "model.compile=true", "model.fused_loss=true"),
-    ),
-    "fp8 rowwise: dsft, 8B, Adafactor, compiled": Variant((*_ADAFACTOR, "model.compile=true", "model.fp8=rowwise")),
-    "fp8 tensorwise: dsft, 8B, Adafactor, compiled": Variant(
-        (*_ADAFACTOR, "model.compile=true", "model.fp8=tensorwise")
-    ),
-}
-
-
-def config_of(
-    model: str,
-    text: Path,
-    folder: Path,
-    *,
-    weights: Path | None = None,
-    name: str = "run",
-    length: int = 4096,
-    batch: int = 16,
-    micro: int | str = "auto",
-    steps: int = 15,
-    on_long: str = "truncate",
-) -> dict[str, Any]:
-    """The config of a run of ``model`` (of MODELS) on ``text``; without ``weights`` it draws its own."""
-    shape = {"model_type": "llama", "max_position_embeddings": length, **MODELS[model]}
-    origin: dict[str, Any] = {"path": str(weights)} if weights else {"config": shape}
-    return {
-        "name": name,
-        "output_dir": str(folder / "runs"),
-        "task": {"type": "causal-lm"},
-        "model": origin | {"tokenizer": str(folder / "tokenizer")},
-        "data": {
-            "train": [{"path": str(text), "columns": {"text": "text"}}],
-            "sequence_length": length,
-            "on_long": on_long,
-        },
-        "training": {
-            "global_batch_size": batch,
-            "micro_batch_size": micro,
-            "max_steps": steps,
-            "optimizer": {"learning_rate": LEARNING_RATE},
-            "schedule": {"type": "constant"},
-        },
-        "checkpoint": {"interval_steps": None},
-        "export": {"enabled": False},
-        "logging": {"tensorboard": False},
-        "cluster": {"processes_per_node": 1},
-    }
+SAID += ("losses", "seconds", "stalls", "process_seconds", "whole_seconds")
 
 
 @dataclass
@@ -156,7 +59,6 @@ class Bench:
     folder: Path
     options: argparse.Namespace
     model: Path | None = None  # first weights; None: each run draws its own
-    number: int = field(default=0)
 
     def prepare(self) -> None:
         made = write_data(self.folder, self.options.records)
@@ -172,8 +74,10 @@ class Bench:
                 texts.append("\n".join(document))
             texts = texts[:-1]  # the last one may be short
         (self.folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        if self.options.model != "8b":
-            self.model = self.folder / "model"
+        if self.options.model == "8b":
+            return
+        self.model = (self.options.weights or self.folder / "model").resolve()
+        if not (self.model / "config.json").exists():
             command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--first-weights", str(self.model)]
             subprocess.run([*command, "--model", self.options.model], check=True, env=self.variables())
 
@@ -184,18 +88,18 @@ class Bench:
             variables["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))  # offloaded optimizers run there
         return variables
 
-    def make_run(self, variant: Variant) -> Path:
+    def make_run(self, name: str, variant: Variant) -> Path:
         """A run directory with config and plan; HF's side reads its DeepSpeed JSON and micro-batch from the plan."""
         from trainer.config.loading import load_config
 
         options = self.options
-        self.number += 1
+        name = "".join(letter if letter.isalnum() else "-" for letter in name)
         value = config_of(
             options.model,
             self.folder / "text.jsonl",
             self.folder,
             weights=self.model,
-            name=f"run{self.number}",
+            name=name,
             length=options.sequence_length,
             batch=options.global_batch_size,
             micro=options.micro_batch_size or "auto",
@@ -206,9 +110,10 @@ class Bench:
             value["logging"]["profile"] = {"skip_steps": options.steps - 2, "steps": 1}
         if options.small:
             value["cluster"]["environment"] = {"DS_ACCELERATOR": "cpu"}
-        path = self.folder / "config.json"
+        path = self.folder / f"{name}.json"
         path.write_text(json.dumps(value))
-        config = load_config(path, [*variant.sets, *(options.set if variant.side == "dsft" else [])])
+        sets = [item.replace("FOLDER", str(self.folder)) for item in variant.sets]
+        config = load_config(path, [*sets, *(options.set if variant.side == "dsft" else [])])
         return plan_run(self.folder / "runs" / config.name, config)
 
     def measure(self, name: str, variant: Variant) -> dict[str, Any]:
@@ -217,10 +122,11 @@ class Bench:
 
         options = self.options
         try:
-            run = self.make_run(variant)
+            run = self.make_run(name, variant)
         except UserError as error:
             return {"problem": str(error)}
-        script = [str(ROOT / "benchmarks" / "gpu.py"), "--rank-program", str(run), "--hf", json.dumps(variant.hf)]
+        script = [str(ROOT / "benchmarks" / "gpu.py"), "--rank-program", str(run)]
+        script += ["--variant", json.dumps(asdict(variant)), "--turn", str(self.folder / "turn")]
         start = time.monotonic()
         try:
             done = subprocess.run(
@@ -240,9 +146,10 @@ class Bench:
             return {"problem": "out of memory" if "OutOfMemoryError" in said else errors[-1][:300], "log": said[-4000:]}
         found = json.loads((run / "result.json").read_text())
         plan = json.loads((run / "plan.json").read_text())
-        seconds = statistics.median(found["seconds"][options.warm_up : -1 if options.profile else None])
-        # packed sequences are full but for a few tokens in a hundred; both sides run the padding as well
-        speed = options.global_batch_size * options.sequence_length / seconds
+        steps = list(zip(found["seconds"], found["tokens"], strict=True))
+        steps = steps[options.warm_up : -1 if options.profile else None]
+        seconds = statistics.median(second for second, _ in steps)
+        speed = statistics.median(tokens / second for second, tokens in steps)
         peak_flops, planned = plan["peak_flops"], plan["memory"]["total"] - plan["memory"]["overhead"]
         shape = MODELS[options.model]
         half_attention = 6 * shape["num_hidden_layers"] * shape["hidden_size"] * options.sequence_length
@@ -262,6 +169,7 @@ class Bench:
             "planned": planned,
             "plan": plan["memory"],
             "memory_error": planned / found["peak"] - 1 if "peak" in found and variant.side == "dsft" else None,
+            "apart": variant.apart,
             "flops_formula": plan["flops_formula"],
             "peak_flops": peak_flops,
         }
@@ -280,13 +188,13 @@ def first_weights(folder: Path, model: str) -> None:
 
 
 def curve_distance(runs: dict[str, dict[str, Any]]) -> float:
-    """The largest relative distance of any variant's loss from the mean of all, over steps; without those in 8 bits."""
-    curves = [run["losses"] for name, run in runs.items() if "losses" in run and not name.startswith("fp8")]
+    """The largest relative distance of any variant's loss from the mean of all, over steps; without those apart."""
+    curves = [run["losses"] for run in runs.values() if "losses" in run and not run["apart"]]
     steps = list(zip(*curves, strict=False))
     return max((abs(loss / statistics.mean(step) - 1) for step in steps for loss in step), default=0.0)
 
 
-def table(runs: dict[str, dict[str, Any]], ratio: float | None) -> list[list[str]]:
+def table(runs: dict[str, dict[str, Any]], ratios: dict[str, float | None]) -> list[list[str]]:
     """A row for each variant."""
     head = ["variant", "micro-batch", "recomputed", "tokens/s", "MFU", "MFU, causal", "peak memory"]
     rows = [[*head, "planned / peak - 1"]]
@@ -299,7 +207,8 @@ def table(runs: dict[str, dict[str, Any]], ratio: float | None) -> list[list[str
         error = f"{run['memory_error']:+.0%}" if run["memory_error"] is not None else "-"
         cells = [str(run["micro_batch_size"]), "yes" if run["recompute"] else "no", f"{run['tokens_per_second']:,.0f}"]
         rows.append([name, *cells, *mfu, peak, error])
-    rows.append(["best dsft / best HF", "-", "-", f"{ratio:.2f}" if ratio else "-", *["-"] * 4])
+    for name, ratio in ratios.items():
+        rows.append([f"best {name} / best HF", "-", "-", f"{ratio:.2f}" if ratio else "-", *["-"] * 4])
     rows.append(["largest distance of a loss from the mean", "-", "-", f"{curve_distance(runs):.1%}", *["-"] * 4])
     return rows
 
@@ -307,7 +216,8 @@ def table(runs: dict[str, dict[str, Any]], ratio: float | None) -> list[list[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank-program", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--hf", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--variant", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--first-weights", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--model", choices=list(MODELS), default="1.7b")
     parser.add_argument("--data", choices=("documents", "packed"), default="documents")
@@ -319,23 +229,24 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=4096)
     parser.add_argument("--records", type=int, default=20_000)
     parser.add_argument("--seconds", type=float, default=PROCESS_SECONDS, help="a variant may take")
+    parser.add_argument("--weights", type=Path, help="a folder for the first weights, which other calls can share")
     parser.add_argument("--profile", action="store_true", help="of one step of dsft's variants")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in the configs of dsft's side")
+    parser.add_argument("--overlap", action="store_true", help="the next variant starts while one trains")
     parser.add_argument("--small", action="store_true", help="on a CPU, in a minute; figures mean nothing")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.rank_program:
-        rank_program(options.rank_program, "dsft" if options.hf is None else "hf", options.hf or {})
+        rank_program(options.rank_program, Variant(**options.variant), options.turn)
         return
     if options.first_weights:
         first_weights(options.first_weights, options.model)
         return
-    chosen = LARGE if options.model == "8b" else VARIANTS
+    chosen = variants_of(options.model, options.data)
     if options.small:
         options.model, options.sequence_length, options.global_batch_size, options.records = "small", 128, 4, 900
-        options.steps, options.warm_up = 3, 1
-        names = ("dsft, ZeRO-3", "fp8 rowwise: dsft, ZeRO-3, compiled", "HF Trainer, ZeRO-3, recomputed")
-        chosen = {name: VARIANTS[name] for name in names}
+        options.steps, options.warm_up, options.data = 6, 1, "packed"
+        chosen = SMALL
     chosen = {
         name: variant
         for name, variant in chosen.items()
@@ -345,31 +256,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="dsft-gpu-") as place:
         bench = Bench(Path(place), options)
         bench.prepare()
-        for name, variant in chosen.items():
-            runs[name] = bench.measure(name, variant)
-            run = runs[name]
-            said = {key: run[key] for key in SAID if key in run}
-            print(f"{name}: {run.get('problem') or said}", flush=True)
-            print("\n".join([*run.get("said", []), run.get("profile", "")]), flush=True)
+        with ThreadPoolExecutor(2 if options.overlap else 1) as pool:
+            started = {name: pool.submit(bench.measure, name, variant) for name, variant in chosen.items()}
+            for name, job in started.items():
+                run = runs[name] = job.result()
+                said = {key: run[key] for key in SAID if key in run}
+                print(f"{name}: {run.get('problem') or said}", flush=True)
+                print("\n".join([*run.get("said", []), run.get("profile", "")]), flush=True)
     best = {
-        side: max(
-            (r["tokens_per_second"] for n, r in runs.items() if n.startswith(side) and "problem" not in r), default=0
-        )
-        for side in ("dsft", "HF")
+        side: max((r.get("tokens_per_second", 0) for name, r in runs.items() if name.startswith(side)), default=0)
+        for side in ("dsft", "fp8", "HF")
     }
-    ratio = best["dsft"] / best["HF"] if best["HF"] else None
+    ratios = {side: best[side] / best["HF"] if best[side] and best["HF"] else None for side in ("dsft", "fp8")}
     one = next((run for run in runs.values() if "problem" not in run), {})
     peak = f"{one['peak_flops'] / 1e12:.0f} TFLOP/s" if one.get("peak_flops") else "not known"
     value = {
         "command": command_line("gpu"),
         "formula": f"MFU = tokens/s * ({one.get('flops_formula')}) / peak ({one.get('device', 'CPU')}: {peak})",
         "limits": LIMITS,
-        "ratio": ratio,
+        "ratio": ratios["dsft"],
+        "ratio_fp8": ratios["fp8"],
         "curve_distance": curve_distance(runs),
         "runs": runs,
     }
     name = "gpu" if options.small else f"gpu_{options.model}_{options.data}".replace(".", "_")
-    write_result(options.output, name, value, table(runs, ratio))
+    write_result(options.output, name, value, table(runs, ratios))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common import end_rank
-
-LEARNING_RATE = 2e-5
+from gpu_variants import LEARNING_RATE, Variant
 
 
 def dsft_rank(run_dir: Path) -> dict[str, Any]:
@@ -21,15 +22,32 @@ def dsft_rank(run_dir: Path) -> dict[str, Any]:
     trainer.save_last = lambda: None  # type: ignore[method-assign]  # 100 GB to disk say nothing of a step
     trainer.run_to_end()
     lines = trainer.run.step_lines()
-    return {key: [line[name] for line in lines] for key, name in (("seconds", "step_seconds"), ("losses", "loss"))}
+    names = (("seconds", "step_seconds"), ("losses", "loss"), ("tokens", "tokens"))
+    events = trainer.run.merged_events()
+    stalls = [event["stall_seconds"] for event in events if event["event"] == "checkpoint_started"]
+    return {key: [line[name] for line in lines] for key, name in names} | ({"stalls": stalls} if stalls else {})
 
 
-def hf_rank(run_dir: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """transformers' Trainer on the sequences of dsft's stream, in their order.
+def rows_by_length(rows: Sequence[Any], steps: int, tokens: int) -> tuple[list[Any], int, int]:
+    """(single samples for transformers to pad, those of a micro-batch, micro-batches of a step).
 
-    Args:
-        settings: further arguments of TrainingArguments.
+    As many tokens a step as before, and in a micro-batch, of the longest samples, at most ``tokens``; those of a step
+    are put in order of their lengths, so that hardly anything is padding (as `group_by_length`).
     """
+    from trainer.data.sample import PackedSequence
+
+    singles = [PackedSequence((sample,)) for row in rows for sample in row.samples]
+    micro = min(tokens // max(row.length for row in singles), len(singles) // steps)
+    parts = max(round(len(singles) / steps / micro), 1)
+    chosen = []
+    for step in range(min(steps, len(singles) // (micro * parts))):
+        part = singles[step * micro * parts :][: micro * parts]
+        chosen += sorted(part, key=lambda row: row.length)
+    return chosen, micro, parts
+
+
+def hf_rank(run_dir: Path, variant: Variant) -> dict[str, Any]:
+    """transformers' Trainer on the sequences of dsft's stream, in their order (unless ``variant`` has them padded)."""
     import deepspeed.ops
     import numpy as np
     import torch
@@ -58,6 +76,11 @@ def hf_rank(run_dir: Path, settings: dict[str, Any]) -> dict[str, Any]:
         limit=config.training.max_steps,
     )
     rows = [sequence for batch in stream for part in batch.micro_batches for sequence in part.sequences]
+    parts = total // micro
+    if variant.padded:
+        steps = config.training.max_steps or 1
+        rows, micro, parts = rows_by_length(rows, steps, micro * config.data.sequence_length)
+    tokens = [sum(row.length for row in rows[at : at + micro * parts]) for at in range(0, len(rows), micro * parts)]
 
     def collated(sequences: Any) -> dict[str, Any]:
         made = collate(sequences, 0, False, torch.device("cpu"))
@@ -92,8 +115,8 @@ def hf_rank(run_dir: Path, settings: dict[str, Any]) -> dict[str, Any]:
     arguments = transformers.TrainingArguments(
         output_dir=str(run_dir / "hf"),
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=total // micro,
-        max_steps=config.training.max_steps or 0,
+        gradient_accumulation_steps=parts,
+        max_steps=len(tokens),
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         weight_decay=0.0,
@@ -109,12 +132,12 @@ def hf_rank(run_dir: Path, settings: dict[str, Any]) -> dict[str, Any]:
         disable_tqdm=True,
         dataloader_pin_memory=not cpu,
         remove_unused_columns=False,
-        **settings,
+        **(variant.hf or {}),
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(
         config.model.path,
         dtype=torch.bfloat16,
-        attn_implementation=inference_attention("auto", torch.device(plan["device"])),
+        attn_implementation=variant.attention or inference_attention("auto", torch.device(plan["device"])),
     )
     trainer = InOrder(
         model=model,
@@ -125,16 +148,30 @@ def hf_rank(run_dir: Path, settings: dict[str, Any]) -> dict[str, Any]:
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"seconds": seconds, "losses": losses, "micro_batch_size": micro}
+    return {"seconds": seconds, "losses": losses, "tokens": tokens, "micro_batch_size": micro}
 
 
-def rank_program(run_dir: Path, side: str, settings: dict[str, Any]) -> None:
-    """The one rank; leaves result.json in the run directory."""
+def rank_program(run_dir: Path, variant: Variant, turn: Path) -> None:
+    """The one rank; leaves result.json in the run directory.
+
+    Args:
+        turn: a file whose lock is the right to use the device; held from when all is imported till the process ends.
+    """
+    import deepspeed  # noqa: F401
     import torch
     import torch.distributed as dist
+    import transformers.trainer  # noqa: F401
 
+    import trainer.train  # noqa: F401
+
+    with open(turn, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _measure(run_dir, variant, torch, dist)
+
+
+def _measure(run_dir: Path, variant: Variant, torch: Any, dist: Any) -> None:
     began = time.monotonic()
-    found = dsft_rank(run_dir) if side == "dsft" else hf_rank(run_dir, settings)
+    found = dsft_rank(run_dir) if variant.side == "dsft" else hf_rank(run_dir, variant)
     found["whole_seconds"] = time.monotonic() - began
     if torch.cuda.is_available():
         found |= {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}

@@ -109,8 +109,13 @@ def test_data_memory(tmp_path):
 def test_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "none")  # layers that are to be compiled run as they are: half a minute less
     value = run("gpu", tmp_path, "--small")
-    ours, rounded, theirs = value["runs"].values()
-    assert len(ours["losses"]) == len(rounded["losses"]) == len(theirs["losses"]) == 3
+    ours, rounded, theirs, padded, saving = value["runs"].values()
+    assert {len(run["losses"]) for run in (ours, rounded, theirs, saving)} == {6}
+    assert len(saving["stalls"]) == 1
+    assert saving["losses"] == ours["losses"]
+    # single samples in other micro-batches: about as many tokens, learned as well
+    assert sum(padded["tokens"]) == pytest.approx(sum(ours["tokens"]), rel=0.2)
+    assert padded["losses"][0] == pytest.approx(ours["losses"][0], rel=0.05)
     # the same sequences in the same order from the same kind of weights
     assert value["curve_distance"] < 0.05
     assert rounded["losses"] == pytest.approx(ours["losses"], rel=0.05)

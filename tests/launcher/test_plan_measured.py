@@ -24,13 +24,13 @@ RESULTS = [
 @pytest.mark.parametrize(("result", "name", "run"), RESULTS, ids=lambda value: value if isinstance(value, str) else "")
 def test_measured_peaks_are_within_ten_percent(result, name, run, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import gpu
+    import gpu_variants
 
-    model = "8b" if "_8b_" in result else "1.7b"
-    variant = {**gpu.VARIANTS, **gpu.LARGE}[name]
+    model = next(model for model in gpu_variants.MODELS if f"_{model.replace('.', '_')}_" in result)
+    variant = {**gpu_variants.VARIANTS, **gpu_variants.PACKED, **gpu_variants.LARGE}[name]
     (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "tokenizer").mkdir()
-    value = gpu.config_of(model, tmp_path / "text.jsonl", tmp_path)
+    value = gpu_variants.config_of(model, tmp_path / "text.jsonl", tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(value))
     config = load_config(path, [*variant.sets, f"training.micro_batch_size={run['micro_batch_size']}"])
