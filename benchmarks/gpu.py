@@ -23,6 +23,7 @@ import argparse
 import fnmatch
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -154,6 +155,9 @@ class Bench:
         shape = MODELS[options.model]
         half_attention = 6 * shape["num_hidden_layers"] * shape["hidden_size"] * options.sequence_length
         profiles = [path.read_text() for path in run.glob("profile/*/*.txt")]
+        for trace in run.glob("profile/*/*.trace.json.gz"):
+            options.output.mkdir(parents=True, exist_ok=True)
+            shutil.copy(trace, options.output / f"{run.name}.trace.json.gz")
         return {
             "process_seconds": time.monotonic() - start,
             "said": [line for line in said.splitlines() if line.startswith(("model.", "LlamaFor"))],
@@ -230,7 +234,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=20_000)
     parser.add_argument("--seconds", type=float, default=PROCESS_SECONDS, help="a variant may take")
     parser.add_argument("--weights", type=Path, help="a folder for the first weights, which other calls can share")
-    parser.add_argument("--profile", action="store_true", help="of one step of dsft's variants")
+    parser.add_argument("--profile", action="store_true", help="of one step of dsft's variants; traces too")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in the configs of dsft's side")
     parser.add_argument("--overlap", action="store_true", help="the next variant starts while one trains")
     parser.add_argument("--small", action="store_true", help="on a CPU, in a minute; figures mean nothing")
