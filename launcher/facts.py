@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trainer.config.generation import WritingTask
 from trainer.config.schema import LaunchConfig, ModelConfig
 from trainer.config.trained import AdapterConfig
 from trainer.failures import UserError
@@ -85,7 +86,8 @@ def facts_of_model(config: LaunchConfig, model: ModelConfig) -> ModelFacts:
     patterns = {f"training.optimizer.groups.{i}.match": rule.match for i, rule in enumerate(training.optimizer.groups)}
     patterns |= {f"training.unfreeze.{i}.match": later.match for i, later in enumerate(training.unfreeze)}
     head = getattr(config.task, "head", None)
-    return model_facts(model, patterns, config.task.type != "causal-lm", () if head is None else head.hidden_sizes)
+    new_head = not isinstance(config.task, WritingTask)
+    return model_facts(model, patterns, new_head, () if head is None else head.hidden_sizes)
 
 
 def adapted_facts(config: LaunchConfig) -> dict[str, ModelFacts]:

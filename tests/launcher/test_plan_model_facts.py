@@ -124,6 +124,16 @@ def test_an_unknown_family_is_counted_from_its_files(tmp_path):
         model_facts(ModelConfig(path=str(tmp_path)))
 
 
+def test_an_encoder_multiplies_with_no_embedding_and_has_no_logits(tmp_path):
+    """As a classifier; as a language model it would, with the embedding as its head."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 8, "vocab_size": 100}))
+    words = {"bert.embeddings.word_embeddings.weight": torch.zeros(100, 8), "bert.encoder.layer.0.w": torch.zeros(4)}
+    save_file(words, tmp_path / "model.safetensors")
+    model = ModelConfig(path=str(tmp_path))
+    assert [model_facts(model, new_head=new).lookup_parameters for new in (True, False)] == [800, 0]
+    assert [model_facts(model, new_head=new).vocabulary for new in (True, False)] == [None, 100]
+
+
 def test_bad_folders(tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         model_facts(ModelConfig(path=str(tmp_path / "nowhere")))

@@ -23,6 +23,7 @@ from trainer.planning.layouts import FAMILIES, Json, Shape, parameter_shapes, si
 from trainer.selection import adapter_shapes, layers_of, select, trained_names
 
 HEAD = "task_head"  # what `trainer.modeling_head` calls the layers of `task.head`
+_EMBEDDING = "(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|shared)"
 TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt"})  # their layers keep weights as [in, out]
 
 
@@ -42,6 +43,7 @@ class ModelFacts:
         largest_packed: parameters of the largest matrix in 4 bits.
         for_fp8: trained matrices that can be multiplied in 8 bits (`trainer.float8`), where that is known.
         pinned: frozen weights are in the model's own files, and checkpoints leave them out.
+        vocabulary: tokens that the head predicts; None where it predicts none.
         gated: whether the MLP multiplies two projections (SwiGLU, GeGLU).
         source: where the counts come from.
         note: what is not known, and why.
@@ -82,7 +84,8 @@ def model_facts(
     Args:
         model: the section.
         patterns: of parameters besides the section's own, by their keys in the config.
-        new_head: the task puts one of its own on the model. Its parameters, and so what patterns match, are not known;
+        new_head: the task puts one of its own on the model, which predicts no tokens. Its parameters, and so what
+            patterns match, are not known;
         head_sizes: but for layers of these widths in it.
 
     Raises:
@@ -118,7 +121,7 @@ def model_facts(
         return facts
     # names in a file may carry another prefix than the model's own
     facts = replace(facts, source="safetensors")
-    return _counted(facts, shapes, model.freeze, model.train_only, model.adapter, False, model.dtype)
+    return _counted(facts, shapes, model.freeze, model.train_only, model.adapter, new_head, model.dtype, strict=False)
 
 
 def facts_of_config(
@@ -137,7 +140,7 @@ def facts_of_config(
     sizes = sizes_of(config, family)
     facts = ModelFacts(
         model_type,
-        vocabulary=sizes.get("vocab_size"),
+        vocabulary=None if new_head else sizes.get("vocab_size"),
         hidden_size=sizes.get("hidden_size"),
         layers=sizes.get("num_hidden_layers"),
         heads=sizes.get("num_attention_heads"),
@@ -159,9 +162,8 @@ def facts_of_config(
     elif adapter is None:  # which adds parameters
         for key, found in patterns.items():
             select(list(shapes), found, key)
-    tied = bool(sizes["tie_word_embeddings"]) and not new_head
     facts = replace(facts, source="config")
-    return _counted(facts, shapes, freeze, train_only, adapter, not new_head, dtype, tied)
+    return _counted(facts, shapes, freeze, train_only, adapter, new_head, dtype, strict=not new_head)
 
 
 def _counted(
@@ -170,9 +172,9 @@ def _counted(
     freeze: tuple[str, ...],
     train_only: tuple[str, ...],
     adapter: AdapterConfig | None,
-    strict: bool,
+    new_head: bool,
     dtype: str,
-    tied: bool = True,
+    strict: bool,
 ) -> ModelFacts:
     packed: set[str] = set()
     if adapter is None:
@@ -192,7 +194,8 @@ def _counted(
         match = re.match(r".*?\.\d+(?=\.)", name)
         block = match[0] if match else name
         blocks[block] = blocks.get(block, 0) + count
-    lookups = [name for name in counts if re.search(r"(embed_tokens|wte|embed_in)\.weight$", name) and not tied]
+    tied = not new_head and not any(name.endswith("lm_head.weight") for name in counts)
+    lookups = [name for name in counts if not tied and re.search(rf"{_EMBEDDING}\.weight$", name)]
     lookups += [name for name in counts if re.search(r"(wpe|embed_positions|position_embeddings)\.weight$", name)]
     return replace(
         facts,
