@@ -204,19 +204,23 @@ def _stretches(sample: Sample, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
 
 def model_vocabulary(config: LaunchConfig) -> int | None:
     """`vocab_size` of the model's config, where it is here. Raises UserError where it is no JSON."""
-    values: Any = config.model.config
+    values: Any = config.model.config or {}
     if config.model.path:
         path = Path(config.model.path) / "config.json"
         try:
-            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except ValueError as error:
             raise UserError(f"model.path: {path} cannot be read: {error}") from None
-    size = (values or {}).get("vocab_size")
+    size = values.get("text_config", values).get("vocab_size")
     return size if isinstance(size, int) else None
 
 
 def main() -> int:
     config = LaunchConfig.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    if (
+        config.model.fp8 == "none"
+    ):  # a processor of images imports it by way of transformers: seconds, and lines of its own
+        sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
     report = check(config, int(sys.argv[2]) if len(sys.argv) > 2 else 0)
     print(json.dumps(report, default=lambda value: f"a {type(value).__name__}"))  # an encoded image, a date
     return EXIT_DONE if report["ok"] else EXIT_USER

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ MOST_LABELS = 50
 MOST_CHARACTERS = 500  # shown of a label
 LEARNED = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}", "\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}"  # without colours
 PIECES = 3  # shown of a record that is split
+_REPEATED = re.compile(r"(<[^<>\s]+>)(\s?\1){7,}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,6 +159,7 @@ def _show_source(console: Console, item: dict[str, Any], config: LaunchConfig) -
             text = Text()
             for part, learned in stretches:
                 learned = learned and not labels
+                part = without_repeats(part)
                 text.append(part.join(marks) if learned else part, style="bold green" if learned else "dim")
             if text.plain:  # an image has no text
                 console.print(text)
@@ -168,6 +171,11 @@ def _show_source(console: Console, item: dict[str, Any], config: LaunchConfig) -
             console.print(Text(f"{name}: {_value(value)}".join(marks), style="bold green"))
     if item["samples"]:
         console.print(f"\n[dim]seen[/dim] and [bold green]{'learned'.join(marks)}[/bold green]")
+
+
+def without_repeats(text: str) -> str:
+    """The hundreds of tokens that stand for an image, as their number."""
+    return _REPEATED.sub(lambda run: f"{run[1]} x {run[0].count(run[1])}", text)
 
 
 def _value(value: Any) -> str:

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 from launcher.cli import main
+from launcher.commands.data import without_repeats
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +99,10 @@ def test_of_a_long_record_some_pieces_are_shown(tmp_path: Path, capfd: pytest.Ca
     shown = capfd.readouterr().out
     assert shown.count("cccc") == 3
     assert "and 12 more pieces of this record" in shown
+
+
+def test_tokens_of_an_image_are_counted() -> None:
+    assert without_repeats("<s> <image> <image>" + " <image>" * 574 + " so <b><b>") == "<s> <image> x 576 so <b><b>"
 
 
 def test_labels_are_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
