@@ -134,6 +134,27 @@ def test_an_encoder_multiplies_with_no_embedding_and_has_no_logits(tmp_path):
     assert [model_facts(model, new_head=new).vocabulary for new in (True, False)] == [None, 100]
 
 
+def test_of_a_model_with_images_the_sizes_of_both_parts_are_known(tmp_path):
+    """Those that its config leaves out are its text model's defaults; a tower that is frozen keeps nothing."""
+    vision = {"model_type": "clip_vision_model", "hidden_size": 8, "num_hidden_layers": 3, "intermediate_size": 16}
+    config = {"model_type": "llava", "text_config": {"model_type": "llama", "num_hidden_layers": 4}}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vision_config": vision}))
+    save_file({"vision_tower.w": torch.zeros(9), "language_model.w": torch.zeros(5)}, tmp_path / "model.safetensors")
+    whole, frozen = (model_facts(ModelConfig(path=str(tmp_path), freeze=names)) for names in ((), ("*vision_tower*",)))
+    assert (whole.model_type, whole.hidden_size, whole.layers, whole.vocabulary) == ("llava", 4096, 4, 32000)
+    assert (whole.tower.layers, whole.trainable_parameters, frozen.tower, frozen.trainable_parameters) == (
+        3,
+        14,
+        None,
+        5,
+    )
+    kept = [
+        memory.activation_bytes(facts, 100, 100, 2, memory.Recomputation(1), "sdpa")
+        for facts in (whole, frozen, whole.tower)
+    ]
+    assert kept[0] == kept[1] + kept[2]
+
+
 def test_bad_folders(tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         model_facts(ModelConfig(path=str(tmp_path / "nowhere")))

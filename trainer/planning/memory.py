@@ -249,7 +249,11 @@ def activation_bytes(
     model: ModelFacts, tokens: int, sequence_length: int, width: int, recompute: Recomputation, attention: str
 ) -> int:
     """Bytes of activations of a micro-batch of ``tokens`` tokens: what every layer keeps, and one that is whole again
-    while its backward pass runs."""
+    while its backward pass runs. Where layers read images, all of them may be tokens of these."""
+    tower = 0
+    if model.tower is not None:
+        patches = model.patches_per_token
+        tower = activation_bytes(model.tower, tokens * patches, sequence_length * patches, width, recompute, attention)
     layers, hidden = model.layers or 0, model.hidden_size or 0
     per_token = layer_bytes_per_token(model, width, recompute.kernels)
     if attention == "eager":  # scores in the model's dtype, softmax in fp32 and its cast
@@ -261,7 +265,7 @@ def activation_bytes(
     else:
         again = math.ceil(layers / recompute.every)
         kept = (layers - again + 1) * per_token + again * hidden * width
-    return tokens * (kept + 2 * hidden * width)  # the embeddings' output and the last norm's
+    return tower + tokens * (kept + 2 * hidden * width)  # the embeddings' output and the last norm's
 
 
 def logit_bytes(model: ModelFacts, tokens: int, width: int) -> int:

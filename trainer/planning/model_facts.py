@@ -45,6 +45,8 @@ class ModelFacts:
         pinned: frozen weights are in the model's own files, and checkpoints leave them out.
         vocabulary: tokens that the head predicts; None where it predicts none.
         gated: whether the MLP multiplies two projections (SwiGLU, GeGLU).
+        tower: sizes of the layers that read images, where they are trained; the others here are those of the text's.
+        patches_per_token: of an image, for each of the tokens that stand for it.
         source: where the counts come from.
         note: what is not known, and why.
     """
@@ -69,6 +71,8 @@ class ModelFacts:
     intermediate_size: int | None = None
     gated: bool = True
     max_positions: int | None = None
+    tower: ModelFacts | None = None
+    patches_per_token: int = 1
     source: Literal["config", "safetensors", "unknown"] = "unknown"
     note: str | None = None
 
@@ -137,10 +141,36 @@ def facts_of_config(
     """As `model_facts`, of a Hugging Face config dict; the counts only for families whose layout is known here."""
     model_type = str(config.get("model_type", "unknown"))
     family = FAMILIES.get(model_type)
+    facts = replace(_sized(config.get("text_config") or config), model_type=model_type)
+    if new_head:
+        facts = replace(facts, vocabulary=None)
+    if isinstance(tower := config.get("vision_config"), Mapping):
+        patches = int(config.get("scale_factor", 1)) ** 2
+        facts = replace(facts, tower=replace(_sized(tower), gated=False), patches_per_token=patches)
+    if adapter is not None and adapter.type == "qlora" and model_type in TRANSPOSED:
+        raise UserError(f"model.adapter: qlora packs torch.nn.Linear, which {model_type} has not; use lora")
+    if family is None:
+        return replace(facts, note=f"the parameter layout of model_type {model_type!r} is not known to dsft")
+    shapes = dict(parameter_shapes(config))
+    if new_head:
+        shapes.pop("lm_head.weight", None)
+        for index, (width, size) in enumerate(pairwise((facts.hidden_size or 0, *head_sizes))):
+            shapes |= {f"{HEAD}.{index}.weight": (size, width), f"{HEAD}.{index}.bias": (size,)}
+    elif adapter is None:  # which adds parameters
+        for key, found in patterns.items():
+            select(list(shapes), found, key)
+    facts = replace(facts, source="config")
+    return _counted(facts, shapes, freeze, train_only, adapter, new_head, dtype, strict=not new_head)
+
+
+def _sized(config: Json) -> ModelFacts:
+    """Facts without counts."""
+    model_type = str(config.get("model_type", "unknown"))
+    family = FAMILIES.get(model_type)
     sizes = sizes_of(config, family)
-    facts = ModelFacts(
+    return ModelFacts(
         model_type,
-        vocabulary=None if new_head else sizes.get("vocab_size"),
+        vocabulary=sizes.get("vocab_size"),
         hidden_size=sizes.get("hidden_size"),
         layers=sizes.get("num_hidden_layers"),
         heads=sizes.get("num_attention_heads"),
@@ -150,20 +180,6 @@ def facts_of_config(
         gated=family.gated if family else True,
         max_positions=sizes.get("max_position_embeddings"),
     )
-    if adapter is not None and adapter.type == "qlora" and model_type in TRANSPOSED:
-        raise UserError(f"model.adapter: qlora packs torch.nn.Linear, which {model_type} has not; use lora")
-    if family is None:
-        return replace(facts, note=f"the parameter layout of model_type {model_type!r} is not known to dsft")
-    shapes = dict(parameter_shapes(config))
-    if new_head:
-        shapes.pop("lm_head.weight", None)
-        for index, (width, size) in enumerate(pairwise((sizes["hidden_size"], *head_sizes))):
-            shapes |= {f"{HEAD}.{index}.weight": (size, width), f"{HEAD}.{index}.bias": (size,)}
-    elif adapter is None:  # which adds parameters
-        for key, found in patterns.items():
-            select(list(shapes), found, key)
-    facts = replace(facts, source="config")
-    return _counted(facts, shapes, freeze, train_only, adapter, new_head, dtype, strict=not new_head)
 
 
 def _counted(
@@ -204,6 +220,7 @@ def _counted(
         lookup_parameters=sum(counts[name] for name in lookups),
         packed_parameters=sum(counts[name] for name in packed),
         largest_block=max(blocks.values()),
+        tower=facts.tower if any("vision" in name for name in trained) else None,
         small_parameters=sum(count for count in held.values() if count <= 100_000),
         held_elements=sum(held.values()),
         largest_packed=max((counts[name] for name in packed), default=0),
