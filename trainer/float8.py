@@ -39,7 +39,8 @@ def use_float8(model: torch.nn.Module, config: ModelConfig) -> str:
         )
     if on_gpu() and config.dtype != "bfloat16":
         raise UserError("model.fp8: on GPUs it needs model.dtype bfloat16")
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it tells of kernels for other GPUs
+    for name in ("torchao", "torch.utils._pytree"):  # of kernels for other GPUs, and of torch's deprecations
+        logging.getLogger(name).setLevel(logging.ERROR)
     if sys.modules.get("torchao", sys) is None:  # `quiet_libraries`
         del sys.modules["torchao"]
     try:
