@@ -125,20 +125,26 @@ class Watch:
             self._live = None
 
     def _show(self) -> None:
-        notes = [text for event in self._new_events() if (text := describe(event))]
+        events = list(self._new_events())
+        notes = [text for event in events if (text := describe(event))]
         for line in read_if_there(self._metrics):
             if "evaluation" in line:
                 notes.append(describe_evaluation(line))
             elif "loss" in line:
                 self.progress.add(line)
+        if any(event["event"] == "failure" for event in events):  # how far it came, before the next attempt is told of
+            self._next_plain = 0.0
+            self._show_plain()
         for note in notes:
             self.say(note)
         if self._live is not None:
             self._live.update(self._view(), refresh=True)
-        elif self.progress.last and self.progress.last["step"] != self._printed_step:
-            self._show_plain(self.progress.last)
+        self._show_plain()
 
-    def _show_plain(self, line: Json) -> None:
+    def _show_plain(self) -> None:
+        line = self.progress.last
+        if self._live is not None or line is None or line["step"] == self._printed_step:
+            return
         if time.monotonic() < self._next_plain:
             return
         self._next_plain = time.monotonic() + _PLAIN_SECONDS

@@ -79,6 +79,21 @@ def test_a_log_gets_plain_lines_not_too_many_and_always_the_last(run: RunDirecto
     assert "\x1b" not in stream.getvalue()
 
 
+def test_how_far_an_attempt_came_is_told_before_the_next_one(run: RunDirectory) -> None:
+    stream = io.StringIO()
+    watch = Watch(run, stream)
+    for number in (1, 2, 3):
+        append_line(run.metrics_path, step(number))
+        watch.tick()
+    supervisor = run.event_writer("supervisor")
+    supervisor.write("failure", attempt=1, action="retry", **{"class": "node", "message": "gone"})
+    supervisor.write("attempt", attempt=2)
+    watch.tick()
+    watch.close()
+    told = [line.split("  ")[0] for line in stream.getvalue().splitlines()]
+    assert told == ["step 1/10", "step 3/10", "failure: node error: gone; trying again", "attempt 2 starts"]
+
+
 def test_nan_is_shown(run: RunDirectory) -> None:
     stream = io.StringIO()
     watch = Watch(run, stream)
