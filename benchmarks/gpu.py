@@ -32,6 +32,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from common import (
@@ -89,6 +90,9 @@ class Bench:
             variables["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))  # offloaded optimizers run there
         return variables
 
+    def sets(self, variant: Variant) -> list[str]:
+        return [*variant.sets, *(self.options.set if variant.side == "dsft" else [])]
+
     def make_run(self, name: str, variant: Variant) -> Path:
         """A run directory with config and plan; HF's side reads its DeepSpeed JSON and micro-batch from the plan."""
         from trainer.config.loading import load_config
@@ -113,33 +117,40 @@ class Bench:
             value["cluster"]["environment"] = {"DS_ACCELERATOR": "cpu"}
         path = self.folder / f"{name}.json"
         path.write_text(json.dumps(value))
-        sets = [item.replace("FOLDER", str(self.folder)) for item in variant.sets]
-        config = load_config(path, [*sets, *(options.set if variant.side == "dsft" else [])])
+        sets = [item.replace("FOLDER", str(self.folder)) for item in self.sets(variant)]
+        config = load_config(path, sets)
         return plan_run(self.folder / "runs" / config.name, config)
 
-    def measure(self, name: str, variant: Variant) -> dict[str, Any]:
-        """One variant: {"plan", "tokens_per_second", "mfu", "peak", "losses", ...} or {"problem"}."""
+    def measure(self, name: str, variant: Variant, before: Event, done: Event) -> dict[str, Any]:
+        """One variant: {"plan", "tokens_per_second", "mfu", "peak", "losses", ...} or {"problem"}.
+
+        It takes the device when the one ``before`` is through with it, and tells with ``done``.
+        """
         from trainer.failures import UserError
 
         options = self.options
         try:
             run = self.make_run(name, variant)
+            script = [str(ROOT / "benchmarks" / "gpu.py"), "--rank-program", str(run)]
+            command = [*torchrun_command(1), *script, "--variant", json.dumps(asdict(variant))]
+            with (
+                open(run / "output.txt", "w") as output,
+                subprocess.Popen(command, env=self.variables(), stdout=output, stderr=subprocess.STDOUT) as process,
+            ):
+                before.wait()
+                (run / "go").touch()
+                start = time.monotonic()
+                try:
+                    process.wait(options.seconds)
+                except subprocess.TimeoutExpired:
+                    process.terminate()  # torchrun ends its rank
+                    return {"problem": f"not done in {options.seconds:.0f} s"}
         except UserError as error:
             return {"problem": str(error)}
-        script = [str(ROOT / "benchmarks" / "gpu.py"), "--rank-program", str(run)]
-        script += ["--variant", json.dumps(asdict(variant)), "--turn", str(self.folder / "turn")]
-        start = time.monotonic()
-        try:
-            done = subprocess.run(
-                [*torchrun_command(1), *script],
-                env=self.variables(),
-                capture_output=True,
-                text=True,
-                timeout=options.seconds,
-            )
-            said = done.stdout + done.stderr
-        except subprocess.TimeoutExpired:
-            return {"problem": f"not done in {options.seconds:.0f} s"}
+        finally:
+            before.wait()
+            done.set()
+        said = (run / "output.txt").read_text(errors="replace")
         if not (run / "result.json").exists():
             if options.small:
                 raise SystemExit(said[-4000:])
@@ -174,6 +185,7 @@ class Bench:
             "plan": plan["memory"],
             "memory_error": planned / found["peak"] - 1 if "peak" in found and variant.side == "dsft" else None,
             "apart": variant.apart,
+            "sets": self.sets(variant),
             "flops_formula": plan["flops_formula"],
             "peak_flops": peak_flops,
         }
@@ -221,7 +233,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank-program", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--variant", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--first-weights", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--model", choices=list(MODELS), default="1.7b")
     parser.add_argument("--data", choices=("documents", "packed"), default="documents")
@@ -241,7 +252,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.rank_program:
-        rank_program(options.rank_program, Variant(**options.variant), options.turn)
+        rank_program(options.rank_program, Variant(**options.variant))
         return
     if options.first_weights:
         first_weights(options.first_weights, options.model)
@@ -261,7 +272,12 @@ def main() -> None:
         bench = Bench(Path(place), options)
         bench.prepare()
         with ThreadPoolExecutor(2 if options.overlap else 1) as pool:
-            started = {name: pool.submit(bench.measure, name, variant) for name, variant in chosen.items()}
+            turns = [Event() for _ in range(len(chosen) + 1)]
+            turns[0].set()
+            started = {
+                name: pool.submit(bench.measure, name, variant, *turns[place : place + 2])
+                for place, (name, variant) in enumerate(chosen.items())
+            }
             for name, job in started.items():
                 run = runs[name] = job.result()
                 said = {key: run[key] for key in SAID if key in run}

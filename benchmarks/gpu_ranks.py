@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import end_rank
+from common import PROCESS_SECONDS, end_rank
 from gpu_variants import LEARNING_RATE, Variant
 
 
@@ -112,33 +111,38 @@ def hf_rank(run_dir: Path, variant: Variant) -> dict[str, Any]:
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
             return torch.utils.data.SequentialSampler(range(len(rows)))
 
-    arguments = transformers.TrainingArguments(
-        output_dir=str(run_dir / "hf"),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=parts,
-        max_steps=len(tokens),
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        bf16=True,
-        use_cpu=cpu,
-        gradient_checkpointing=plan["recompute"] is True,
-        deepspeed=deepspeed_json,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=not cpu,
-        remove_unused_columns=False,
-        **(variant.hf or {}),
-    )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        config.model.path,
-        dtype=torch.bfloat16,
-        attn_implementation=variant.attention or inference_attention("auto", torch.device(plan["device"])),
-    )
+    settings = {
+        "output_dir": str(run_dir / "hf"),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": parts,
+        "max_steps": len(tokens),
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch_fused",
+        "bf16": True,
+        "use_cpu": cpu,
+        "gradient_checkpointing": plan["recompute"] is True,
+        "deepspeed": deepspeed_json,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": not cpu,
+        "remove_unused_columns": False,
+    }
+    arguments = transformers.TrainingArguments(**settings | (variant.hf or {}))
+    kind, device = transformers.AutoModelForCausalLM, torch.device(plan["device"])
+    chosen = {
+        "dtype": torch.bfloat16,
+        "attn_implementation": variant.attention or inference_attention("auto", device),
+    }
+    if config.model.path is not None:
+        model = kind.from_pretrained(config.model.path, **chosen)
+    else:
+        with device:  # ZeRO-3 cuts what is drawn at once
+            model = kind.from_config(transformers.AutoConfig.for_model(**config.model.config or {}), **chosen)
     trainer = InOrder(
         model=model,
         args=arguments,
@@ -151,12 +155,8 @@ def hf_rank(run_dir: Path, variant: Variant) -> dict[str, Any]:
     return {"seconds": seconds, "losses": losses, "tokens": tokens, "micro_batch_size": micro}
 
 
-def rank_program(run_dir: Path, variant: Variant, turn: Path) -> None:
-    """The one rank; leaves result.json in the run directory.
-
-    Args:
-        turn: a file whose lock is the right to use the device; held from when all is imported till the process ends.
-    """
+def rank_program(run_dir: Path, variant: Variant) -> None:
+    """The one rank: imports what it needs, waits till the file ``go`` is there, leaves ``result.json``."""
     import deepspeed  # noqa: F401
     import torch
     import torch.distributed as dist
@@ -164,12 +164,11 @@ def rank_program(run_dir: Path, variant: Variant, turn: Path) -> None:
 
     import trainer.train  # noqa: F401
 
-    with open(turn, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        _measure(run_dir, variant, torch, dist)
-
-
-def _measure(run_dir: Path, variant: Variant, torch: Any, dist: Any) -> None:
+    deadline = time.monotonic() + PROCESS_SECONDS
+    while not (run_dir / "go").exists():
+        if time.monotonic() > deadline:
+            raise SystemExit("no turn came")
+        time.sleep(0.05)
     began = time.monotonic()
     found = dsft_rank(run_dir) if variant.side == "dsft" else hf_rank(run_dir, variant)
     found["whole_seconds"] = time.monotonic() - began

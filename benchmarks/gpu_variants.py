@@ -56,16 +56,13 @@ _STAGE_2 = "deepspeed.zero_stage=2"
 _COMPILED = "model.compile=true"
 VARIANTS: dict[str, Variant] = {
     "dsft, ZeRO-3": Variant(),
-    "dsft, ZeRO-3, fused loss": Variant(("model.fused_loss=true",)),
+    "dsft, ZeRO-3, whole logits": Variant(("model.fused_loss=false",)),
     "dsft, ZeRO-3, compiled": Variant((_COMPILED,)),
-    "dsft, ZeRO-3, compiled, fused loss": Variant((_COMPILED, "model.fused_loss=true")),
     "dsft, ZeRO-2": Variant((_STAGE_2,)),
-    "dsft, ZeRO-2, compiled, fused loss": Variant((_STAGE_2, _COMPILED, "model.fused_loss=true")),
+    "dsft, ZeRO-2, compiled": Variant((_STAGE_2, _COMPILED)),
     "fp8 rowwise: dsft, ZeRO-3, compiled": Variant((_COMPILED, "model.fp8=rowwise"), apart=True),
     "fp8 tensorwise: dsft, ZeRO-3, compiled": Variant((_COMPILED, "model.fp8=tensorwise"), apart=True),
-    "fp8 tensorwise: dsft, ZeRO-2, compiled, fused loss": Variant(
-        (_STAGE_2, _COMPILED, "model.fused_loss=true", "model.fp8=tensorwise"), apart=True
-    ),
+    "fp8 tensorwise: dsft, ZeRO-2, compiled": Variant((_STAGE_2, _COMPILED, "model.fp8=tensorwise"), apart=True),
     "HF Trainer, ZeRO-2, kept, Liger": _hf(2, False, _LIGER),
     "HF Trainer, ZeRO-2, recomputed, Liger": _hf(2, True, _LIGER),
     "HF Trainer, ZeRO-3, kept, Liger": _hf(3, False, _LIGER_3),
@@ -89,17 +86,18 @@ OTHERS: dict[str, Variant] = {
 }
 # its steps are relative to the size of the weights
 _ADAFACTOR = ("training.optimizer.type=adafactor", "training.optimizer.learning_rate=1e-3")
+_HF_ADAFACTOR: dict[str, Any] = {"optim": "adafactor", "learning_rate": 1e-3}
 LARGE: dict[str, Variant] = {
     "dsft, 8B, Adafactor": Variant(_ADAFACTOR),
     "dsft, 8B, Adafactor, compiled": Variant((*_ADAFACTOR, _COMPILED)),
-    "dsft, 8B, Adafactor, compiled, fused loss": Variant((*_ADAFACTOR, _COMPILED, "model.fused_loss=true")),
     "fp8 rowwise: dsft, 8B, Adafactor, compiled": Variant((*_ADAFACTOR, _COMPILED, "model.fp8=rowwise"), apart=True),
     "fp8 tensorwise: dsft, 8B, Adafactor, compiled": Variant(
         (*_ADAFACTOR, _COMPILED, "model.fp8=tensorwise"), apart=True
     ),
-    "fp8 tensorwise: dsft, 8B, Adafactor, compiled, fused loss": Variant(
-        (*_ADAFACTOR, _COMPILED, "model.fused_loss=true", "model.fp8=tensorwise"), apart=True
-    ),
+    # it draws weights of its own
+    "HF Trainer, 8B, Adafactor, ZeRO-3, kept, Liger": _hf(3, False, _LIGER_3 | _HF_ADAFACTOR, apart=True),
+    "HF Trainer, 8B, Adafactor, ZeRO-3, recomputed, Liger": _hf(3, True, _LIGER_3 | _HF_ADAFACTOR, apart=True),
+    "HF Trainer, 8B, Adafactor, ZeRO-2, recomputed, Liger": _hf(2, True, _LIGER | _HF_ADAFACTOR, apart=True),
 }
 SMALL = {name: VARIANTS[name] for name in ("dsft, ZeRO-3", "fp8 rowwise: dsft, ZeRO-3, compiled")}
 SMALL |= {"HF Trainer, ZeRO-3, recomputed": VARIANTS["HF Trainer, ZeRO-3, recomputed"]}

@@ -93,7 +93,7 @@ def memory_of(config: LaunchConfig, setup: Setup, room: Room) -> MemoryEstimate 
         device=room.device,
         sequence_parallel=config.model.sequence_parallel,
         state_bytes=config.training.state_bytes,
-        fused_loss=config.model.fused_loss,
+        fused_loss=config.task.type == "causal-lm" and config.model.fuses_loss(setup.model.plain_logits),
         on_disk=section.on_disk,
     )
 

@@ -241,6 +241,7 @@ def make_plan(config: LaunchConfig, facts: Facts) -> Plan:
             config.training.max_grad_norm,
             communication,
             bool(config.model.compile),
+            config.cluster.nodes * per_node,
         ),
         communication=communication,
         warnings=tuple(warnings),

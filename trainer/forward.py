@@ -112,6 +112,7 @@ class LanguageModelLoss:
 
     With ``parallel`` the ranks of a group are given the same micro-batch, and each sums the loss of its part of it.
     ``row_length`` is what rows are filled up to a multiple of, where shapes had better be constant.
+    A model that cannot have head and loss as one (``fused``) is refused with ``insists``, and has logits without.
     """
 
     parallel: SequenceParallel | None = None
@@ -125,14 +126,15 @@ class LanguageModelLoss:
         device: torch.device,
         packing: bool = True,
         fused: bool = False,
+        insists: bool = True,
     ) -> None:
         self._model, self._packing = model, packing
         self.head_parameters = math.prod(whole_shape(model.get_output_embeddings().weight))
         self._attention = attention
         self._head = LabelledPositions(model)
-        self._fused = fused
-        if fused:
-            self._head.fuse()
+        self._fused, self._insists = fused, insists
+        if fused and (problem := self._head.fuse()):
+            self._leave_logits(problem)
         self._pad_id = 0 if pad_id is None else pad_id  # never attended to, never a label: any id will do
         self._one_row = takes_one_row(attention)
         self._device = device
@@ -161,8 +163,8 @@ class LanguageModelLoss:
         """That the ranks of a group compute together what one computes alone, and that tokens see what they may."""
         if self.parallel is not None:
             self.check_shards(engine, self.parallel)
-        if self._fused:
-            self.check_fused(engine)
+        if self._fused and (problem := self.fused_problem(engine)):
+            self._leave_logits(problem)
         self.check_sight(engine)
 
     def check_shards(self, engine: Engine, parallel: SequenceParallel) -> None:
@@ -185,22 +187,23 @@ class LanguageModelLoss:
                 f"not {alone:.4f}) when {parallel.size} ranks share its sequences: leave out model.sequence_parallel"
             )
 
-    def check_fused(self, engine: Any) -> None:
-        """Prove on the model itself that the fused loss is that of its logits.
+    def _leave_logits(self, problem: str) -> None:
+        if self._insists:
+            raise UserError(f"model.fused_loss does not go here: {problem}; set it to false")
+        print(f"model.fused_loss: left out: {problem}", flush=True)
+        self._fused = False
 
-        Raises:
-            UserError: it is not: the model changes what its head gives (scaling, soft-capping).
-        """
+    def fused_problem(self, engine: Any) -> str | None:
+        """Why the fused loss is not that of the model's logits, from a trial; None: it is."""
         samples = [Sample(np.arange(1, 17, dtype=np.int32), np.arange(16) > 0)]
         fused = self._probe(engine, samples)
         self._fused = False
         plain = self._probe(engine, samples)
         self._fused = True
-        if self._differ(fused, plain):
-            raise UserError(
-                f"model.fused_loss does not go here: {type(self._model).__name__} changes the logits after its head "
-                f"(a loss of {fused:.4f}, not {plain:.4f}); set it to false"
-            )
+        if not self._differ(fused, plain):
+            return None
+        name = type(self._model).__name__
+        return f"{name} changes the logits after its head (a loss of {fused:.4f}, not {plain:.4f})"
 
     def _differ(self, loss: float, expected: float) -> bool:
         """By more than rounding in the model's dtype."""

@@ -7,6 +7,7 @@ that any architecture's own forward pass (scaling, soft-capping) runs as it is, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 from torch.nn import functional
 
 from trainer.engine import chunked_cross_entropy
-from trainer.failures import UserError
 from trainer.planning.memory import LOGIT_BLOCK
 
 IGNORED = -100  # label of a position that is not learned
@@ -36,15 +36,14 @@ class LabelledPositions:
         hidden = args[0]  # [rows, length, hidden size]
         return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._positions),)
 
-    def fuse(self) -> None:
+    def fuse(self) -> str | None:
         """Have the head give the summed loss in the place of logits where `only` is told the labels.
 
-        Raises:
-            UserError: the head is more than a linear layer.
+        Returns why it cannot (it is more than a linear layer), or None.
         """
         head = self._model.get_output_embeddings()
         if type(head) is not torch.nn.Linear:
-            raise UserError(f"model.fused_loss does not go here: the head is a {type(head).__name__}; set it to false")
+            return f"the head is a {type(head).__name__}"
         plain = head.forward
 
         def forward(hidden: torch.Tensor) -> torch.Tensor:
@@ -54,6 +53,7 @@ class LabelledPositions:
             return loss
 
         head.forward = forward  # type: ignore[method-assign,assignment]
+        return None
 
     @contextmanager
     def only(self, positions: torch.Tensor, labels: torch.Tensor | None = None) -> Iterator[None]:
@@ -79,6 +79,27 @@ def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     take part in the same collectives.
     """
     return chunked_cross_entropy(logits, labels, IGNORED)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right, [m, n] in fp32; within the product where that goes: no other pass, no rounding before."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif _adds_in_fp32(left.dtype, left.device):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
+
+
+@functools.cache
+def _adds_in_fp32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a product of ``dtype`` can be added to fp32 within it, by a trial: on GPUs, in some versions of torch."""
+    left, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, left, left, out_dtype=total.dtype, out=total)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -115,7 +136,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradients[0] is not None:
                 torch.mm(slope, weight, out=gradients[0][start : start + rows])
             if gradients[1] is not None:
-                gradients[1] += slope.t() @ part
+                _add_product(gradients[1], slope.t(), part)
             if gradients[2] is not None:
                 gradients[2] += slope.sum(0, dtype=torch.float32)
         ctx.save_for_backward(

@@ -13,6 +13,8 @@ from torch.nn import functional
 from trainer.data.sample import PackedSequence, Sample
 from trainer.failures import UserError
 from trainer.forward import LanguageModelLoss, collate
+from trainer.loss import _add_product
+from trainer.planning.layouts import FAMILIES, has_plain_logits
 from trainer.planning.memory import LOGIT_BLOCK
 
 CPU = torch.device("cpu")
@@ -108,14 +110,47 @@ def test_packed_loss_and_gradients_equal_one_sample_at_a_time(
 
 def test_the_fused_loss_is_proved_on_the_model() -> None:
     objective = LanguageModelLoss(llama("sdpa"), None, "sdpa", CPU, fused=True)
-    objective.check_fused(Plain(objective._model))
+    objective.check(Plain(objective._model))
+    assert objective._fused
     capped = LanguageModelLoss(gemma2("eager"), None, "eager", CPU, fused=True)
     with pytest.raises(UserError, match=r"model\.fused_loss does not go here: Gemma2ForCausalLM changes the logits"):
-        capped.check_fused(Plain(capped._model))
+        capped.check(Plain(capped._model))
     odd = llama("sdpa")
     odd.lm_head = type("Scaled", (torch.nn.Linear,), {})(SMALL["hidden_size"], SMALL["vocab_size"])
     with pytest.raises(UserError, match="the head is a Scaled"):
         LanguageModelLoss(odd, None, "sdpa", CPU, fused=True)
+
+
+def test_a_fused_loss_that_nobody_insists_on_is_left_out_where_it_does_not_go(capsys: Any) -> None:
+    capped = LanguageModelLoss(gemma2("eager"), None, "eager", CPU, fused=True, insists=False)
+    capped.check(Plain(capped._model))
+    assert not capped._fused
+    assert "model.fused_loss: left out: Gemma2ForCausalLM changes the logits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_families_said_to_have_plain_logits_have(name: str) -> None:
+    import transformers
+
+    scaled: dict[str, Any] = {"granite": {"logits_scaling": 8.0}, "gemma3_text": {"final_logit_softcapping": 2.0}}
+    for options in ({}, scaled.get(name, {})):
+        config = transformers.AutoConfig.for_model(name, **{**SMALL, "head_dim": 8, "pad_token_id": 0, **options})
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(30)  # logits that soft-capping changes
+        plain = LanguageModelLoss(model, None, "eager", CPU, fused=True).fused_problem(Plain(model)) is None
+        assert has_plain_logits(config.to_dict()) == has_plain_logits({"model_type": name, **options}) == plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_added_in_fp32(dtype: torch.dtype) -> None:
+    for device in [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]:
+        left, right = (torch.randn(shape).to(device, dtype) for shape in ((24, 40), (40, 16)))
+        total = torch.randn(24, 16, device=device)
+        expected = total.double() + left.double() @ right.double()
+        _add_product(total, left, right)
+        torch.testing.assert_close(total.double(), expected, rtol=0, atol=0.1 if dtype == torch.bfloat16 else 1e-4)
 
 
 def test_without_targets_the_fused_loss_still_reaches_the_head() -> None:

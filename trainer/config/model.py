@@ -60,8 +60,10 @@ class ModelConfig(Section):
         description="Trained linear layers multiply in 8 bits, scaled by row and column, by tensor, or by row with the "
         "weights' gradients left in full: torchao's recipes. Needs `compile`, and Ada, Hopper or later GPUs",
     )
-    fused_loss: Flag = Field(
-        False, description="causal-lm: head and loss work through blocks of positions; logits never exist as a whole"
+    fused_loss: Flag | Literal["auto"] = Field(
+        "auto",
+        description="causal-lm: head and loss work through blocks of positions; logits never exist as a whole. auto: "
+        "for families whose logits are what the head gives",
     )
     freeze: tuple[str, ...] = Field(
         (), description="Not trained: names of modules or parameters, fnmatch patterns, layers:FIRST-LAST"
@@ -102,6 +104,10 @@ class ModelConfig(Section):
                 "folder to take it from"
             )
         return self
+
+    def fuses_loss(self, plain_logits: bool) -> bool:
+        """Whether head and loss are one, in a model of causal-lm whose logits are known to be its head's, or not."""
+        return plain_logits if self.fused_loss == "auto" else self.fused_loss
 
     def _speed_and_memory(self) -> None:
         if self.activation_offload and self.gradient_checkpointing in (False, "selective"):

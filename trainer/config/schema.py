@@ -259,7 +259,7 @@ class LaunchConfig(Section):
             raise ValueError("training.optimizer.type: adafactor needs deepspeed.zero_stage 3, or use adamw")
         if self.data.packing and self.task.type not in PACKED_TASKS:
             raise ValueError(f"data.packing: samples of {self.task.type} cannot share a sequence; leave it out")
-        if self.model.fused_loss and self.task.type != "causal-lm":
+        if self.model.fused_loss is True and self.task.type != "causal-lm":
             raise ValueError("model.fused_loss: causal-lm alone has it; leave it out")
         if self.model.sequence_parallel > 1 and (
             self.task.type != "causal-lm" or getattr(self.task, "generation", None) is not None

@@ -49,6 +49,7 @@ def deepspeed_config(
     max_grad_norm: float,
     communication: Communication = USUAL,
     compiled: bool = False,
+    ranks: int | None = None,
 ) -> dict[str, Any]:
     """The complete DeepSpeed JSON. It has no optimizer or scheduler: dsft builds AdamW and sets the learning rate.
 
@@ -60,6 +61,7 @@ def deepspeed_config(
         max_grad_norm: 0 turns clipping off.
         communication: sizes of buckets, by model and network.
         compiled: layers are, by torch.compile.
+        ranks: of the run; None: several.
 
     Raises:
         UserError: a key of ``deepspeed.config`` contradicts the plan.
@@ -102,7 +104,9 @@ def deepspeed_config(
         "wall_clock_breakdown": False,
     }
     if dtype == "bfloat16":
-        result |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+        # one rank alone has nothing to reduce, and would copy its gradients to fp32 and back
+        reduced = "bf16" if ranks == 1 else "fp32"
+        result |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": reduced}
     refused = []
     for path, value in _leaves(config.config):
         keys = [".".join(path[:length]) for length in range(1, len(path) + 1)]

@@ -39,6 +39,15 @@ def parameter_shapes(config: Json) -> Iterator[tuple[str, Shape]]:
     return family.shapes({**sizes, "family": family})
 
 
+def has_plain_logits(config: Json) -> bool:
+    """Whether the model is known to hand out what its head gives: neither scaled nor soft-capped."""
+    return (
+        config.get("model_type") in FAMILIES.keys() - {"gemma2"}
+        and config.get("logits_scaling", 1) == 1
+        and not config.get("final_logit_softcapping")
+    )
+
+
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
 _SYNONYMS = {

@@ -33,13 +33,14 @@ class Recomputation:
         every: layers 0, every, 2 * every, ... are computed again; 0: none is.
         selective: they keep the results of matrix products and attention besides their input.
         offload: their inputs lie in host memory.
-        kernels: of norms, rotary embedding and MLP: the model's ``own``, ``fused`` (Liger's), or ``compiled`` layers.
+        kernels: of norms, rotary embedding and MLP: the model's ``own``, ``fused`` (Liger's), ``compiled`` layers, or
+            such layers with all products in 8 bits (``fp8``).
     """
 
     every: int
     selective: bool = False
     offload: bool = False
-    kernels: Literal["own", "fused", "compiled"] = "own"
+    kernels: Literal["own", "fused", "compiled", "fp8"] = "own"
 
     @property
     def share(self) -> float:
@@ -51,7 +52,9 @@ def recomputation(model: ModelConfig, fused: bool = False) -> Recomputation:
     """What a config asks for; ``fused``: with Liger's kernels, unless layers are compiled."""
     wanted = model.gradient_checkpointing
     every = wanted.every if isinstance(wanted, CheckpointedLayers) else 1 if wanted else 0
-    kernels: Literal["own", "fused", "compiled"] = "compiled" if model.compile else "fused" if fused else "own"
+    kernels: Literal["own", "fused", "compiled", "fp8"] = "fused" if fused else "own"
+    if model.compile:
+        kernels = "fp8" if model.fp8 in ("rowwise", "tensorwise") else "compiled"
     return Recomputation(every, wanted == "selective", model.activation_offload, kernels)
 
 
@@ -218,12 +221,15 @@ def layer_bytes_per_token(model: ModelFacts, width: int, kernels: str = "own") -
     activation and their product 4i (3i where it is not gated).
 
     Liger's kernels keep no copies: a norm its input, the MLP its two projections and their product, and rotation works
-    in place. Compiled layers keep as much (both measured: docs/benchmarks.md).
+    in place. Compiled layers keep as much; with all products in 8 bits, whose factors are cheap to make anew, neither
+    normalised inputs nor the MLP's product (all measured: docs/benchmarks.md).
     """
     hidden = model.hidden_size or 0
     head = model.head_dim or 0
     queries, keys = (model.heads or 0) * head, (model.kv_heads or 0) * head
     inner = model.intermediate_size or 4 * hidden
+    if kernels == "fp8":
+        return width * (2 * hidden + 2 * queries + 2 * keys + (2 if model.gated else 1) * inner)
     if kernels == "compiled" or (kernels == "fused" and model.model_type in FUSED_FAMILIES):
         return width * (4 * hidden + 2 * queries + 2 * keys + (3 if model.gated else 2) * inner)
     elements = 6 * hidden + 3 * queries + 3 * keys + (4 if model.gated else 3) * inner

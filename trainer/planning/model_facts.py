@@ -19,7 +19,7 @@ from typing import Literal
 from trainer.config.schema import ModelConfig
 from trainer.config.trained import AdapterConfig
 from trainer.failures import UserError
-from trainer.planning.layouts import FAMILIES, Json, Shape, parameter_shapes, sizes_of
+from trainer.planning.layouts import FAMILIES, Json, Shape, has_plain_logits, parameter_shapes, sizes_of
 from trainer.selection import adapter_shapes, layers_of, select, trained_names
 
 HEAD = "task_head"  # what `trainer.modeling_head` calls the layers of `task.head`
@@ -44,6 +44,7 @@ class ModelFacts:
         for_fp8: trained matrices that can be multiplied in 8 bits (`trainer.float8`), where that is known.
         pinned: frozen weights are in the model's own files, and checkpoints leave them out.
         vocabulary: tokens that the head predicts; None where it predicts none.
+        plain_logits: the model is known to hand out what its head gives.
         gated: whether the MLP multiplies two projections (SwiGLU, GeGLU).
         tower: sizes of the layers that read images, where they are trained; the others here are those of the text's.
         patches_per_token: of an image, for each of the tokens that stand for it.
@@ -69,6 +70,7 @@ class ModelFacts:
     kv_heads: int | None = None
     head_dim: int | None = None
     intermediate_size: int | None = None
+    plain_logits: bool = False
     gated: bool = True
     max_positions: int | None = None
     tower: ModelFacts | None = None
@@ -177,6 +179,7 @@ def _sized(config: Json) -> ModelFacts:
         kv_heads=sizes.get("num_key_value_heads") or sizes.get("num_attention_heads"),
         head_dim=sizes.get("head_dim"),
         intermediate_size=sizes.get("intermediate_size"),
+        plain_logits=has_plain_logits(config),
         gated=family.gated if family else True,
         max_positions=sizes.get("max_position_embeddings"),
     )

@@ -19,6 +19,7 @@ from trainer.config.schema import LaunchConfig
 from trainer.data.chat import Chat
 from trainer.data.sample import Sample
 from trainer.failures import DataError
+from trainer.planning.layouts import has_plain_logits
 from trainer.tasks.base import BaseTask, Predictions
 from trainer.tokenizer import Tokenizer
 
@@ -45,9 +46,10 @@ class CausalLM(BaseTask):
     def objective(self, model: Any, attention: str, device: torch.device) -> LanguageModelLoss:
         from trainer.forward import LanguageModelLoss
 
-        loss = LanguageModelLoss(
-            model, self.tokenizer.pad_id, attention, device, self._data.packing, self.config.model.fused_loss
-        )
+        settings = self.config.model
+        fused = settings.fuses_loss(has_plain_logits(model.config.to_dict()))
+        insists = settings.fused_loss is True
+        loss = LanguageModelLoss(model, self.tokenizer.pad_id, attention, device, self._data.packing, fused, insists)
         if self.config.model.compile and self._data.packing:  # every further shape would be compiled again
             loss.row_length = self._data.sequence_length
         return loss
