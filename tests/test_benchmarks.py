@@ -113,8 +113,8 @@ def test_gpu(tmp_path, monkeypatch):
     assert {len(run["losses"]) for run in (ours, rounded, theirs, saving)} == {6}
     assert len(saving["stalls"]) == 1
     assert saving["losses"] == ours["losses"]
-    # single samples in other micro-batches: about as many tokens, learned as well
-    assert sum(padded["tokens"]) == pytest.approx(sum(ours["tokens"]), rel=0.2)
+    # the same samples, one by one in whole micro-batches, learned as well
+    assert 0.5 < sum(padded["tokens"]) / sum(ours["tokens"]) <= 1
     assert padded["losses"][0] == pytest.approx(ours["losses"][0], rel=0.05)
     # the same sequences in the same order from the same kind of weights
     assert value["curve_distance"] < 0.05
