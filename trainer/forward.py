@@ -163,8 +163,11 @@ class LanguageModelLoss:
         """That the ranks of a group compute together what one computes alone, and that tokens see what they may."""
         if self.parallel is not None:
             self.check_shards(engine, self.parallel)
-        if self._fused and (problem := self.fused_problem(engine)):
-            self._leave_logits(problem)
+        if self._fused:
+            if problem := self.fused_problem(engine):
+                self._leave_logits(problem)
+            else:
+                print("model.fused_loss: head and loss work as one", flush=True)
         self.check_sight(engine)
 
     def check_shards(self, engine: Engine, parallel: SequenceParallel) -> None:

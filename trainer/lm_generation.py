@@ -21,9 +21,9 @@ class WritingLoss(LanguageModelLoss):
     """As LanguageModelLoss; predictions are generated texts."""
 
     def __init__(
-        self, model: Any, task: WritingCausalLM, attention: str, device: torch.device, packing: bool = True
+        self, task: WritingCausalLM, model: Any, pad_id: int | None, attention: str, device: torch.device, *more: bool
     ) -> None:
-        super().__init__(model, task.tokenizer.pad_id, attention, device, packing)
+        super().__init__(model, pad_id, attention, device, *more)
         self._task = task
         self._generator = Generator(model, task.generation, task.tokenizer, device)
 

@@ -108,6 +108,7 @@ def test_a_family_writes_the_same_everywhere(family: str, texts: Path, tmp_path:
     assert last["loss"] == pytest.approx(one.evaluation_lines()[-1]["evaluation"]["loss"], rel=2e-2)
 
     decoder = family == "llama"
+    assert decoder == ("model.fused_loss: head and loss work as one" in logs(two))
     auto = transformers.AutoModelForCausalLM if decoder else transformers.AutoModelForSeq2SeqLM
     model = auto.from_pretrained(two.export_dir, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(two.export_dir)

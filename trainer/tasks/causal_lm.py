@@ -44,15 +44,19 @@ class CausalLM(BaseTask):
         self._data = config.data
 
     def objective(self, model: Any, attention: str, device: torch.device) -> LanguageModelLoss:
-        from trainer.forward import LanguageModelLoss
-
         settings = self.config.model
         fused = settings.fuses_loss(has_plain_logits(model.config.to_dict()))
         insists = settings.fused_loss is True
-        loss = LanguageModelLoss(model, self.tokenizer.pad_id, attention, device, self._data.packing, fused, insists)
+        loss = self.loss(model, self.tokenizer.pad_id, attention, device, self._data.packing, fused, insists)
         if self.config.model.compile and self._data.packing:  # every further shape would be compiled again
             loss.row_length = self._data.sequence_length
         return loss
+
+    def loss(self, *arguments: Any) -> LanguageModelLoss:
+        """The objective, from its arguments."""
+        from trainer.forward import LanguageModelLoss
+
+        return LanguageModelLoss(*arguments)
 
     @property
     def scored(self) -> tuple[str, ...]:

@@ -23,8 +23,6 @@ from trainer.text_metrics import pass_at_k, text_scores
 from trainer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    import torch
-
     from trainer.lm_generation import WritingLoss
 
 _LAYOUTS = (
@@ -50,10 +48,10 @@ class WritingCausalLM(CausalLM):
         self.code = self.settings.code_execution
         self.metrics = self.settings.metrics or (() if self.code.enabled else ("exact_match",))
 
-    def objective(self, model: Any, attention: str, device: torch.device) -> WritingLoss:
+    def loss(self, *arguments: Any) -> WritingLoss:
         from trainer.lm_generation import WritingLoss
 
-        return WritingLoss(model, self, attention, device, self.config.data.packing)
+        return WritingLoss(self, *arguments)
 
     def columns(self, source_columns: dict[str, str], record: dict[str, Any]) -> dict[str, str]:
         if self.code.enabled and not source_columns:
