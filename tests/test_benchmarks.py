@@ -108,7 +108,7 @@ def test_data_memory(tmp_path):
 
 def test_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "none")  # layers that are to be compiled run as they are: half a minute less
-    value = run("gpu", tmp_path, "--small")
+    value = run("gpu", tmp_path, "--small", "--overlap")
     ours, rounded, theirs, padded, saving = value["runs"].values()
     assert {len(run["losses"]) for run in (ours, rounded, theirs, saving)} == {6}
     assert len(saving["stalls"]) == 1
