@@ -44,8 +44,8 @@ class Variant:
         return "dsft" if self.hf is None else "hf"
 
 
-def _hf(stage: int, recompute: bool, arguments: dict[str, Any], **settings: Any) -> Variant:
-    sets = (f"deepspeed.zero_stage={stage}", f"model.gradient_checkpointing={json.dumps(recompute)}")
+def _hf(stage: int, recompute: bool, arguments: dict[str, Any], *sets: str, **settings: Any) -> Variant:
+    sets += (f"deepspeed.zero_stage={stage}", f"model.gradient_checkpointing={json.dumps(recompute)}")
     return Variant(sets, arguments, **settings)
 
 
@@ -94,10 +94,11 @@ LARGE: dict[str, Variant] = {
     "fp8 tensorwise: dsft, 8B, Adafactor, compiled": Variant(
         (*_ADAFACTOR, _COMPILED, "model.fp8=tensorwise"), apart=True
     ),
-    # it draws weights of its own
-    "HF Trainer, 8B, Adafactor, ZeRO-3, kept, Liger": _hf(3, False, _LIGER_3 | _HF_ADAFACTOR, apart=True),
-    "HF Trainer, 8B, Adafactor, ZeRO-3, recomputed, Liger": _hf(3, True, _LIGER_3 | _HF_ADAFACTOR, apart=True),
-    "HF Trainer, 8B, Adafactor, ZeRO-2, recomputed, Liger": _hf(2, True, _LIGER | _HF_ADAFACTOR, apart=True),
+    # its Adafactor makes steps of another size, from weights that it draws itself
+    "HF Trainer, 8B, Adafactor, ZeRO-3, kept, Liger": _hf(3, False, _LIGER_3 | _HF_ADAFACTOR, *_ADAFACTOR, apart=True),
+    "HF Trainer, 8B, Adafactor, ZeRO-3, recomputed, Liger": _hf(
+        3, True, _LIGER_3 | _HF_ADAFACTOR, *_ADAFACTOR, apart=True
+    ),
 }
 SMALL = {name: VARIANTS[name] for name in ("dsft, ZeRO-3", "fp8 rowwise: dsft, ZeRO-3, compiled")}
 SMALL |= {"HF Trainer, ZeRO-3, recomputed": VARIANTS["HF Trainer, ZeRO-3, recomputed"]}
