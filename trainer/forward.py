@@ -163,12 +163,9 @@ class LanguageModelLoss:
         """That the ranks of a group compute together what one computes alone, and that tokens see what they may."""
         if self.parallel is not None:
             self.check_shards(engine, self.parallel)
+        loss = self.check_sight(engine)
         if self._fused:
-            if problem := self.fused_problem(engine):
-                self._leave_logits(problem)
-            else:
-                print("model.fused_loss: head and loss work as one", flush=True)
-        self.check_sight(engine)
+            self.check_fused(engine, loss)
 
     def check_shards(self, engine: Engine, parallel: SequenceParallel) -> None:
         """Prove on the model itself that slices of a sequence give the loss of the whole.
@@ -196,17 +193,20 @@ class LanguageModelLoss:
         print(f"model.fused_loss: left out: {problem}", flush=True)
         self._fused = False
 
-    def fused_problem(self, engine: Any) -> str | None:
-        """Why the fused loss is not that of the model's logits, from a trial; None: it is."""
-        samples = [Sample(np.arange(1, 17, dtype=np.int32), np.arange(16) > 0)]
-        fused = self._probe(engine, samples)
+    def check_fused(self, engine: Any, fused: float) -> None:
+        """Prove on the model itself that the fused loss, as `check_sight` found it, is that of its logits.
+
+        Raises:
+            UserError: it is not, and the config insists on it.
+        """
         self._fused = False
-        plain = self._probe(engine, samples)
-        self._fused = True
-        if not self._differ(fused, plain):
-            return None
-        name = type(self._model).__name__
-        return f"{name} changes the logits after its head (a loss of {fused:.4f}, not {plain:.4f})"
+        plain = self._loss_of_few(engine, 1, 5)
+        if self._differ(fused, plain):
+            name = type(self._model).__name__
+            self._leave_logits(f"{name} changes the logits after its head (a loss of {fused:.4f}, not {plain:.4f})")
+        else:
+            self._fused = True
+            print("model.fused_loss: head and loss work as one", flush=True)
 
     def _differ(self, loss: float, expected: float) -> bool:
         """By more than rounding in the model's dtype."""
@@ -218,29 +218,29 @@ class LanguageModelLoss:
         loss = float(self(engine.probe, [PackedSequence(tuple(samples))])[0].detach())
         return loss if self.parallel is None else self.parallel.sum(loss)
 
-    def check_sight(self, engine: Any) -> None:
+    def _loss_of_few(self, engine: Any, before: int, after: int) -> float:
+        """The loss of the first tokens of a sample, with these tokens at its end and in the sample before it."""
+        tokens = np.array([1, 2, 3, 4, after, after, after, after], dtype=np.int32)
+        samples = [Sample(tokens, np.array([False, True, True, True] + 4 * [False]))]
+        if self._packing:
+            samples.insert(0, Sample(np.full(7, before, dtype=np.int32), np.zeros(7, dtype=bool)))
+        return self._probe(engine, samples)
+
+    def check_sight(self, engine: Any) -> float:
         """Prove on the model itself that a token sees neither what comes after it nor the samples beside its own.
 
         The loss of the first tokens of a sample must not move when the sample before it and its own last tokens change.
         Some architectures ignore restarting position ids and would mix samples in silence; encoders (BERT) also load as
-        causal language models, see the answer and learn to copy it.
+        causal language models, see the answer and learn to copy it. Returns that loss.
 
         Raises:
             UserError: it sees them.
         """
-
-        def loss(before: int, after: int) -> float:
-            tokens = np.array([1, 2, 3, 4, after, after, after, after], dtype=np.int32)
-            samples = [Sample(tokens, np.array([False, True, True, True] + 4 * [False]))]
-            if self._packing:
-                samples.insert(0, Sample(np.full(7, before, dtype=np.int32), np.zeros(7, dtype=bool)))
-            return self._probe(engine, samples)
-
-        expected = loss(1, 5)
-        if _same(expected, loss(2, 6)):
-            return
+        expected = self._loss_of_few(engine, 1, 5)
+        if _same(expected, self._loss_of_few(engine, 2, 6)):
+            return expected
         name = type(self._model).__name__
-        if not _same(expected, loss(1, 6)):
+        if not _same(expected, self._loss_of_few(engine, 1, 6)):
             raise UserError(
                 f"{name} lets tokens see those that come after them, and would learn to copy them: causal-lm takes a "
                 "decoder; train an encoder with another task"

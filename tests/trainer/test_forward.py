@@ -139,8 +139,9 @@ def test_families_said_to_have_plain_logits_have(name: str) -> None:
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(30)  # logits that soft-capping changes
-        plain = LanguageModelLoss(model, None, "eager", CPU, fused=True).fused_problem(Plain(model)) is None
-        assert has_plain_logits(config.to_dict()) == has_plain_logits({"model_type": name, **options}) == plain
+        loss = LanguageModelLoss(model, None, "eager", CPU, packing=False, fused=True, insists=False)
+        loss.check(Plain(model))
+        assert has_plain_logits(config.to_dict()) == has_plain_logits({"model_type": name, **options}) == loss._fused
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
