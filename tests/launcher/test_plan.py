@@ -1,13 +1,11 @@
 """The plan as a whole: a pure function of a config and the facts of a machine."""
 
 import json
-import os
 from dataclasses import replace
 
 import pytest
 from config_samples import GIB, H100, LLAMA_8B, facts_of, runnable, write
 
-from launcher.facts import find_gpus, gather_facts, host_memory, multiplies_bfloat16, usable_cores
 from launcher.plan import make_plan
 from launcher.preflight import preflight, preflight_problems
 from trainer.config.loading import load_config
@@ -250,51 +248,7 @@ def test_bfloat16_on_a_cpu_that_cannot_multiply_it_is_warned_of(tmp_path):
         assert any("no instructions for bfloat16" in text for text in plan.warnings) == warned
 
 
-@pytest.mark.parametrize(
-    ("cpuinfo", "quick"),
-    [
-        ("processor\t: 0\nflags\t\t: fpu avx avx2 fma\n", False),
-        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512bw\n", True),
-        ("processor\t: 0\nFeatures\t: fp asimd\n", False),
-        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", True),
-        ("cpu\t: POWER9\n", True),
-    ],
-)
-def test_which_cpus_multiply_bfloat16(cpuinfo, quick):
-    assert multiplies_bfloat16(cpuinfo) == quick
-
-
-# -- facts and preflight -----------------------------------------------------------------------------------------------
-
-
-def test_facts_of_this_machine(tmp_path):
-    facts = gather_facts(load_config(runnable(tmp_path), ["cluster.environment.DS_ACCELERATOR=cpu"]))
-    assert facts.gpus == ()
-    assert 1 <= facts.cores == usable_cores() <= os.cpu_count()
-    total, available = host_memory()
-    assert 0 < available <= total <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert facts.disk_free > 0
-
-
-def test_gpus_come_from_nvidia_smi(tmp_path):
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho '0, GPU-aaaa1, NVIDIA A, 1024'\necho '1, GPU-bbbb2, NVIDIA B, 2048'\n")
-    program.chmod(0o755)
-    from unittest.mock import patch
-
-    with patch.dict(os.environ, {"PATH": f"{tmp_path}:{os.environ['PATH']}"}):
-
-        def names(**environment):
-            return [(gpu.name, gpu.memory >> 20) for gpu in find_gpus(environment)]
-
-        assert names() == [("NVIDIA A", 1024), ("NVIDIA B", 2048)]
-        assert names(CUDA_VISIBLE_DEVICES="1,0") == [("NVIDIA B", 2048), ("NVIDIA A", 1024)]
-        assert names(CUDA_VISIBLE_DEVICES="GPU-bbbb") == [("NVIDIA B", 2048)]
-        assert names(CUDA_VISIBLE_DEVICES="1, 0") == [("NVIDIA B", 2048), ("NVIDIA A", 1024)]
-        assert names(CUDA_VISIBLE_DEVICES="0,7,1") == [("NVIDIA A", 1024)]
-        assert names(CUDA_VISIBLE_DEVICES="") == names(DS_ACCELERATOR="cpu") == []
-        program.write_text("#!/bin/sh\nexit 9\n")
-        assert names() == []
+# -- preflight ---------------------------------------------------------------------------------------------------------
 
 
 def problems_of(tmp_path, *overrides, **facts):

@@ -332,3 +332,4 @@ def test_known_peaks(name, tera):
 
 def test_no_peak_is_made_up():
     assert peak_flops("Intel(R) Xeon(R) Platinum 8480+") is None
+    assert peak_flops("NVIDIA A100-SXM4-40GB MIG 1g.5gb") is None

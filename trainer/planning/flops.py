@@ -59,5 +59,7 @@ def flops_per_token(parameters: int, layers: int, hidden_size: int, sequence_len
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak in FLOP/s of a device by its name, or None where it is not known (every CPU)."""
+    """Dense bf16 peak in FLOP/s of a device by its name, or None where it is not known (CPUs, MIG instances)."""
+    if " MIG " in device_name:
+        return None
     return next((peak for name, peak in PEAK_FLOPS if name.lower() in device_name.lower()), None)
