@@ -24,6 +24,10 @@ from trainer.rundir import read_json, write_json
 
 LEASE_SECONDS = 10.0
 RENEW_SECONDS = 2.0
+RUNNING = (
+    "this run is running already",
+    "Watch it with `dsft status`, stop it with `dsft cancel`, or choose another `name`.",
+)
 
 
 class LockedError(DsftError):
@@ -125,16 +129,18 @@ def acquire(
     on_wait: Callable[[Holder], None] | None = None,
     lease_seconds: float = LEASE_SECONDS,
     renew_seconds: float = RENEW_SECONDS,
+    held: tuple[str, str] = RUNNING,
 ) -> Lease:
     """Take the lock in `folder`, waiting out a holder that may be dead for at most about `lease_seconds`.
 
-    `on_wait` is called once if there is something to wait for. Raises LockedError, naming the holder, if it lives.
+    `on_wait` is called once if there is something to wait for. Raises LockedError, naming the holder, if it lives;
+    `held` is what it then says is going on, and what to do.
     """
     folder.mkdir(parents=True, exist_ok=True)
     while True:
         holder = read_holder(folder)
         if holder is not None and not holder.is_gone():
-            _wait_out(folder, holder, on_wait, lease_seconds)
+            _wait_out(folder, holder, on_wait, lease_seconds, held)
         generation = holder.generation + 1 if holder else 1
         value = {
             "node": node_name(),
@@ -150,7 +156,13 @@ def acquire(
             return Lease(folder, generation, value, renew_seconds)
 
 
-def _wait_out(folder: Path, holder: Holder, on_wait: Callable[[Holder], None] | None, lease_seconds: float) -> None:
+def _wait_out(
+    folder: Path,
+    holder: Holder,
+    on_wait: Callable[[Holder], None] | None,
+    lease_seconds: float,
+    held: tuple[str, str],
+) -> None:
     """Return when `holder` is taken for dead; raise LockedError as soon as anybody is seen alive."""
     deadline = time.monotonic() + lease_seconds
     waited = False
@@ -159,7 +171,7 @@ def _wait_out(folder: Path, holder: Holder, on_wait: Callable[[Holder], None] | 
         if now is None or now.is_here() or (now.generation, now.counter) != (holder.generation, holder.counter):
             if now is not None and now.released:
                 return
-            raise _locked(folder, now or holder)
+            raise _locked(folder, now or holder, held)
         if now.is_gone():
             return
         if not waited and on_wait is not None:
@@ -186,9 +198,9 @@ def _create(folder: Path, generation: int, value: dict[str, Any]) -> bool:
     return True
 
 
-def _locked(folder: Path, holder: Holder) -> LockedError:
+def _locked(folder: Path, holder: Holder, held: tuple[str, str]) -> LockedError:
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.since))
+    what, advice = held
     return LockedError(
-        f"{folder.parent}: this run is running already: process {holder.pid} on {holder.node} holds its lock "
-        f"since {since}. Watch it with `dsft status`, stop it with `dsft cancel`, or choose another `name`."
+        f"{folder.parent}: {what}: process {holder.pid} on {holder.node} holds its lock since {since}. {advice}"
     )

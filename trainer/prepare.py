@@ -21,6 +21,9 @@ from trainer.data.prepared import Writer, batches, identity, matching, write_man
 from trainer.data.sources import open_source
 from trainer.data.workers import Workers
 from trainer.failures import EXIT_DONE, DsftError, exit_code_of
+from trainer.lease import LockedError, acquire
+
+_PREPARING = ("another `dsft prepare` is writing here", "Wait for it, or give another --output.")
 
 
 def prepare(config: LaunchConfig, folder: Path, processes: int) -> dict[str, Any]:
@@ -28,6 +31,7 @@ def prepare(config: LaunchConfig, folder: Path, processes: int) -> dict[str, Any
 
     Raises:
         DataError: a bad record with on_bad_record "error"; the folder holds what was prepared from something else.
+        LockedError: another process is writing there.
     """
     from trainer.tokenizer import load_tokenizer
 
@@ -36,24 +40,29 @@ def prepare(config: LaunchConfig, folder: Path, processes: int) -> dict[str, Any
     tokenizer = load_tokenizer(config.model)
     sources = [open_source(source) for source in config.data.train]
     of = identity(config, tokenizer, sources)
-    folder.mkdir(parents=True, exist_ok=True)
-    documents = sum(source.records for source in sources)
-    kept = matching(folder, of)
-    if kept is not None:
-        size = sum(size for source in kept for _, size in source["files"])
-        return {"path": str(folder), "documents": documents, "bytes": size, "kept": True}
-    writers = []
-    with Workers(config, processes) as workers:
-        for index, source in enumerate(sources):
-            writer = Writer(folder, index)
-            for first, last in batches(source):
-                writer.write(last - first, workers.encode(index, np.arange(first, last), range(last - first)))
-            writer.close()
-            writers.append(writer)
-    write_manifest(folder, of, writers)
+    report = {"path": str(folder), "documents": sum(source.records for source in sources)}
+    if (kept := matching(folder, of)) is not None:  # also where nothing may be written
+        return report | _kept(kept)
+    with acquire(folder / "lock", held=_PREPARING) as lease:
+        if (kept := matching(folder, of)) is not None:  # by the one that was waited for
+            return report | _kept(kept)
+        writers = []
+        with Workers(config, processes) as workers:
+            for index, source in enumerate(sources):
+                writer = Writer(folder, index)
+                for first, last in batches(source):
+                    if lease.lost.is_set():
+                        raise LockedError(f"{folder}: another `dsft prepare` has taken over: this one came to a halt")
+                    writer.write(last - first, workers.encode(index, np.arange(first, last), range(last - first)))
+                writer.close()
+                writers.append(writer)
+        write_manifest(folder, of, writers)
     size = sum(size for writer in writers for _, size in writer.files)
-    took = round(time.monotonic() - begin, 3)
-    return {"path": str(folder), "documents": documents, "bytes": size, "kept": False, "seconds": took}
+    return report | {"bytes": size, "kept": False, "seconds": round(time.monotonic() - begin, 3)}
+
+
+def _kept(sources: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"bytes": sum(size for source in sources for _, size in source["files"]), "kept": True}
 
 
 def main() -> int:

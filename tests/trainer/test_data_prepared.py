@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from trainer.data import prepared
 from trainer.data.stream import BatchStream, build_training_stream
 from trainer.data.workers import Workers
 from trainer.failures import DataError
+from trainer.lease import acquire
 from trainer.prepare import prepare
 from trainer.tasks import get_task
 from trainer.tokenizer import load_tokenizer
@@ -186,6 +188,18 @@ def test_verb_prepares_once_and_a_torn_file_is_refused(data: Path, capfd: pytest
     shard.write_bytes(shard.read_bytes()[:-9])
     assert main(checked) == 2
     assert "is missing or not whole" in capfd.readouterr().out.replace("\n", " ")
+
+
+def test_two_do_not_prepare_one_folder_at_once(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["prepare", str(data / "config.json"), "--output", str(tmp_path), "--processes", "1"]
+    with acquire(tmp_path / "lock"):
+        assert main(command) == 75
+        told = capfd.readouterr().err
+        assert f"{tmp_path}: another `dsft prepare` is writing here: process {os.getpid()}" in told
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert main(command) == 0
+    with acquire(tmp_path / "lock"):  # nothing is left to write
+        assert main(command) == 0
 
 
 def test_other_tasks_are_refused(data: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,9 @@ class LocalCluster(ClusterSection):
     backend: Literal["local"] = "local"
     nodes: Literal[1] = 1
     processes_per_node: PositiveInt | None = Field(None, description="Default: `gpus_per_node`, else 1")
-    gpus_per_node: NonNegativeInt | None = Field(None, description="Default: the GPUs found here")
+    gpus_per_node: NonNegativeInt | None = Field(
+        None, description="Default: the GPUs found here, of those in CUDA_VISIBLE_DEVICES; one MIG instance at most"
+    )
 
 
 class SlurmContainer(Section):
