@@ -187,10 +187,13 @@ def _submitted(
     from launcher.backends.slurm import job_of, submit
     from launcher.grace import grace_problem
     from launcher.jobs import refuse_second_job
+    from trainer.lease import acquire
 
     refuse_second_job(target)
-    _write_records(target, resolved, plan)
-    warnings = checked(target.config_path)
+    # it may go on where no job of its own tells: in an allocation made by hand, on another host without SLURM
+    with acquire(target.lock_dir, _tell_waiting):
+        _write_records(target, resolved, plan)
+        warnings = checked(target.config_path)
     problem = grace_problem(target, cluster)
     for warning in (*warnings, *([problem] if problem else [])):
         print(f"warning: {warning}", file=sys.stderr)

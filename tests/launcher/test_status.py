@@ -11,9 +11,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from config_samples import runnable
 from slurm_programs import program, program_folder
 
 from launcher import jobs
+from launcher.cli import main
 from launcher.registry import register
 from launcher.reporting import render_status, status, statuses
 from launcher.state import RunState
@@ -25,6 +27,15 @@ from trainer.rundir import RunDirectory, append_line, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 DOWN = 'echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1'
+HOLD = """
+import sys, time
+from pathlib import Path
+from trainer import lease
+lease.node_name, lease.host_identity, lease.os.getpid = lambda: "compute7", lambda: "elsewhere", lambda: 1
+lease.acquire(Path(sys.argv[1]), renew_seconds=0.2)
+print("held", flush=True)
+time.sleep(60)
+"""
 NO_ACCOUNTING = 'echo "Slurm accounting storage is disabled" >&2; exit 1'
 
 
@@ -122,6 +133,26 @@ def test_a_job_in_the_queue_forbids_another_only_while_it_is_there(slurm: Path, 
     program(slurm, "squeue", DOWN)
     with pytest.raises(client.SlurmUnavailable):
         jobs.refuse_second_job(run)
+
+
+def test_nothing_is_submitted_or_rewritten_while_another_host_runs_it(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As from a login node, beside a run in an allocation made by hand."""
+    cluster = {"backend": "slurm", "nodes": 1}
+    config = runnable(tmp_path, name="a", cluster=cluster)
+    run = make_run(tmp_path, "a")
+    command = [sys.executable, "-c", HOLD, str(run.lock_dir)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            before = {path: path.read_bytes() for path in run.path.rglob("*.json*")}
+            assert main(["launch", str(config)]) == 75
+        finally:
+            holder.kill()
+    assert "this run is running already: process 1 on compute7" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.path.rglob("*.json*") if path.name != "submission.jsonl"} == before
 
 
 def test_two_launches_at_once_submit_one_job(slurm: Path, tmp_path: Path) -> None:
