@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from launcher.nodes import NodePool
 from launcher.sizes import worth_growing
 from launcher.watch import Progress
+from trainer.retry import retried
 from trainer.rundir import LineReader, RunDirectory, read_json, write_json
 
 _LOOK_SECONDS = 30.0
@@ -49,7 +50,7 @@ class Membership:
     def take(self, count: int) -> None:
         """The next attempt runs on `count` nodes: its ranks find the plan for them."""
         if (read_json(self.run.plan_path) or {}).get("nodes") != count:
-            write_json(self.run.plan_path, self.plans[count], indent=2)
+            retried(lambda: write_json(self.run.plan_path, self.plans[count], indent=2), "plan.json")
 
     def begin(self, attempt: int) -> None:
         """Look now and then, while the attempt runs, whether nodes that were lost answer again."""

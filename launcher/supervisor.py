@@ -19,6 +19,7 @@ from launcher.verdict import GROW, PLANNED_STOPS, STRAGGLER, Action, Attempt, Sn
 from trainer.config.schema import ResilienceConfig
 from trainer.failures import EXIT_TEMPORARY, DsftError
 from trainer.lease import Lease
+from trainer.retry import retried
 from trainer.rundir import EventWriter, RunDirectory, read_json, write_json
 
 _POLL_SECONDS = 0.05
@@ -301,7 +302,7 @@ class Supervisor:
 
     def _lost(self) -> str:
         """How the lock was lost."""
-        if self.run.path.exists():
+        if self.run.lock_dir.exists():  # a dying agent may have made other folders of it again
             return "another launch has taken over this run"
         return f"{self.run.path} is gone: deleted, or on storage that is not mounted any more"
 
@@ -343,7 +344,7 @@ class Supervisor:
             "exit_code": action.exit_code,
             "time": time.time(),
         }
-        write_json(self.run.verdict_path(attempt), value, indent=1)
+        retried(lambda: write_json(self.run.verdict_path(attempt), value, indent=1), "verdict.json")
         if verdict.outcome == "failed":
             fields = {key: value[key] for key in ("class", "rank", "node", "step", "message", "victims", "action")}
             events.write("failure", attempt=attempt, noticed=self._noticed or value["time"], **fields)

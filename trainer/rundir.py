@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import time
@@ -11,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from trainer.retry import retried
 
 Json = dict[str, Any]
 
@@ -60,10 +63,25 @@ def _whole(paths: Iterable[Path]) -> list[Json]:
 
 
 def append_line(path: Path, value: Json) -> None:
-    """Append `value` as one line of JSON in a single write(), so that lines of several writers never mix."""
+    """Append `value` as one line of JSON in a single write(), so that lines of several writers never mix.
+
+    Where storage fails for a moment, it is tried again for up to 15 s.
+    """
     line = json.dumps(value).encode() + b"\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    tries = itertools.count()
+    retried(lambda: _append(path, line, again=next(tries) > 0), str(path))
+
+
+def _append(path: Path, line: bytes, again: bool) -> None:
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
+        if again:  # although its write failed, it may be there, as a whole or in part
+            end = os.fstat(descriptor).st_size
+            tail = os.pread(descriptor, len(line), max(0, end - len(line)))
+            if tail == line:
+                return
+            if tail and not tail.endswith(b"\n"):
+                line = b"\n" + line
         if (written := os.write(descriptor, line)) != len(line):
             # or the next line would be lost as well, being taken for the rest of this one
             end = os.lseek(descriptor, 0, os.SEEK_CUR)

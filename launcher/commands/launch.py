@@ -241,12 +241,17 @@ def _write_records(target: RunDirectory, resolved: dict[str, Any], plan: dict[st
     from launcher.environment import describe_environment
     from launcher.registry import register
     from trainer.processes import package_root
+    from trainer.retry import retried
     from trainer.rundir import write_json
 
-    write_json(target.config_path, resolved, indent=2)
-    write_json(target.plan_path, plan, indent=2)
-    write_json(target.environment_path, describe_environment(package_root(), plan.get("gpus")), indent=2)
-    register(target)
+    def write() -> None:
+        write_json(target.config_path, resolved, indent=2)
+        write_json(target.plan_path, plan, indent=2)
+        write_json(target.environment_path, environment, indent=2)
+        register(target)
+
+    environment = describe_environment(package_root(), plan.get("gpus"))
+    retried(write, str(target.path))
 
 
 def _supervise(

@@ -21,8 +21,8 @@ import pytest
 from pyarrow import parquet
 from pydantic import ValidationError
 
+from trainer import retry
 from trainer.config.schema import DataSource
-from trainer.data import retry
 from trainer.data.formats import columns
 from trainer.data.sources import Source, open_source
 from trainer.failures import DataError

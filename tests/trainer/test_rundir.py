@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer import retry
 from trainer.failures import write_failure
 from trainer.rundir import LineReader, RunDirectory, append_line, cut_torn_tail, read_json, read_lines, write_json
 
@@ -70,6 +72,28 @@ def test_a_line_that_found_no_room_does_not_spoil_the_next_one(tmp_path: Path) -
         signal.signal(signal.SIGXFSZ, handler)
     append_line(path, {"step": 3})
     assert [line["step"] for line in read_lines(path)] == [1, 3]
+
+
+@pytest.mark.parametrize("wrote", [0, 5, 12])
+def test_a_line_outlives_storage_that_fails_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrote: int
+) -> None:
+    """Whatever of it the failing write had put into the file."""
+    path, write = tmp_path / "metrics.jsonl", os.write
+    failures = iter([errno.EIO, errno.ESTALE])
+
+    def failing(descriptor: int, data: bytes) -> int:
+        if (number := next(failures, None)) is not None:
+            write(descriptor, data[:wrote])
+            raise OSError(number, os.strerror(number))
+        return write(descriptor, data)
+
+    append_line(path, {"step": 1})
+    monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(os, "write", failing)
+    append_line(path, {"step": 2})
+    append_line(path, {"step": 3})
+    assert [line["step"] for line in read_lines(path)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("length", [1, 65535, 65536, 65537, 200_000])

@@ -25,9 +25,9 @@ from image_data import (
 )
 from PIL import Image, ImageOps
 
+from trainer import retry
 from trainer.check import check
 from trainer.config.schema import LaunchConfig
-from trainer.data import retry
 from trainer.data.encoding import BAD, SourceEncoder
 from trainer.data.images import decode, reference
 from trainer.data.sources import open_source

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.retry import retried
+from trainer.retry import retried
 
 _PATH, _BYTES = b"p", b"b"  # first byte of a reference
 _ORIENTATION = 0x0112  # tag of EXIF

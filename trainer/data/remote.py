@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainer.data.cache import cached, file_identity
-from trainer.data.retry import passing, retried
 from trainer.failures import DataError, StorageError
+from trainer.retry import passing, retried
 
 _BLOCK = 1 << 22  # bytes
 

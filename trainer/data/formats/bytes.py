@@ -28,8 +28,8 @@ from trainer.config.schema import DataSource
 from trainer.data.cache import cached, file_identity
 from trainer.data.formats.annotated import DOCUMENT_LINE, parse_sentence
 from trainer.data.formats.base import Outcome, Record
-from trainer.data.retry import retried
 from trainer.failures import DataError, StorageError
+from trainer.retry import retried
 
 BLOCK = 1 << 24  # bytes scanned at a time
 _DENSE = 2  # times the bytes that are wanted may be read

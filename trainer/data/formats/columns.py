@@ -17,8 +17,8 @@ import xxhash
 from trainer.config.schema import DataSource
 from trainer.data.cache import cached, file_identity
 from trainer.data.formats.base import Outcome
-from trainer.data.retry import retried
 from trainer.failures import DataError
+from trainer.retry import retried
 
 _LARGEST_BATCH = 32 << 20  # bytes of a row group in memory; larger ones are rewritten once, in small batches
 _ROWS = 512  # of a batch then

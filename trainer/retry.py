@@ -1,4 +1,4 @@
-"""Trying again what fails now and then: reads of network file systems, downloads."""
+"""Trying again what fails now and then: network file systems, downloads."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
-
-from trainer.failures import DsftError
 
 _ATTEMPTS = 6
 FIRST_DELAY = 0.5  # seconds; doubled each time: 15 s in all
@@ -38,6 +36,8 @@ def retried(action: Callable[[], Result], what: str) -> Result:
 
 def passing(error: Exception) -> bool:
     """Whether the same may work a moment later."""
+    from trainer.failures import DsftError  # which imports what writes with retries
+
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
         return passing(error.__cause__)  # fsspec calls a file missing whenever it cannot be had
     if isinstance(error, DsftError | ImportError | ValueError | TypeError | NotImplementedError | EOFError):
