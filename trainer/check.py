@@ -25,6 +25,7 @@ from trainer.data.prepared import prepared_documents
 from trainer.data.sample import Sample
 from trainer.data.sources import open_source
 from trainer.failures import EXIT_DONE, EXIT_USER, DsftError, UserError
+from trainer.hub import offline_if_unreachable
 from trainer.planning.mixture import source_epochs
 from trainer.tasks import Task, get_task, task_tokenizer
 from trainer.tokenizer import Tokenizer
@@ -35,6 +36,8 @@ _FIRST, _SPREAD = 200, 100  # records looked at: the first ones, and others over
 def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
     """Everything that is wrong with a config's data and tokenizer, and figures of its data."""
     report: dict[str, Any] = {"ok": True, "errors": [], "warnings": [], "statistics": []}
+    if problem := offline_if_unreachable(config.model):
+        return {**report, "ok": False, "class": "user", "errors": [problem]}
     try:
         tokenizer = task_tokenizer(config)
         task = get_task(config, tokenizer)

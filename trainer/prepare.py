@@ -20,7 +20,8 @@ from trainer.config.schema import LaunchConfig
 from trainer.data.prepared import Writer, batches, identity, matching, write_manifest
 from trainer.data.sources import open_source
 from trainer.data.workers import Workers
-from trainer.failures import EXIT_DONE, DsftError, exit_code_of
+from trainer.failures import EXIT_DONE, DsftError, UserError, exit_code_of
+from trainer.hub import offline_if_unreachable
 from trainer.lease import LockedError, acquire
 
 _PREPARING = ("another `dsft prepare` is writing here", "Wait for it, or give another --output.")
@@ -30,6 +31,7 @@ def prepare(config: LaunchConfig, folder: Path, processes: int) -> dict[str, Any
     """Encode every document of `data.train` and write it; what is there already, of the same data, is kept.
 
     Raises:
+        UserError: the tokenizer is on the hub, which cannot be reached.
         DataError: a bad record with on_bad_record "error"; the folder holds what was prepared from something else.
         LockedError: another process is writing there.
     """
@@ -37,6 +39,8 @@ def prepare(config: LaunchConfig, folder: Path, processes: int) -> dict[str, Any
 
     begin = time.monotonic()
     config = config.model_copy(update={"data": config.data.model_copy(update={"prepared": None})})
+    if problem := offline_if_unreachable(config.model):
+        raise UserError(problem)
     tokenizer = load_tokenizer(config.model)
     sources = [open_source(source) for source in config.data.train]
     of = identity(config, tokenizer, sources)

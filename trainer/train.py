@@ -26,6 +26,7 @@ from trainer.export import export_run
 from trainer.failures import NumericError, StorageError
 from trainer.fast_tier import FastTier
 from trainer.file_memory import FileMemory
+from trainer.hub import offline_if_unreachable
 from trainer.metrics import MetricsLog
 from trainer.model import build_model, build_optimizer, load_model_config, quiet_libraries
 from trainer.origin import find_origin
@@ -67,6 +68,7 @@ class Trainer:
         self.config = LaunchConfig.model_validate_json(run.config_path.read_text())
         self.plan: dict[str, Any] = json.loads(run.plan_path.read_text())
         quiet_libraries()
+        offline_if_unreachable(self.config.model)  # what is in no cache, the library may try for as long as it does
         self.timeout = collectives.timeout_seconds(self.config.resilience)
         self.device = init_distributed(self.plan["device"], self.timeout)
         if self.config.training.deterministic:
