@@ -42,7 +42,7 @@ def parameter_shapes(config: Json) -> Iterator[tuple[str, Shape]]:
 def has_plain_logits(config: Json) -> bool:
     """Whether the model is known to hand out what its head gives: neither scaled nor soft-capped."""
     return (
-        config.get("model_type") in FAMILIES.keys() - {"gemma2"}
+        config.get("model_type") in PLAIN_LOGITS
         and config.get("logits_scaling", 1) == 1
         and not config.get("final_logit_softcapping")
     )
@@ -242,4 +242,10 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(_phi3, _defaults(32064, 3072, 8192, 32, 32, None, 4096)),
     "gpt2": Family(_gpt2, _defaults(50257, 768, None, 12, 12, None, 1024, tied=True), gated=False),
     "gpt_neox": Family(_gpt_neox, _defaults(50432, 6144, 24576, 44, 64, None, 2048, attention_bias=True), gated=False),
+}
+
+# They hand out what their head gives, unless the config says otherwise; tests/trainer/test_forward.py proves it of each
+PLAIN_LOGITS = FAMILIES.keys() - {"gemma2"} | {
+    *("exaone4", "glm4", "glm4_moe", "gpt_oss", "granitemoe", "llama4_text", "ministral3", "mixtral", "olmo3", "phi"),
+    *("qwen2_moe", "qwen3_moe", "seed_oss", "starcoder2"),
 }
