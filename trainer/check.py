@@ -30,6 +30,7 @@ from trainer.planning.mixture import source_epochs
 from trainer.tasks import Task, get_task, task_tokenizer
 from trainer.tokenizer import Tokenizer
 
+_WRITTEN_OUT = {"true": "1", "false": "0"}  # what `label_text` makes of the values that these texts may stand for
 _FIRST, _SPREAD = 200, 100  # records looked at: the first ones, and others over the whole source
 
 
@@ -117,9 +118,10 @@ def _alike(labels: Iterable[str]) -> list[str]:
     """Labels that a slip of the pen may have made two of."""
     found: dict[str, list[str]] = {}
     for label in labels:
-        found.setdefault(label.strip().casefold(), []).append(label)
+        key = label.strip().casefold()
+        found.setdefault(_WRITTEN_OUT.get(key, key), []).append(label)
     return [
-        f"the labels {', '.join(map(repr, same))} differ in case or white space alone"
+        f"the labels {', '.join(map(repr, same))} differ in case, white space or type (true is read as 1) alone"
         for same in found.values()
         if same[1:]
     ]

@@ -176,7 +176,12 @@ def test_labels_are_told_and_those_that_look_alike(tmp_path: Path) -> None:
     report = check(LaunchConfig.model_validate(values))
     assert report["errors"] == []
     assert report["labels"] == ["Good", "bad", "good "]
-    assert report["warnings"] == ["the labels 'Good', 'good ' differ in case or white space alone"]
+    alone = "differ in case, white space or type (true is read as 1) alone"
+    assert report["warnings"] == [f"the labels 'Good', 'good ' {alone}"]
+    records = [{"text": f"a {n}", "label": label} for n, label in enumerate([True, "true", False, "no"])]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    values["data"]["train"] = [{"path": str(tmp_path / "a.jsonl")}]
+    assert check(LaunchConfig.model_validate(values))["warnings"] == [f"the labels '1', 'true' {alone}"]
 
 
 def test_a_training_that_only_warms_up(tmp_path: Path) -> None:
