@@ -37,7 +37,7 @@ _FIRST, _SPREAD = 200, 100  # records looked at: the first ones, and others over
 def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
     """Everything that is wrong with a config's data and tokenizer, and figures of its data."""
     report: dict[str, Any] = {"ok": True, "errors": [], "warnings": [], "statistics": []}
-    if problem := offline_if_unreachable(config.model):
+    if problem := offline_if_unreachable(config):
         return {**report, "ok": False, "class": "user", "errors": [problem]}
     try:
         tokenizer = task_tokenizer(config)

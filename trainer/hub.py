@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from trainer.config.schema import ModelConfig
+from trainer.config.schema import LaunchConfig
 
 _CONNECT_SECONDS = 4.0  # TCP repeats a lost packet after 1 and 3 s
 _QUICK_SECONDS = 1.0  # a refusal that comes sooner may be a moment's
@@ -20,13 +20,14 @@ _PORTS = {"http": 80, "https": 443}
 _FILES = ("config.json", "tokenizer_config.json", "tokenizer.json", "preprocessor_config.json")
 
 
-def offline_if_unreachable(model: ModelConfig) -> str | None:
-    """Where there is no way to the hub, have its library take what `model` names from its cache, in this process and
-    those it starts; what to tell the user if that is not there. HF_HUB_OFFLINE, set to anything, prevents it.
+def offline_if_unreachable(config: LaunchConfig) -> str | None:
+    """Where there is no way to the hub, have its library take what `config` names from its cache, in this process and
+    those it starts; what to tell the user if a model is not there. HF_HUB_OFFLINE, set to anything, prevents it.
     """
-    named = {f"model.{key}": getattr(model, key) for key in ("path", "tokenizer", "processor")}
+    named = {f"model.{key}": getattr(config.model, key) for key in ("path", "tokenizer", "processor")}
     names = {key: name for key, name in named.items() if name and not os.path.isabs(name)}
-    if not names or "HF_HUB_OFFLINE" in os.environ or (why := _unreachable()) is None:
+    data = any(source.path.startswith("hf://") for source in (*config.data.train, *config.data.evaluation))
+    if not (names or data) or "HF_HUB_OFFLINE" in os.environ or (why := _unreachable()) is None:
         return None
     from huggingface_hub import constants, try_to_load_from_cache
 

@@ -39,7 +39,7 @@ def prepare(config: LaunchConfig, folder: Path, processes: int) -> dict[str, Any
 
     begin = time.monotonic()
     config = config.model_copy(update={"data": config.data.model_copy(update={"prepared": None})})
-    if problem := offline_if_unreachable(config.model):
+    if problem := offline_if_unreachable(config):
         raise UserError(problem)
     tokenizer = load_tokenizer(config.model)
     sources = [open_source(source) for source in config.data.train]

@@ -42,6 +42,8 @@ def passing(error: Exception) -> bool:
         return passing(error.__cause__)  # fsspec calls a file missing whenever it cannot be had
     if isinstance(error, DsftError | ImportError | ValueError | TypeError | NotImplementedError | EOFError):
         return False
+    if type(error).__name__ == "OfflineModeIsEnabled":  # huggingface_hub's, a ConnectionError
+        return False
     if type(error) is OSError and error.errno is None:  # pyarrow's, of a damaged file
         return False
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)

@@ -68,7 +68,7 @@ class Trainer:
         self.config = LaunchConfig.model_validate_json(run.config_path.read_text())
         self.plan: dict[str, Any] = json.loads(run.plan_path.read_text())
         quiet_libraries()
-        offline_if_unreachable(self.config.model)  # what is in no cache, the library may try for as long as it does
+        offline_if_unreachable(self.config)  # what is in no cache, the library may try for as long as it does
         self.timeout = collectives.timeout_seconds(self.config.resilience)
         self.device = init_distributed(self.plan["device"], self.timeout)
         if self.config.training.deterministic:

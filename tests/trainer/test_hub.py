@@ -15,6 +15,8 @@ from trainer import hub
 from trainer.check import check
 from trainer.config.loading import load_config
 from trainer.config.schema import LaunchConfig
+from trainer.data.remote import fetched
+from trainer.failures import DataError
 
 
 @pytest.fixture(autouse=True)
@@ -65,9 +67,18 @@ def test_what_is_cached_is_taken_from_there(config: LaunchConfig, closed: str, t
     (folder / "snapshots" / "1" / "config.json").write_text("{}")
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("1")
-    assert hub.offline_if_unreachable(config.model) is None
+    assert hub.offline_if_unreachable(config) is None
     assert constants.HF_HUB_OFFLINE
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_data_of_the_hub_are_not_waited_for(config: LaunchConfig, closed: str) -> None:
+    value = config.model_dump(mode="json")
+    value["model"] = {"config": {"model_type": "llama"}, "tokenizer": str(Path(__file__))}
+    value["data"]["train"] = [{"path": "hf://datasets/org/name/a.jsonl"}]
+    assert hub.offline_if_unreachable(LaunchConfig.model_validate(value)) is None
+    with pytest.raises(DataError, match="offline mode is enabled"):
+        fetched(value["data"]["train"][0]["path"])
 
 
 @pytest.mark.parametrize("variable", ["HF_ENDPOINT", "HTTP_PROXY"])
@@ -77,10 +88,10 @@ def test_a_way_to_the_hub_changes_nothing(
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")  # which only the proxy would find
         monkeypatch.setenv(variable, f"http://127.0.0.1:{server.getsockname()[1]}")
-        assert hub.offline_if_unreachable(config.model) is None
+        assert hub.offline_if_unreachable(config) is None
     assert not constants.HF_HUB_OFFLINE
 
 
 def test_a_user_who_decides_is_not_asked(config: LaunchConfig, closed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert hub.offline_if_unreachable(config.model) is None
+    assert hub.offline_if_unreachable(config) is None

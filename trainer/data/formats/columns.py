@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -184,10 +184,14 @@ def load_dataset(config: DataSource) -> Any:
         if config.path.startswith("hf://"):
             repository, _, revision = config.path.removeprefix("hf://").partition("@")
             more = {"revision": revision} if revision else {}
-            return retried(lambda: datasets.load_dataset(repository, config.subset, **more), config.path)
+            load = partial(datasets.load_dataset, repository, config.subset, **more)
+            return load() if datasets.config.HF_HUB_OFFLINE else retried(load, config.path)
         return retried(lambda: datasets.load_from_disk(config.path), config.path)
     except Exception as error:  # of datasets, huggingface_hub, the network, ...
-        raise DataError(f"{config.path} cannot be loaded by the datasets library: {error}") from error
+        why = f"{config.path} cannot be loaded by the datasets library: {error}"
+        if config.path.startswith("hf://") and datasets.config.HF_HUB_OFFLINE:
+            why += "; here the hub cannot be reached, or HF_HUB_OFFLINE says so: `dsft stage` fetches it where it can"
+        raise DataError(why) from error
 
 
 def open_dataset(config: DataSource) -> BatchedFile:
