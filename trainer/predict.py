@@ -41,7 +41,7 @@ def predict(run: RunDirectory, attempt: int) -> None:
     block, first = request["batch_size"] * _BATCHES, 0
     with open(run.path / f"part-{rank}.jsonl", "w", encoding="utf-8") as part, torch.no_grad():
         for index, source in enumerate(config.data.evaluation):
-            reader = _Reader(open_source(_questions(source, task)), task, config, index)
+            reader = Reader(open_source(_questions(source, task)), task, config, index)
             starts = range(0, reader.source.records, block)
             for start in starts[(rank - first // block) % world_size :: world_size]:
                 numbers = np.arange(start, min(start + block, reader.source.records))
@@ -56,13 +56,14 @@ def _questions(source: DataSource, task: BaseTask) -> DataSource:
     return source.model_copy(update={"template": kept, "columns": columns})
 
 
-class _Reader:
+class Reader:
     """A source's records as samples, with what is wrong with those that give none."""
 
     def __init__(self, source: Source, task: BaseTask, config: LaunchConfig, index: int) -> None:
         data = config.data
         self.source, self._length = source, data.sequence_length
-        self._encoder = SourceEncoder(source, task, data.sequence_length, data.on_long, data.on_bad_record, index)
+        on_long = "skip" if data.on_long == "split" and task.splits else data.on_long  # no answer follows on a piece
+        self._encoder = SourceEncoder(source, task, data.sequence_length, on_long, data.on_bad_record, index)
         self._problems: list[str] = []
         self._encoder.on_bad = self._problems.append
 
@@ -86,7 +87,7 @@ class _Reader:
 
 
 def _block(
-    reader: _Reader,
+    reader: Reader,
     task: BaseTask,
     replica: Replica,
     objective: Objective,

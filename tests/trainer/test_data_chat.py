@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from trainer.check import check
+from trainer.config.generation import GenerationConfig
 from trainer.config.schema import DataSource, LaunchConfig
+from trainer.config.tasks import CausalLMTask
 from trainer.data.encoding import SourceEncoder
 from trainer.data.sample import Sample
 from trainer.data.sources import open_source
 from trainer.failures import DataError
+from trainer.predict import Reader
 from trainer.tasks import get_task
 from trainer.tasks.causal_lm import CausalLM
+from trainer.tasks.writing import WritingCausalLM
 from trainer.tokenizer import load_tokenizer
 
 CHATML = (
@@ -117,6 +122,25 @@ def test_turn_by_turn(tmp_path: Path, loss_on: str, learned: list[str] | None) -
     text, found = shown(task, sample)
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHé?")
     assert found == (learned or [text.removeprefix("<|im_start|>")])  # the first token is predicted from nothing
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+@pytest.mark.parametrize(
+    "template", [CHATML, MARKED + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"]
+)
+def test_an_answer_is_written_to_the_last_question(tmp_path: Path, template: str, loss_on: str) -> None:
+    """By `dsft predict`; what is too long for a sequence is told, whatever `data.on_long` says of training."""
+    config = make_config(tmp_path, template, loss_on=loss_on)
+    settings = CausalLMTask(type="causal-lm", generation=GenerationConfig())
+    task = get_task(config.model_copy(update={"task": settings}), load_tokenizer(config.model))
+    assert isinstance(task, WritingCausalLM)
+    task.labelled = False
+    long = [{"role": "user", "content": "a" * 400}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in (TALK[:4], long)))
+    samples, why = Reader(open_source(config.data.train[0]), task, config, 0)(np.arange(2))
+    text, _ = shown(task, replace(samples[0][0], tokens=samples[0][0].tokens[: task.prompt_length(samples[0][0])]))
+    assert text.endswith("user\nAnd?<|im_end|>\n<|im_start|>assistant\n")
+    assert "more than data.sequence_length (400) tokens" in why[1]
 
 
 def test_as_transformers_renders_tokenises_and_masks(tmp_path: Path) -> None:

@@ -67,13 +67,17 @@ class Chat:
         self._marked = bool(_MARKED.search(template))
         self._loss_on = loss_on
 
-    def render(self, messages: Any, tools: Any = None) -> tuple[str, list[Span]]:
+    def render(self, messages: Any, tools: Any = None, asking: bool = False) -> tuple[str, list[Span] | None]:
         """The text of a conversation, and the spans of characters in it that are learned, rising.
+
+        With ``asking`` one that does not end with an answer is followed by what asks for it, and None is learned.
 
         Raises:
             ValueError: it is no conversation, or the template refuses it, or its turns cannot be told apart.
         """
         turns, tools = _conversation(messages), _parsed(tools, "tools")
+        if asking and turns[-1]["role"] != "assistant":
+            return self._text(turns, tools, True).replace(_OPEN, "").replace(_CLOSE, ""), None
         marked = self._text(turns, tools, False)
         text = marked.replace(_OPEN, "").replace(_CLOSE, "")
         if self._loss_on == "all":

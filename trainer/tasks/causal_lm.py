@@ -150,7 +150,7 @@ class CausalLM(BaseTask):
         rendered = []
         for record in records:
             try:
-                rendered.append(self.chat.render(record["messages"], record.get("tools")))
+                rendered.append(self.chat.render(record["messages"], record.get("tools"), not self.labelled))
                 results.append("")
             except ValueError as error:
                 results.append(str(error))
@@ -160,9 +160,12 @@ class CausalLM(BaseTask):
             if problem:
                 continue
             tokens, starts = next(encoded)
+            learned = next(spans)
+            if learned is None:  # the place of the answer is then the one target
+                tokens, starts, learned = np.append(tokens, tokens[-1:]), np.append(starts, -1), [(-1, 0)]
             # a token that begins before a span belongs to what the model is given
             targets = np.zeros(len(tokens), dtype=bool)
-            for start, end in next(spans):
+            for start, end in learned:
                 targets |= (starts >= start) & (starts < end)
             targets[:1] = False
             results[place] = Sample(tokens, targets)
