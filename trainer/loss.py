@@ -43,7 +43,7 @@ class LabelledPositions:
         """
         head = self._model.get_output_embeddings()
         if type(head) is not torch.nn.Linear:
-            return f"the head is a {type(head).__name__}"
+            return "the head has an adapter" if hasattr(head, "base_layer") else f"the head is a {type(head).__name__}"
         plain = head.forward
 
         def forward(hidden: torch.Tensor) -> torch.Tensor:

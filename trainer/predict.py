@@ -62,7 +62,8 @@ class Reader:
     def __init__(self, source: Source, task: BaseTask, config: LaunchConfig, index: int) -> None:
         data = config.data
         self.source, self._length = source, data.sequence_length
-        on_long = "skip" if data.on_long == "split" and task.splits else data.on_long  # no answer follows on a piece
+        # a text that is cut, or a piece of one, is not what is to be answered
+        on_long = "skip" if task.splits and data.on_long != "error" else data.on_long
         self._encoder = SourceEncoder(source, task, data.sequence_length, on_long, data.on_bad_record, index)
         self._problems: list[str] = []
         self._encoder.on_bad = self._problems.append

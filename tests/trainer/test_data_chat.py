@@ -124,13 +124,13 @@ def test_turn_by_turn(tmp_path: Path, loss_on: str, learned: list[str] | None) -
     assert found == (learned or [text.removeprefix("<|im_start|>")])  # the first token is predicted from nothing
 
 
-@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+@pytest.mark.parametrize(("loss_on", "on_long"), [("assistant", "split"), ("all", "truncate")])
 @pytest.mark.parametrize(
     "template", [CHATML, MARKED + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"]
 )
-def test_an_answer_is_written_to_the_last_question(tmp_path: Path, template: str, loss_on: str) -> None:
+def test_an_answer_is_written_to_the_last_question(tmp_path: Path, template: str, loss_on: str, on_long: str) -> None:
     """By `dsft predict`; what is too long for a sequence is told, whatever `data.on_long` says of training."""
-    config = make_config(tmp_path, template, loss_on=loss_on)
+    config = make_config(tmp_path, template, loss_on=loss_on, on_long=on_long)
     settings = CausalLMTask(type="causal-lm", generation=GenerationConfig())
     task = get_task(config.model_copy(update={"task": settings}), load_tokenizer(config.model))
     assert isinstance(task, WritingCausalLM)
