@@ -242,5 +242,6 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # DeepSpeed calls functions that torch has renamed: two warnings for every parameter of every step
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks by the older name
     # where it is installed, transformers imports it with the first model: 1.6 s, and lines in the log
     sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]  # as importlib marks what cannot be imported
