@@ -216,15 +216,13 @@ def model_vocabulary(config: LaunchConfig) -> int | None:
             values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except ValueError as error:
             raise UserError(f"model.path: {path} cannot be read: {error}") from None
-    size = values.get("text_config", values).get("vocab_size")
+    size = (values.get("text_config") or values).get("vocab_size")
     return size if isinstance(size, int) else None
 
 
 def main() -> int:
     config = LaunchConfig.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    if (
-        config.model.fp8 == "none"
-    ):  # a processor of images imports it by way of transformers: seconds, and lines of its own
+    if config.model.fp8 == "none":  # else a processor of images imports it: seconds, and lines of its own
         sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
     report = check(config, int(sys.argv[2]) if len(sys.argv) > 2 else 0)
     print(json.dumps(report, default=lambda value: f"a {type(value).__name__}"))  # an encoded image, a date

@@ -221,3 +221,9 @@ def test_an_adapter_is_counted_and_its_base_left_out_of_checkpoints(tmp_path):
     assert not lora.pinned
     save_file({"model.norm.weight": torch.ones(hidden)}, tmp_path / "model.safetensors")
     assert model_facts(ModelConfig(path=str(tmp_path), freeze=("layers:0",))).pinned
+
+
+def test_an_adapter_on_the_head_keeps_its_logits():
+    config = {"model_type": "llama", **SMALL, "tie_word_embeddings": False}
+    assert facts_of_config(config, adapter=AdapterConfig(type="lora")).plain_logits
+    assert not facts_of_config(config, adapter=AdapterConfig(type="lora", targets=("lm_head",))).plain_logits

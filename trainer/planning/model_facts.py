@@ -44,7 +44,7 @@ class ModelFacts:
         for_fp8: trained matrices that can be multiplied in 8 bits (`trainer.float8`), where that is known.
         pinned: frozen weights are in the model's own files, and checkpoints leave them out.
         vocabulary: tokens that the head predicts; None where it predicts none.
-        plain_logits: the model is known to hand out what its head gives.
+        plain_logits: the model is known to hand out what its head, a plain matrix, gives.
         gated: whether the MLP multiplies two projections (SwiGLU, GeGLU).
         tower: sizes of the layers that read images, where they are trained; the others here are those of the text's.
         patches_per_token: of an image, for each of the tokens that stand for it.
@@ -147,7 +147,7 @@ def facts_of_config(
     if new_head:
         facts = replace(facts, vocabulary=None)
     if isinstance(tower := config.get("vision_config"), Mapping):
-        patches = int(config.get("scale_factor", 1)) ** 2
+        patches = int(config.get("scale_factor") or 1) ** 2
         facts = replace(facts, tower=replace(_sized(tower), gated=False), patches_per_token=patches)
     if adapter is not None and adapter.type == "qlora" and model_type in TRANSPOSED:
         raise UserError(f"model.adapter: qlora packs torch.nn.Linear, which {model_type} has not; use lora")
@@ -228,6 +228,8 @@ def _counted(
         held_elements=sum(held.values()),
         largest_packed=max((counts[name] for name in packed), default=0),
         for_fp8=_for_fp8(facts, shapes, trained) if facts.source == "config" else None,
+        plain_logits=facts.plain_logits
+        and not any(re.match(r"(lm_head|embed_out)\.lora_A\.", name) for name in trained),
         note=None,
     )
 
