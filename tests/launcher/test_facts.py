@@ -76,7 +76,8 @@ def nvidia_smi(tmp_path, monkeypatch):
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):  # other tests set the latter
+        monkeypatch.delenv(name, raising=False)
 
     def write(text):
         program = folder / "nvidia-smi"
