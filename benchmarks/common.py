@@ -146,6 +146,28 @@ def plan_run(folder: Path, config: LaunchConfig) -> Path:
     return run.path
 
 
+def hf_arguments(deepspeed: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """TrainingArguments with which HF's Trainer trains as dsft does, by the DeepSpeed JSON that dsft has planned."""
+    asked = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    settings = {**deepspeed, **dict.fromkeys(asked, "auto")}
+    settings.pop("managed_gradient_accumulation", None)
+    return {
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch_fused",
+        "bf16": True,
+        "use_cpu": True,
+        "deepspeed": settings,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        **more,
+    }
+
+
 def torchrun_command(ranks: int) -> list[str]:
     """torchrun as a person types it, on a free port."""
     script = Path(sys.executable).parent / "torchrun"

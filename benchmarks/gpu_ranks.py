@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import PROCESS_SECONDS, end_rank
+from common import PROCESS_SECONDS, end_rank, hf_arguments
 from gpu_variants import LEARNING_RATE, Variant
 
 
@@ -51,10 +51,10 @@ def hf_rank(run_dir: Path, variant: Variant) -> dict[str, Any]:
     import numpy as np
     import torch
     import transformers
+    from hf_tasks import training_batches
 
     from trainer.attention import inference_attention
     from trainer.config.schema import LaunchConfig
-    from trainer.data.stream import build_training_stream
     from trainer.forward import collate
     from trainer.tasks import get_task, task_tokenizer
 
@@ -65,16 +65,8 @@ def hf_rank(run_dir: Path, variant: Variant) -> dict[str, Any]:
     total = config.training.global_batch_size
     # its micro-batches are equally large: the largest of those that fit, by the plan
     micro = next(size for size in range(plan["batch"]["micro_batch_size"], 0, -1) if total % size == 0)
-    stream = build_training_stream(
-        config,
-        task,
-        rank=0,
-        world_size=1,
-        micro_batch_size=total,
-        gather=lambda a: [a],
-        limit=config.training.max_steps,
-    )
-    rows = [sequence for batch in stream for part in batch.micro_batches for sequence in part.sequences]
+    batches = training_batches(config, task)
+    rows = [sequence for batch in batches for part in batch.micro_batches for sequence in part.sequences]
     parts = total // micro
     if variant.padded:
         steps = config.training.max_steps or 1
@@ -91,10 +83,6 @@ def hf_rank(run_dir: Path, variant: Variant) -> dict[str, Any]:
         # without them transformers need not look for samples in a row, and takes the plain causal kernel
         return batch | ({"position_ids": made.position_ids} if packed else {})
 
-    deepspeed_json = plan["deepspeed"] | dict.fromkeys(
-        ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
-    )
-    deepspeed_json.pop("managed_gradient_accumulation", None)
     cpu = plan["device"] == "cpu"
     seconds: list[float] = []
 
@@ -111,27 +99,18 @@ def hf_rank(run_dir: Path, variant: Variant) -> dict[str, Any]:
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
             return torch.utils.data.SequentialSampler(range(len(rows)))
 
-    settings = {
-        "output_dir": str(run_dir / "hf"),
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": parts,
-        "max_steps": len(tokens),
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "optim": "adamw_torch_fused",
-        "bf16": True,
-        "use_cpu": cpu,
-        "gradient_checkpointing": plan["recompute"] is True,
-        "deepspeed": deepspeed_json,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": not cpu,
-        "remove_unused_columns": False,
-    }
+    settings = hf_arguments(
+        plan["deepspeed"],
+        output_dir=str(run_dir / "hf"),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=parts,
+        max_steps=len(tokens),
+        learning_rate=LEARNING_RATE,
+        use_cpu=cpu,
+        dataloader_pin_memory=not cpu,
+        gradient_checkpointing=plan["recompute"] is True,
+        remove_unused_columns=False,
+    )
     arguments = transformers.TrainingArguments(**settings | (variant.hf or {}))
     kind, device = transformers.AutoModelForCausalLM, torch.device(plan["device"])
     chosen = {

@@ -23,9 +23,9 @@ def samples_of(batches: Iterable[GlobalBatch]) -> list[Sample]:
     ]
 
 
-def samples_in_order_of_training(config: LaunchConfig, task: Any) -> list[Sample]:
-    """The samples of all global batches of a training by steps, one batch after the other."""
-    batches = build_training_stream(
+def training_batches(config: LaunchConfig, task: Any) -> Iterable[GlobalBatch]:
+    """All global batches of a training by steps, each in one micro-batch."""
+    return build_training_stream(
         config,
         task,
         rank=0,
@@ -34,7 +34,11 @@ def samples_in_order_of_training(config: LaunchConfig, task: Any) -> list[Sample
         gather=lambda array: [array],
         limit=config.training.max_steps,
     )
-    return samples_of(batches)
+
+
+def samples_in_order_of_training(config: LaunchConfig, task: Any) -> list[Sample]:
+    """The samples of all global batches of a training by steps, one batch after the other."""
+    return samples_of(training_batches(config, task))
 
 
 def samples_in_order_of_files(config: LaunchConfig, task: Any, sources: Sequence[DataSource]) -> list[Sample]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import end_rank
+from common import end_rank, hf_arguments
 
 LEARNING_RATE = 1e-4
 RESUMED_STEPS = 2
@@ -111,10 +111,6 @@ def trainer(job: dict[str, Any], told: Told) -> None:
     import transformers
 
     folder, resumed, packed = Path(job["folder"]), job["phase"] == "resume", job["side"] == "trl"
-    settings = json.loads((folder / "deepspeed.json").read_text())
-    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
-        settings[key] = "auto"
-    settings.pop("managed_gradient_accumulation", None)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
 
     def encode(record: dict[str, str]) -> dict[str, list[int]]:
@@ -126,25 +122,17 @@ def trainer(job: dict[str, Any], told: Told) -> None:
     # without packing: as many samples as have the tokens of a packed micro-batch
     mean = sum(len(encode(record)["input_ids"]) for record in records[:200]) / 200
     samples = max(round(job["micro_batch_size"] * job["sequence_length"] / mean), 1)
-    arguments: dict[str, Any] = {
-        "output_dir": str(folder / job["side"]),
-        "per_device_train_batch_size": job["micro_batch_size"] if packed else samples,
-        "max_steps": job["save_at"] + RESUMED_STEPS if resumed else job["steps"],
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.0,
-        "optim": "adamw_torch_fused",
-        "bf16": job["dtype"] == "bfloat16",
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "deepspeed": settings,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no" if resumed else "steps",
-        "save_steps": job["save_at"],
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
+    arguments = hf_arguments(
+        json.loads((folder / "deepspeed.json").read_text()),
+        output_dir=str(folder / job["side"]),
+        per_device_train_batch_size=job["micro_batch_size"] if packed else samples,
+        max_steps=job["save_at"] + RESUMED_STEPS if resumed else job["steps"],
+        learning_rate=LEARNING_RATE,
+        bf16=job["dtype"] == "bfloat16",
+        gradient_checkpointing=False,
+        save_strategy="no" if resumed else "steps",
+        save_steps=job["save_at"],
+    )
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:

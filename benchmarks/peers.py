@@ -31,6 +31,7 @@ from common import (
     command_line,
     end_rank,
     environment,
+    hf_arguments,
     llama,
     math_records,
     plan_run,
@@ -84,34 +85,16 @@ def trainer_rank(side: str, folder: Path, options: argparse.Namespace) -> dict[s
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as dsft: gloo, nothing compiled at start
     torch.manual_seed(0)
     zero = json.loads((folder / "runs" / ("dsft_fixed" if "fixed" in side else "dsft") / "plan.json").read_text())
-    settings = {
-        **zero["deepspeed"],
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-    }
-    settings.pop("managed_gradient_accumulation", None)
     packed = side == "trl"
-    arguments: dict[str, Any] = {
-        "output_dir": str(folder / side),
-        "per_device_train_batch_size": options.micro_batch_size if packed else samples_a_batch(side, folder, options),
-        "max_steps": options.steps,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "optim": "adamw_torch_fused",
-        "bf16": True,
-        "use_cpu": True,
-        "gradient_checkpointing": options.checkpointing,
-        "deepspeed": settings,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "seed": 0,
-    }
+    arguments = hf_arguments(
+        zero["deepspeed"],
+        output_dir=str(folder / side),
+        per_device_train_batch_size=options.micro_batch_size if packed else samples_a_batch(side, folder, options),
+        max_steps=options.steps,
+        learning_rate=LEARNING_RATE,
+        gradient_checkpointing=options.checkpointing,
+        seed=0,
+    )
     records = [json.loads(line) for line in data_file(side, folder).read_text().splitlines()]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
     made = llama(options.hidden, options.layers, options.vocabulary)

@@ -24,6 +24,8 @@ FUSED_FAMILIES = frozenset(
 LOGIT_BLOCK = {"cuda": 1 << 29, "cpu": 1 << 24}
 CPU_OVERHEAD = 1 << 29  # measured: 0.47 GiB resident in runs of models of some 100 kB, torch 2.13
 
+Kernels = Literal["own", "fused", "compiled", "fp8"]
+
 
 @dataclass(frozen=True)
 class Recomputation:
@@ -40,7 +42,7 @@ class Recomputation:
     every: int
     selective: bool = False
     offload: bool = False
-    kernels: Literal["own", "fused", "compiled", "fp8"] = "own"
+    kernels: Kernels = "own"
 
     @property
     def share(self) -> float:
@@ -52,7 +54,7 @@ def recomputation(model: ModelConfig, fused: bool = False) -> Recomputation:
     """What a config asks for; ``fused``: with Liger's kernels, unless layers are compiled."""
     wanted = model.gradient_checkpointing
     every = wanted.every if isinstance(wanted, CheckpointedLayers) else 1 if wanted else 0
-    kernels: Literal["own", "fused", "compiled", "fp8"] = "fused" if fused else "own"
+    kernels: Kernels = "fused" if fused else "own"
     if model.compile:
         kernels = "fp8" if model.fp8 in ("rowwise", "tensorwise") else "compiled"
     return Recomputation(every, wanted == "selective", model.activation_offload, kernels)
@@ -212,7 +214,7 @@ def unpacking_bytes(model: ModelFacts, width: int) -> int:
     return math.ceil(model.largest_packed * (width + 4 / 64))
 
 
-def layer_bytes_per_token(model: ModelFacts, width: int, kernels: str = "own") -> int:
+def layer_bytes_per_token(model: ModelFacts, width: int, kernels: Kernels = "own") -> int:
     """Bytes that one layer keeps for its backward pass, per token, without attention scores.
 
     In elements of h (hidden), q = heads * head_dim, k = kv_heads * head_dim and i (MLP): the inputs of two norms 2h and
