@@ -8,7 +8,6 @@ which is also how the tests hold it against the other implementations.
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import itertools
 from typing import Any
 
@@ -18,13 +17,6 @@ from torch.nn import functional
 
 from trainer.config.schema import LaunchConfig
 from trainer.failures import UserError
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # it comes with torch 2.10; _not_varlen says so
-    _TOLD_OF_GROUPS = False
-else:  # torch 2.10 and 2.11 take fewer keys than queries as they come, later ones want to be told
-    _TOLD_OF_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 VARLEN = "varlen"
 # Families whose layers hand the samples' bounds down to the attention function and want nothing of it that varlen
@@ -109,8 +101,6 @@ def _not_varlen(config: LaunchConfig, model_config: Any, device: torch.device) -
             return "its kernel wants a GPU of compute capability 8.0"
         if getattr(text, "head_dim", None) and text.head_dim > 256:
             return "its kernel wants heads of at most 256"
-        if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-            return "it comes with torch 2.10"
     return None
 
 
@@ -202,7 +192,9 @@ def varlen_attention(
     if query.device.type == "cuda":
         q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
         edges, longest = cu_seq_lens_q, max_length_q
-        told: dict[str, Any] = {"enable_gqa": True} if grouped and _TOLD_OF_GROUPS else {}
+        from trainer.varlen_kernel import TOLD_OF_GROUPS, varlen_attn
+
+        told: dict[str, Any] = {"enable_gqa": True} if grouped and TOLD_OF_GROUPS else {}
         output: Any = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scaling, window_size=window, **told)
         return output[None], None
     bounds = cu_seq_lens_q.tolist()

@@ -13,6 +13,7 @@ import datetime
 import logging
 import math
 import os
+import unittest.mock
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -49,7 +50,11 @@ def init_distributed(device: str, timeout_seconds: float) -> torch.device:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read by DeepSpeed at import
     import deepspeed
     import deepspeed.ops
+    from deepspeed.runtime import compiler
 
+    # Muon, which ZeRO imports to see whether it is used, has torch.compile import its compiler: a second of every start
+    with unittest.mock.patch.object(compiler, "compile", return_value=compiler.dummy_decorator):
+        import deepspeed.runtime.zero.muon.original_muon
     # DeepSpeed logs what a user cannot act on; its warnings and errors stay.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # On CPUs DeepSpeed would compile a shared-memory all-reduce at start: a minute of g++, and a process killed in

@@ -184,8 +184,7 @@ def read(path: Path) -> Heartbeat | None:
 
 def _publish(path: Path, rank: int, interval: float) -> None:
     node, beats = node_name(), 0
-    last = False
-    while not last:
+    while True:
         _publish_now.clear()  # before the marks are read: one set meanwhile is published next
         last = _over.is_set()
         beats += 1
@@ -201,6 +200,8 @@ def _publish(path: Path, rank: int, interval: float) -> None:
         with contextlib.suppress(OSError):  # no storage: nothing is known of this rank meanwhile, and it trains on
             _write(path, beat)
             _flush_stacks()
+        if last:
+            return
         _publish_now.wait(interval)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from trainer.checkpoint_files import differences
 from trainer.config.trained import AdapterConfig
 from trainer.planning.model_facts import facts_of_config
 
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = {"sub_group_size": 1500}  # of a rank's states: several, as where it has more than 1e9 parameters
 ADAFACTOR = {"type": "adafactor", "betas": (0.9, 0.999), "learning_rate": 3e-3}
 UNFREEZE = [{"match": ["layers:1", "*embed*"], "from_step": 3}, {"match": ["layers:0"], "from_step": 4}]
@@ -293,3 +297,17 @@ def test_a_checkpoint_loads_at_any_world_size(
             # bfloat16 rounds by up to 2^-9 of a value
             close = 2e-3 if variants[name].get("dtype") == "bfloat16" else 1e-6
             assert_same(continued, found[f"{name}:whole"][3:], close)
+
+
+def test_a_start_brings_no_compiler_along() -> None:
+    """torch's takes seconds to import, and few runs use it; ZeRO imports Muon's kernels, which it would compile."""
+    program = """
+import sys, trainer.train
+trainer.train.init_distributed("cpu", 60.0)
+from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+print(*(name for name in sys.modules if name in ("torch._dynamo", "torch._inductor")))
+"""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=os.environ | alone, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, [""]), done.stdout + done.stderr

@@ -81,9 +81,9 @@ def test_a_rank_that_did_not_enter_a_collective_shows_in_its_heartbeat(tmp_path:
         for rank in ranks:
             rank.send_signal(STACK_SIGNAL)
         stacks = [tmp_path / "stacks" / f"rank{rank}.txt" for rank in (0, 1)]
-        wait_for(lambda: all("heartbeat.py" in path.read_text() for path in stacks))  # the publishing thread's, too
-        assert "in stuck" in stacks[1].read_text()
-        assert "in all_reduce" in stacks[0].read_text()
+        for path, place in zip(stacks, ("in all_reduce", "in stuck"), strict=True):
+            wait_for(lambda path=path, place=place: place in path.read_text())  # the main thread's comes last
+            assert "heartbeat.py" in path.read_text()  # the publishing thread's, too
         assert [rank.poll() for rank in ranks] == [None, None]
     finally:
         for rank in ranks:
@@ -122,7 +122,9 @@ def test_the_begin_and_the_end_of_a_slow_phase_are_published_at_once(tmp_path: P
 
 
 def test_the_last_word_is_that_it_has_ended(tmp_path: Path) -> None:
-    rank = start("heartbeat.enter('export', 9); heartbeat.finish()", tmp_path)
+    """And its thread has ended with it: a rank waits for that."""
+    words = "heartbeat.enter('export', 9); heartbeat.finish(); os._exit(heartbeat._publisher.is_alive())"
+    rank = start(words, tmp_path)
     assert rank.wait(60) == 0
     last = beat(tmp_path)
     assert last is not None
