@@ -116,6 +116,37 @@ def test_large_batches_are_rewritten_in_small_ones(tmp_path: Path, name: str, mo
     assert pyarrow.ipc.open_file(str(copy)).get_batch(0).num_rows == 7
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_categories_that_differ_from_batch_to_batch(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "_LARGEST_BATCH", 1)
+    tables = [pyarrow.table({"label": pyarrow.array(of).dictionary_encode()}) for of in (["a"] * 500, ["b"] * 500)]
+    options = pyarrow.ipc.IpcWriteOptions(compression="lz4")
+    with (
+        parquet.ParquetWriter(tmp_path / name, tables[0].schema)
+        if name == "a.parquet"
+        else pyarrow.ipc.new_stream(tmp_path / name, tables[0].schema, options=options)
+    ) as writer:
+        for table in tables:
+            writer.write_table(table)
+    assert [r for r, _ in open_path(tmp_path / name).read([0, 499, 500])] == [{"label": c} for c in "aab"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.arrow", "b.arrow"])
+def test_a_column_that_comes_twice(tmp_path: Path, name: str) -> None:
+    table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    with (tmp_path / name).open("wb") as file:
+        if name == "a.csv":
+            file.write(b"text,text\na,b\n")
+        elif name == "a.parquet":
+            parquet.write_table(table, file)
+        else:
+            new = pyarrow.ipc.new_file if name == "a.arrow" else pyarrow.ipc.new_stream
+            with new(file, table.schema) as writer:
+                writer.write_table(table)
+    with pytest.raises(DataError, match="column 'text' comes twice"):
+        open_path(tmp_path / name)
+
+
 def test_csv_by_the_letter(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(
@@ -130,14 +161,13 @@ def test_csv_by_the_letter(tmp_path: Path) -> None:
     assert "line 6: not a row of fields as in RFC 4180" in str(problems[1])
     assert "line 7: not UTF-8 (byte 0xff)" in str(problems[2])
     assert "line 8: not a row of fields as in RFC 4180: unexpected end of data" in str(problems[3])
+    (tmp_path / "c.csv").write_bytes(b'\xef\xbb\xbf"two\nlines",1\n')
+    assert open_path(tmp_path / "c.csv", column_names=("q", "a")).read([0]) == [({"q": "two\nlines", "a": "1"}, None)]
     (tmp_path / "b.tsv").write_text('1\tsay "so"\n2\t"open\n')
     named = open_path(tmp_path / "b.tsv", column_names=("n", "text"), quoting=False)
     assert named.read([0, 1]) == [({"n": "1", "text": 'say "so"'}, None), ({"n": "2", "text": '"open'}, None)]
     (tmp_path / "d.csv").write_bytes(b"\xef\xbb\xbf\r\na,b\r\n1,2\r\n")
     assert open_path(tmp_path / "d.csv").read([0]) == [({"a": "1", "b": "2"}, None)]
-    (tmp_path / "c.csv").write_text("a,a\n1,2\n")
-    with pytest.raises(DataError, match="column 'a' comes twice"):
-        open_path(tmp_path / "c.csv")
 
 
 def test_a_long_field_of_csv_is_read_by_whoever_finds_the_index_made(

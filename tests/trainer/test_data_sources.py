@@ -51,6 +51,9 @@ def test_index_over_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_records_in_any_order_over_many_files(tmp_path: Path) -> None:
     for name, numbers in (("b", range(3, 5)), ("a", range(3)), ("c", range(5, 6))):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"n": n}) + "\n" for n in numbers))
+    for other in (".ipynb_checkpoints/a.jsonl", "._a.jsonl", "_delta_log/0.json"):  # no data of the folder
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).write_bytes(b"\0")
     for path in (tmp_path, tmp_path / "*.jsonl"):
         source = open_path(path)
         assert source.records == 6
@@ -61,8 +64,8 @@ def test_records_in_any_order_over_many_files(tmp_path: Path) -> None:
 
 def test_text_is_paragraphs(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    path.write_text("\nOne\ntwo\n\n\nThree\n \nFour\n")
-    assert all_records(open_path(path)) == [{"text": "\nOne\ntwo"}, {"text": "Three"}, {"text": "Four\n"}]
+    path.write_text("\nOne\ntwo\n\n\f\n  Three\n \nFour\n")
+    assert all_records(open_path(path)) == [{"text": "One\ntwo"}, {"text": "  Three"}, {"text": "Four"}]
 
 
 def test_the_cached_index_is_used_until_the_file_changes(tmp_path: Path, cache: Path) -> None:

@@ -60,6 +60,11 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def is_hidden(path: str | Path) -> bool:
+    """Whether a file in a folder of data is none of it (.ipynb_checkpoints/a.jsonl, ._a.jsonl, _delta_log/0.json)."""
+    return any(part.startswith((".", "_")) for part in Path(path).parts)
+
+
 def is_hub_dataset(path: str) -> bool:
     """Whether a path names a dataset of the Hugging Face hub as a whole: `hf://org/name`."""
     return path.startswith("hf://") and not path.startswith(("hf://datasets/", "hf://buckets/"))
@@ -99,7 +104,7 @@ def _listed(system: Any, path: str, url: str) -> Iterator[tuple[str, str]] | lis
     if any(mark in path for mark in "*?[") and (protocol not in ("http", "https") or "*" in path):
         names = system.glob(path)
     elif protocol not in ("http", "https") and system.isdir(path):
-        names = [name for name in system.find(path) if not Path(name).name.startswith((".", "_"))]
+        names = [name for name in system.find(path) if not is_hidden(name.removeprefix(path))]
     else:
         names = [path]
     return [(name, url if name == path else str(system.unstrip_protocol(name))) for name in sorted(names)]

@@ -16,7 +16,7 @@ from trainer.data.formats.annotated import parallel_lines, squad_lines
 from trainer.data.formats.base import Outcome, RecordFile
 from trainer.data.formats.bytes import open_bytes
 from trainer.data.formats.columns import is_dataset_folder, open_columns, open_dataset
-from trainer.data.remote import COMPRESSED, expanded, fetched, is_hub_dataset, is_remote
+from trainer.data.remote import COMPRESSED, expanded, fetched, is_hidden, is_hub_dataset, is_remote
 from trainer.failures import DataError
 
 _SUFFIXES = {
@@ -153,7 +153,8 @@ def find_files(path: str) -> list[tuple[Path, str]]:
     if is_remote(path):
         return fetched(path)
     if os.path.isdir(path):
-        found = [entry for entry in Path(path).rglob("*") if entry.is_file() and _format_of(entry)]
+        entries = (entry for entry in Path(path).rglob("*") if not is_hidden(entry.relative_to(path)))
+        found = [entry for entry in entries if entry.is_file() and _format_of(entry)]
         formats = {_format_of(entry): entry.suffix for entry in found}
         if len(formats) > 1:
             raise DataError(

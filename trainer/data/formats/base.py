@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from trainer.failures import DataError
+
 Record = dict[str, Any]
 Outcome = tuple[Record | None, str | None]  # (record, None), or (None, what is wrong with it)
+
+
+def refuse_twice(columns: Sequence[str], name: str, advice: str) -> None:
+    """Raises DataError where two columns of a file have the same name: a record would hold the last one alone."""
+    twice = [column for column, times in Counter(columns).items() if times > 1]
+    if twice:
+        raise DataError(f"{name}: column {twice[0]!r} comes twice in its header; {advice}")
 
 
 class RecordFile(Protocol):

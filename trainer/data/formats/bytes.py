@@ -27,16 +27,16 @@ import xxhash
 from trainer.config.schema import DataSource
 from trainer.data.cache import cached, file_identity
 from trainer.data.formats.annotated import DOCUMENT_LINE, parse_sentence
-from trainer.data.formats.base import Outcome, Record
+from trainer.data.formats.base import Outcome, Record, refuse_twice
 from trainer.failures import DataError, StorageError
 from trainer.retry import retried
 
 BLOCK = 1 << 24  # bytes scanned at a time
 _DENSE = 2  # times the bytes that are wanted may be read
 _LONGEST_FIELD = 1 << 24  # bytes: a quote that is never closed would swallow the file
-_BLANK_LINES = re.compile(rb"\r?\n[ \t]*\r?\n\s*")
-_BOM = "\xef\xbb\xbf"  # in Latin-1
-_BLANK = b"\xef\xbb\xbf \t\r\n"
+_BLANK_LINES = re.compile(rb"\r?\n(?:[^\S\n]*\n)+")
+_BOM = b"\xef\xbb\xbf"
+_BLANK = _BOM + b" \t\r\n"
 
 Parse = Callable[[bytes], Record]
 Starts = Iterator[np.ndarray]  # int64, rising, in pieces
@@ -141,7 +141,7 @@ def open_bytes(path: Path, name: str, format_name: str, config: DataSource) -> B
             raise DataError(f"{name} is no {format_name} file that can be read: {error}") from error
         file.write(np.array([path.stat().st_size], dtype=np.int64).tobytes() + _digest(path))
 
-    identity = f"4 {file_identity(path)} {format_name} {quoting}"
+    identity = f"5 {file_identity(path)} {format_name} {quoting}"
     index: np.ndarray
     try:
         index = _load_index(cached("index", identity, ".int64", write), path)
@@ -274,7 +274,7 @@ def _paragraphs(path: Path, without: re.Pattern[bytes] | None = None) -> Starts:
 
 def _parse_text(data: bytes) -> Record:
     end = _BLANK_LINES.search(data)
-    return {"text": _text(data[: end.start()] if end else data)}
+    return {"text": _text(data[: end.start()] if end else data).strip("\r\n")}
 
 
 # -- csv and tsv -------------------------------------------------------------------------------------------------------
@@ -287,13 +287,14 @@ def _rows(path: Path, dialect: dict[str, Any]) -> Starts:
     def lines(file: IO[bytes]) -> Iterator[str]:
         nonlocal position
         for line in file:
-            position += len(line)
-            yield line.decode("latin-1")  # delimiters are ASCII; bad UTF-8 is a matter of its record alone
+            first, position = position == 0, position + len(line)
+            # a quote behind the mark of UTF-8 would be text; delimiters are ASCII, and bad UTF-8 is its record's matter
+            yield (line.removeprefix(_BOM) if first else line).decode("latin-1")
 
     with path.open("rb") as file:
         starts, start = [], 0
         for row in csv.reader(lines(file), **dialect):
-            if any(row) and row != [_BOM]:
+            if any(row):
                 starts.append(start)
             start = position
             if len(starts) == 1 << 16:
@@ -321,9 +322,7 @@ def _csv_parser(
             except ValueError as error:
                 raise DataError(f"{name}, its header: {error}") from None
         bounds = bounds[1:]
-    twice = sorted({column for column in names if names.count(column) > 1})
-    if twice:
-        raise DataError(f"{name}: column {twice[0]!r} comes twice in its header; name its columns in `column_names`")
+    refuse_twice(names, name, "name its columns in `column_names`")
 
     def parse(data: bytes) -> Record:
         values = fields(data)

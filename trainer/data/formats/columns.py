@@ -16,13 +16,14 @@ import xxhash
 
 from trainer.config.schema import DataSource
 from trainer.data.cache import cached, file_identity
-from trainer.data.formats.base import Outcome
+from trainer.data.formats.base import Outcome, refuse_twice
 from trainer.failures import DataError
 from trainer.retry import retried
 
 _LARGEST_BATCH = 32 << 20  # bytes of a row group in memory; larger ones are rewritten once, in small batches
 _ROWS = 512  # of a batch then
 _KEPT = 4  # batches in memory
+_RENAME = "write the file anew with another name for one of them"
 
 
 class BatchedFile:
@@ -123,6 +124,7 @@ def _parquet(path: Path, name: str, content: str) -> BatchedFile:
     from pyarrow import parquet
 
     file = parquet.ParquetFile(path, memory_map=False, pre_buffer=False)
+    refuse_twice(file.schema_arrow.names, name, _RENAME)
     groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
     if any(group.total_byte_size > _LARGEST_BATCH for group in groups):
         batches = lambda: file.iter_batches(batch_size=_ROWS, use_threads=False)  # noqa: E731
@@ -136,6 +138,7 @@ def _arrow(path: Path, name: str, content: str) -> BatchedFile:
     import pyarrow
 
     file = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
+    refuse_twice(file.schema.names, name, _RENAME)
     rows = [file.get_batch(i).num_rows for i in range(file.num_record_batches)]
     return BatchedFile(name, rows, path.stat().st_size, file.get_batch, content)
 
@@ -145,6 +148,7 @@ def _stream(path: Path, name: str, content: str) -> BatchedFile:
 
     before = pyarrow.total_allocated_bytes()
     stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+    refuse_twice(stream.schema.names, name, _RENAME)
     batches = []
     for batch in stream:
         batches.append(batch)  # a view of the mapped file, unless it is compressed
@@ -159,11 +163,15 @@ def _rewritten(path: Path, schema: Any, batches: Callable[[], Iterator[Any]]) ->
     """The same rows as an Arrow file of small batches in the cache: any of them can then be read by itself."""
     import pyarrow
 
+    # an Arrow file holds one dictionary a column: categories, which may differ from batch to batch, are written out
+    types = {f.name: f.type.value_type if pyarrow.types.is_dictionary(f.type) else f.type for f in schema}
+    plain = pyarrow.schema(types)
+
     def write(file: IO[bytes]) -> None:
-        with pyarrow.ipc.new_file(file, schema) as writer:
+        with pyarrow.ipc.new_file(file, plain) as writer:
             for batch in batches():
                 for start in range(0, batch.num_rows, _ROWS):
-                    writer.write_batch(batch.slice(start, _ROWS))
+                    writer.write_batch(batch.slice(start, _ROWS).cast(plain))
 
     return cached("expanded", f"1 {file_identity(path)} arrow", ".arrow", write)
 
