@@ -57,6 +57,7 @@ class Generator:
         # ranks of `dsft predict` have none: they never wait for one another
         self._group = collectives.new_group(collectives.TIMEOUT_SECONDS) if dist.is_initialized() else None
         self._decoder_only = not model.config.is_encoder_decoder
+        self._positions = _learned_positions(model) if self._decoder_only else None
         config = copy.deepcopy(model.generation_config)
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         self._ends = sorted({end for end in (*ends, tokenizer.eos_id) if end is not None})
@@ -121,19 +122,39 @@ class Generator:
         if self._settings.do_sample:
             keys = [(*prompt.key, sample) for prompt, sample in zip(prompts, samples, strict=True)] or [(0,)]
             draws = [Draw(self._settings, keys)]
-        output = model.generate(
-            input_ids=torch.from_numpy(ids).to(self._device),
-            attention_mask=torch.from_numpy(mask).to(self._device),
-            generation_config=self._config,
-            logits_processor=draws,
-            synced_gpus=synced,
-            **(self._more(prompts) if self._more else {}),
-        )
-        return [self._ended(row) for row in output[:, width if self._decoder_only else 1 :].tolist()]
+        hook = model.register_forward_pre_hook(self._clamped, with_kwargs=True)
+        try:
+            output = model.generate(
+                input_ids=torch.from_numpy(ids).to(self._device),
+                attention_mask=torch.from_numpy(mask).to(self._device),
+                generation_config=self._config,
+                logits_processor=draws,
+                synced_gpus=synced,
+                **(self._more(prompts) if self._more else {}),
+            )
+        finally:
+            hook.remove()
+        texts = output[:, width if self._decoder_only else 1 :].tolist()
+        return [self._ended(text, len(row)) for text, row in zip(texts, rows, strict=True)]
 
-    def _ended(self, row: list[int]) -> list[int]:
-        end = next((place for place, token in enumerate(row) if token in self._ends), len(row))
-        return row[:end]
+    def _clamped(self, _: Any, arguments: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Rows that are at the model's last position stay there, while others, or those of other ranks, go on."""
+        if self._positions is not None and named.get("position_ids") is not None:
+            named["position_ids"] = named["position_ids"].clamp(max=self._positions - 1)
+        return arguments, named
+
+    def _ended(self, text: list[int], prompt: int) -> list[int]:
+        """Up to its end, or to the model's last position behind a prompt of so many tokens."""
+        end = next((place for place, token in enumerate(text) if token in self._ends), len(text))
+        return text[: end if self._positions is None else min(end, self._positions - prompt + 1)]
+
+
+def _learned_positions(model: Any) -> int | None:
+    """How many positions a model has an embedding of (GPT-2, OPT); None: it computes them, of any number."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not model.get_input_embeddings()]
+    # OPT has two more than it says
+    return positions if positions and any(0 <= m.num_embeddings - positions <= 2 for m in tables) else None
 
 
 class Draw:

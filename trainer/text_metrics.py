@@ -71,7 +71,7 @@ def final_answer(pattern: str, text: str) -> str | None:
     if not matches:
         return None
     answer = matches[-1] if isinstance(matches[-1], str) else matches[-1][0]
-    return answer.replace(",", "").strip("$. \n")
+    return answer.replace(",", "").strip("$ \n").rstrip(".")
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:

@@ -184,7 +184,7 @@ def _fast(path: Path, settings: dict[str, Any], folder: Path | None) -> Tokenize
         bos if begins else None,
         eos,
         pad,
-        template if isinstance(template, str) else None,
+        _default_template(template),
         special,
         lambda texts: [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)],
         lambda texts: _with_starts(fast, texts),
@@ -193,6 +193,15 @@ def _fast(path: Path, settings: dict[str, Any], folder: Path | None) -> Tokenize
         save,
         fast,
     )
+
+
+def _default_template(found: Any) -> str | None:
+    """A tokenizer's chat template; of several with names the one called default."""
+    if isinstance(found, list):
+        found = {one["name"]: one["template"] for one in found}
+    if isinstance(found, dict):
+        found = found.get("default")
+    return found if isinstance(found, str) else None
 
 
 def _with_starts(fast: Any, texts: list[str]) -> list[tuple[list[int], list[int]]]:
@@ -324,7 +333,6 @@ def _transformers(origin: str, trust_remote_code: bool) -> Tokenizer:
             "name another in model.tokenizer"
         )
     begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    template = getattr(tokenizer, "chat_template", None)
 
     def with_starts(texts: list[str]) -> list[tuple[list[int], list[int]]]:
         if not tokenizer.is_fast:
@@ -339,7 +347,7 @@ def _transformers(origin: str, trust_remote_code: bool) -> Tokenizer:
         tokenizer.bos_token_id if begins else None,
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
-        template if isinstance(template, str) else None,
+        _default_template(getattr(tokenizer, "chat_template", None)),
         {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
         lambda texts: list(tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else [],
         with_starts,

@@ -16,6 +16,7 @@ from trainer.check import check
 from trainer.config.generation import GenerationConfig
 from trainer.config.schema import DataSource, LaunchConfig
 from trainer.config.tasks import CausalLMTask
+from trainer.data.chat import Chat
 from trainer.data.encoding import SourceEncoder
 from trainer.data.sample import Sample
 from trainer.data.sources import open_source
@@ -178,6 +179,54 @@ def test_tools_and_tool_calls(tmp_path: Path) -> None:
     assert text.startswith("<|im_start|>tools\n" + json.dumps(tools))
     assert learned == [json.dumps(call) + "<|im_end|>\n", "Two<|im_end|>\n"]
     assert shown(task, as_text) == (text, learned)
+
+
+SEVERAL_MARKS = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}"
+    "[{% generation %}{{ message.content }}{% endgeneration %}]"
+    "{% if message.tool_calls %}({% generation %}{{ message.tool_calls | tojson }}{% endgeneration %}){% endif %}"
+    "{% else %}{{ message.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("last", "learned"),
+    [({"content": "c", "tool_calls": [1]}, ["c", "[1]"]), ({"content": ""}, [])],
+    ids=["two spans", "an empty one"],
+)
+def test_the_last_turn_is_all_of_it_and_no_other(last: dict[str, Any], learned: list[str]) -> None:
+    messages = [*TALK[1:4], {"role": "assistant", **last}]
+    text, spans = Chat(SEVERAL_MARKS, {}, {}, "last").render(messages)
+    assert spans is not None
+    assert [text[start:end] for start, end in spans] == learned
+
+
+def test_of_templates_with_names_the_default_is_taken(tmp_path: Path) -> None:
+    config = make_config(tmp_path, None).model
+    settings = tmp_path / "tokenizer" / "tokenizer_config.json"
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": CHATML}]
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": named}))
+    assert load_tokenizer(config).chat_template == CHATML
+
+
+@pytest.mark.parametrize(
+    ("more", "wrong"),
+    [
+        ({"tests": ["assert f()"]}, False),
+        ({"tests": "def check(f): ...", "entry_point": "f"}, False),
+        ({"tests": "def check(f): ..."}, True),
+        ({"tests": None, "entry_point": "f"}, True),
+        ({"tests": ["assert f()", None]}, True),
+        ({}, False),
+    ],
+)
+def test_tests_that_cannot_be_run_are_told(tmp_path: Path, more: dict[str, Any], wrong: bool) -> None:
+    config = make_config(tmp_path, None)
+    code = {"type": "causal-lm", "generation": {}, "code_execution": {"enabled": True}}
+    task = task_of(config.model_copy(update={"task": CausalLMTask.model_validate(code)}))
+    (found,) = task.encode([{"prompt": "a", "completion": "b", **more}])
+    assert (found == "tests: expected a list of texts, or a text that checks the function `entry_point`") == wrong
+    assert isinstance(found, Sample) != wrong
 
 
 def test_json_as_templates_ask_for_it(tmp_path: Path) -> None:

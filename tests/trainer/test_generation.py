@@ -69,6 +69,18 @@ def test_greedy_and_beam_texts_are_those_of_each_prompt_alone(replica: Replica) 
     assert len({tuple(row) for (row,) in together}) > 1
 
 
+def test_a_text_ends_where_the_positions_of_a_model_do() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    small = Replica(GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.5, eos_token_id=7)).eval())
+    prompts = [np.arange(8, 8 + n, dtype=np.int32) for n in (5, 28, 32)]
+    together = written(small, prompts)
+    assert [len(texts[0]) for texts in together[1:]] == [5, 1]  # the last token of a text is never read
+    assert together[:1] == written(small, prompts[:1])
+
+
 def test_draws_depend_on_seed_and_prompt_alone(replica: Replica) -> None:
     prompts = [np.arange(8, 8 + n, dtype=np.int32) for n in (2, 5, 9)]
     options = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "samples_per_prompt": 3}
@@ -118,6 +130,7 @@ def test_metrics_are_those_of_the_libraries() -> None:
     assert (scores["exact_match"], scores["final_answer"]) == (0.0, pytest.approx(1 / 3))
     assert set(signatures) == {"bleu", "chrf", "ter"}
     assert final_answer(r"####\s*(\S+)", "#### 3 then #### $1,042.") == "1042"
+    assert final_answer(r"####\s*(\S+)", "#### .5") == ".5"
 
 
 def test_scores_are_those_that_the_reference_commands_show(tmp_path: Path) -> None:

@@ -101,15 +101,19 @@ def test_damaged_images_are_errors_or_counted(folder: Path, tmp_path: Path) -> N
         (tmp_path / f"whole.{kind}").write_bytes(body)
         (tmp_path / f"cut.{kind}").write_bytes(body[: len(body) * 2 // 3])
     (tmp_path / "text.png").write_text("no image")
-    bad = ("cut.png", "cut.jpeg", "text.png", "missing.png", 7)
+    Image.fromarray(np.full((9, 9), 3000, dtype=np.uint16)).save(tmp_path / "depth.png")
+    bad = ("cut.png", "cut.jpeg", "text.png", "missing.png", 7, "depth.png")
     names = (*bad, "whole.png", "whole.jpeg")
     write(tmp_path / "a.jsonl", [{"image": name, "label": "blue"} for name in names])
     config = config_of(folder, train=[{"path": str(tmp_path / "a.jsonl")}])
     source = open_source(config.data.train[0])
-    pieces, outcomes = SourceEncoder(source, task, 5, "split", "skip").encode(np.arange(7), range(7))
-    assert outcomes == [(i, BAD) for i in range(5)]
-    assert sorted(pieces) == [5, 6]
-    problems = ("truncated|cannot be decoded", "truncated", "not an image", "no such file.*relative", "image is int")
+    pieces, outcomes = SourceEncoder(source, task, 5, "split", "skip").encode(np.arange(8), range(8))
+    assert outcomes == [(i, BAD) for i in range(6)]
+    assert sorted(pieces) == [6, 7]
+    problems = (
+        *("truncated|cannot be decoded", "truncated", "not an image", "no such file.*relative", "image is int"),
+        "more than 8 bits",
+    )
     for number, problem in enumerate(problems):
         with pytest.raises(DataError, match=problem) as raised:
             SourceEncoder(source, task, 5, "split", "error").encode(np.array([number]), [0])

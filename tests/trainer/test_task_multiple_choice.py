@@ -64,6 +64,11 @@ LAYOUTS = [
         "choices": {"label": ["A", "B"], "text": ["I pushed it.", "It broke."]},
         "label": "0",
     },
+    {
+        "context": "It fell. What was the cause of this?",
+        "choices": {"label": ["1", "2"], "text": ["I pushed it.", "It broke."]},
+        "label": "1",
+    },
 ]
 
 

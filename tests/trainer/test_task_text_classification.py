@@ -268,6 +268,7 @@ def test_the_longer_text_of_a_pair_is_cut(folder: Path) -> None:
         ([10, 9, 2], ("2", "9", "10")),
         (["b", "a", "a"], ("a", "b")),
         ([True, False, True], ("0", "1")),
+        ([1.0, float("nan"), 0.0], ("0", "1")),
         ([[], ["x", "z"], ["y"]], ("x", "y", "z")),
     ],
 )
@@ -292,6 +293,7 @@ def test_labels_are_found_in_the_data(folder: Path, values: list[Any], names: tu
     [
         ({"labels": NAMES}, "neutral", r"line 2: label 'neutral' is none of the 2 classes \('negative', 'positive'\)"),
         ({"labels": NAMES}, 2, "line 2: label 2 is none of the 2 classes"),
+        ({"labels": ("1", "2", "3")}, 0, "line 2: label 0 is none of the 3 classes"),
         ({"labels": NAMES}, None, "line 2: label None is none of the 2 classes"),
         ({"labels": NAMES}, -1, "line 2: label -1 is none of the 2 classes"),
         ({"problem": "multi-label", "labels": NAMES}, "positive", "line 2: label is str, expected a list"),
@@ -301,7 +303,7 @@ def test_labels_are_found_in_the_data(folder: Path, values: list[Any], names: tu
     ],
 )
 def test_bad_labels_name_file_and_line(folder: Path, task: dict[str, Any], label: Any, message: str) -> None:
-    right = {"multi-label": ["positive"], "regression": 0.5}.get(task.get("problem", ""), "positive")
+    right = {"multi-label": ["positive"], "regression": 0.5}.get(task.get("problem", ""), task.get("labels", NAMES)[1])
     records = [{"text": "a film", "label": right}, {"text": "a story", "label": label}]
     with pytest.raises(DataError, match=r"records\.jsonl, " + message):
         encoded(folder, task, records)

@@ -85,9 +85,11 @@ class Chat:
         answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         if self._marked:
             spans = _marked_spans(marked)
-            if answers and not spans:
+            if answers and not any(start < end for start, end in spans):
                 raise ValueError("the chat template has generation markers, but marks nothing of this conversation")
-            return text, spans[-1:] if self._loss_on == "last" else spans
+            if self._loss_on == "last" and answers and answers[-1]:  # a turn may have several spans, or an empty one
+                spans = spans[self._text(turns[: answers[-1]], tools, False).count(_OPEN) :]
+            return text, [(start, end) for start, end in spans if start < end]
         return text, [self._span(turns, tools, text, i) for i in (answers[-1:] if self._loss_on == "last" else answers)]
 
     def _span(self, turns: list[dict[str, Any]], tools: Any, text: str, turn: int) -> Span:
@@ -119,7 +121,7 @@ def _marked_spans(text: str) -> list[Span]:
             spans.append((start, length))
         else:
             length += len(part)
-    return [span for span in spans if span[1] > span[0]]
+    return spans
 
 
 def _parsed(value: Any, name: str) -> Any:

@@ -51,6 +51,8 @@ def _problem(image: np.ndarray) -> str | None:
         with Image.open(_body(image)) as opened:
             opened.draft("RGB", (opened.width // 8, opened.height // 8))
             opened.load()
+            if opened.mode[0] in "IF":  # RGB would have 255 wherever there is more
+                return f"{name}: its pixels have more than 8 bits (mode {opened.mode}): convert it to 8"
     except FileNotFoundError:
         return f"{name}: there is no such file (paths of images are relative to the data file)"
     except UnidentifiedImageError:

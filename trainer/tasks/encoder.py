@@ -185,10 +185,10 @@ def _value_of(record: dict[str, Any], column: str, template: str | None) -> Any:
 
 
 def label_text(value: Any) -> str | None:
-    """A label as text: `True` is "1", 2.0 is "2"; None for null, the empty text and negative numbers."""
+    """A label as text: `True` is "1", 2.0 is "2"; None for null, NaN, the empty text and negative numbers."""
     if isinstance(value, bool | int) or (isinstance(value, float) and value.is_integer()):
         value = str(int(value))
-    if value is None or value == "" or (isinstance(value, str) and re.fullmatch(r"-\d+", value)):
+    if value is None or value != value or value == "" or (isinstance(value, str) and re.fullmatch(r"-\d+", value)):
         return None
     return str(value)
 
@@ -199,13 +199,14 @@ class Labels:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
         self._ids = {name: index for index, name in enumerate(names)}
+        self._by_number = not any(re.fullmatch(r"\d+", name) for name in names)  # "0" is none of "1" to "5"
 
     def id(self, value: Any) -> int | str:
-        """The id of a label, given by name or by number; or what is wrong with it."""
+        """The id of a label, given by name, or by number where no name is one; or what is wrong with it."""
         text = label_text(value)
         if text in self._ids:
             return self._ids[text]
-        if text is not None and re.fullmatch(r"\d+", text) and int(text) < len(self.names):
+        if self._by_number and text is not None and re.fullmatch(r"\d+", text) and int(text) < len(self.names):
             return int(text)
         some = ", ".join(map(repr, self.names[:8])) + (", ..." if len(self.names) > 8 else "")
         return f"label {value!r} is none of the {len(self.names)} classes ({some}); see task.labels"

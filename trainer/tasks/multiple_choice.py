@@ -65,7 +65,7 @@ class MultipleChoice(EncoderTask):
                 results.append(found)
                 continue
             mine = [next(encodings) for _ in found]
-            label = _label(record["label"], len(found)) if self.labelled else None
+            label = _label(record["label"], len(found), _names(record)) if self.labelled else None
             results.append(label if isinstance(label, str) else _sample(mine, label))
         return results
 
@@ -122,10 +122,19 @@ def _question(record: dict[str, Any]) -> str:
     return f"{record['context']} {_COPA_QUESTIONS.get(question, question)}".strip()
 
 
-def _label(value: Any, choices: int) -> int | str:
-    """The number of the right choice, from a number from 0 or a letter from A; or what is wrong with it."""
+def _names(record: dict[str, Any]) -> list[str | None]:
+    """What a record calls its choices: "A" to "E", or "1" to "4" in some of ARC."""
+    choices = record.get("choices")
+    return [label_text(name) for name in choices.get("label") or ()] if isinstance(choices, dict) else []
+
+
+def _label(value: Any, choices: int, names: Sequence[str | None]) -> int | str:
+    """The number of the right choice, from its name, a number from 0 or a letter from A; or what is wrong with it."""
     text = label_text(value) or ""
-    number = int(text) if re.fullmatch(r"\d+", text) else _LETTERS.find(text) if len(text) == 1 else -1
+    if text in names:
+        number = names.index(text)
+    else:
+        number = int(text) if re.fullmatch(r"\d+", text) else _LETTERS.find(text) if len(text) == 1 else -1
     return number if 0 <= number < choices else f"label {value!r} is none of {choices} choices (from 0, or from A)"
 
 

@@ -70,13 +70,26 @@ class WritingCausalLM(CausalLM):
         plain = [{name: value for name, value in record.items() if name not in _CODE_COLUMNS} for record in shown]
         results: list[Sample | list[Sample] | str] = []
         for record, sample in zip(shown, super().encode(plain), strict=True):
-            if isinstance(sample, Sample):
+            if problem := self._untested(record):
+                sample = problem
+            elif isinstance(sample, Sample):
                 if not self.labelled and "prompt" in record:  # its end is then the one target
                     sample = replace(sample, targets=np.arange(len(sample.tokens)) == len(sample.tokens) - 1)
                 code = {name: record[name] for name in _CODE_COLUMNS if record.get(name)}
                 sample = replace(sample, reference={"code": {**code, "prompt": record["prompt"]} if code else None})
             results.append(sample)
         return results
+
+    def _untested(self, record: dict[str, Any]) -> str | None:
+        """Why a record's tests cannot be run; None: they can, or are not to be."""
+        tests = record.get("tests")
+        if not self.code.enabled or not _CODE_COLUMNS & record.keys():
+            return None
+        if isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests):
+            return None
+        if isinstance(tests, str) and record.get("entry_point"):
+            return None
+        return "tests: expected a list of texts, or a text that checks the function `entry_point`"
 
     def _prompted(self, record: dict[str, Any]) -> dict[str, Any]:
         if isinstance(record.get("tests"), list) and record["tests"]:
