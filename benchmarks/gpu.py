@@ -6,14 +6,17 @@ bf16, sequences of 4,096 tokens, every token learned. Each variant (gpu_variants
 starts from the same random weights, on the very same sequences in the same order: dsft's real `Trainer` and
 transformers' Trainer with DeepSpeed and Liger's kernels, each with several settings, so that the best of both are
 compared; out of memory is an outcome. `--data documents`: a sequence is the beginning of one long document. `--data
-packed`: it is many short samples, which must not see one another; HF has them padded by length as well. Products in 8
+packed`: it is many short samples, which must not see one another; HF has them padded by length as well. `--data
+instructions`: samples are a question after `--examples` others with their answers, and its answer alone is learned, as
+in most fine-tuning; the share of the tokens that are learned is in the table. Products in 8
 bits are rounded otherwise than HF's: they have a ratio of their own, and their losses are not among those compared.
 `--model 8b` is Llama-3.1-8B with Adafactor: its states fit one GPU. `--overlap` has the next variant import its
 packages while one trains, where a minute of a GPU is dear. `--small` is the same on a CPU with tiny models: it tests
 the script and says nothing of speed.
 
 Tokens/s are without padding. MFU: tokens/s * FLOPs per token / peak, by `trainer.planning.flops` (formula and peak of
-the data sheet, recomputation not counted); "causal" counts half of the attention, the half that kernels compute.
+the data sheet, recomputation not counted), with the head at learned positions alone, whatever a side computes; "causal"
+counts half of the attention, the half that kernels compute.
 Memory: torch.cuda.max_memory_allocated beside the plan's total without the CUDA context.
 """
 
@@ -66,7 +69,14 @@ class Bench:
         made = write_data(self.folder, self.options.records)
         records = [json.loads(line) for line in made["data"].read_text().splitlines()]
         texts = [f"{record['question']} {record['answer']}" for record in records]
-        if self.options.data == "documents":
+        samples = [{"text": text} for text in texts]
+        if self.options.data == "instructions":
+            shown = self.options.examples
+            samples = [
+                {"prompt": "\n".join([*texts[at : at + shown], record["question"]]), "completion": record["answer"]}
+                for at, record in enumerate(records[shown:])
+            ]
+        elif self.options.data == "documents":
             size = 4 * self.options.sequence_length  # characters a token: less than four
             texts, short = [], texts
             while short:
@@ -74,8 +84,8 @@ class Bench:
                 while short and sum(map(len, document)) < size:
                     document.append(short.pop())
                 texts.append("\n".join(document))
-            texts = texts[:-1]  # the last one may be short
-        (self.folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            samples = [{"text": text} for text in texts[:-1]]  # the last one may be short
+        (self.folder / "text.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
         if self.options.model == "8b":
             return
         self.model = (self.options.weights or self.folder / "model").resolve()
@@ -111,6 +121,8 @@ class Bench:
             steps=options.steps,
             on_long="truncate" if options.data == "documents" else "split",
         )
+        if options.data == "instructions":
+            del value["data"]["train"][0]["columns"]
         if options.profile and variant.side == "dsft":
             value["logging"]["profile"] = {"skip_steps": options.steps - 2, "steps": 1}
         if options.small:
@@ -165,6 +177,8 @@ class Bench:
         peak_flops, planned = plan["peak_flops"], plan["memory"]["total"] - plan["memory"]["overhead"]
         shape = MODELS[options.model]
         half_attention = 6 * shape["num_hidden_layers"] * shape["hidden_size"] * options.sequence_length
+        learned = sum(found["targets"]) / sum(found["tokens"])
+        needed = plan["flops_per_token"] - 6 * shape["hidden_size"] * shape["vocab_size"] * (1 - learned)
         profiles = [path.read_text() for path in run.glob("profile/*/*.txt")]
         for trace in run.glob("profile/*/*.trace.json.gz"):
             options.output.mkdir(parents=True, exist_ok=True)
@@ -179,8 +193,9 @@ class Bench:
             "recompute": plan["recompute"],
             "step_seconds": seconds,
             "tokens_per_second": speed,
-            "mfu": speed * plan["flops_per_token"] / peak_flops if peak_flops else None,
-            "mfu_causal": speed * (plan["flops_per_token"] - half_attention) / peak_flops if peak_flops else None,
+            "learned": learned,
+            "mfu": speed * needed / peak_flops if peak_flops else None,
+            "mfu_causal": speed * (needed - half_attention) / peak_flops if peak_flops else None,
             "planned": planned,
             "plan": plan["memory"],
             "memory_error": planned / found["peak"] - 1 if "peak" in found and variant.side == "dsft" else None,
@@ -212,20 +227,20 @@ def curve_distance(runs: dict[str, dict[str, Any]]) -> float:
 
 def table(runs: dict[str, dict[str, Any]], ratios: dict[str, float | None]) -> list[list[str]]:
     """A row for each variant."""
-    head = ["variant", "micro-batch", "recomputed", "tokens/s", "MFU", "MFU, causal", "peak memory"]
+    head = ["variant", "micro-batch", "recomputed", "learned", "tokens/s", "MFU", "MFU, causal", "peak memory"]
     rows = [[*head, "planned / peak - 1"]]
     for name, run in runs.items():
         if "problem" in run:
-            rows.append([name, *["-"] * 2, run["problem"].replace("|", "/"), *["-"] * 4])
+            rows.append([name, *["-"] * 3, run["problem"].replace("|", "/"), *["-"] * 4])
             continue
         mfu = [f"{run[key]:.3f}" if run[key] else "-" for key in ("mfu", "mfu_causal")]
         peak = f"{run['peak'] / 2**30:.1f} GiB" if "peak" in run else "-"
         error = f"{run['memory_error']:+.0%}" if run["memory_error"] is not None else "-"
-        cells = [str(run["micro_batch_size"]), "yes" if run["recompute"] else "no", f"{run['tokens_per_second']:,.0f}"]
-        rows.append([name, *cells, *mfu, peak, error])
+        cells = [str(run["micro_batch_size"]), "yes" if run["recompute"] else "no", f"{run['learned']:.2f}"]
+        rows.append([name, *cells, f"{run['tokens_per_second']:,.0f}", *mfu, peak, error])
     for name, ratio in ratios.items():
-        rows.append([f"best {name} / best HF", "-", "-", f"{ratio:.2f}" if ratio else "-", *["-"] * 4])
-    rows.append(["largest distance of a loss from the mean", "-", "-", f"{curve_distance(runs):.1%}", *["-"] * 4])
+        rows.append([f"best {name} / best HF", *["-"] * 3, f"{ratio:.2f}" if ratio else "-", *["-"] * 4])
+    rows.append(["largest distance of a loss from the mean", *["-"] * 3, f"{curve_distance(runs):.1%}", *["-"] * 4])
     return rows
 
 
@@ -235,7 +250,8 @@ def main() -> None:
     parser.add_argument("--variant", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--first-weights", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--model", choices=list(MODELS), default="1.7b")
-    parser.add_argument("--data", choices=("documents", "packed"), default="documents")
+    parser.add_argument("--data", choices=("documents", "packed", "instructions"), default="documents")
+    parser.add_argument("--examples", type=int, default=3, help="before the question, in instructions")
     parser.add_argument("--variants", nargs="+", default=["*"], metavar="PATTERN", help="names, as shells match them")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--warm-up", type=int, default=5)
@@ -260,7 +276,8 @@ def main() -> None:
     chosen = variants_of(options.model, options.data)
     if options.small:
         options.model, options.sequence_length, options.global_batch_size, options.records = "small", 128, 4, 900
-        options.steps, options.warm_up, options.data = 6, 1, "packed"
+        options.steps, options.warm_up = 6, 1
+        options.data = "instructions" if options.data == "instructions" else "packed"
         chosen = SMALL
     chosen = {
         name: variant

@@ -21,7 +21,7 @@ def dsft_rank(run_dir: Path) -> dict[str, Any]:
     trainer.save_last = lambda: None  # type: ignore[method-assign]  # 100 GB to disk say nothing of a step
     trainer.run_to_end()
     lines = trainer.run.step_lines()
-    names = (("seconds", "step_seconds"), ("losses", "loss"), ("tokens", "tokens"))
+    names = (("seconds", "step_seconds"), ("losses", "loss"), ("tokens", "tokens"), ("targets", "target_tokens"))
     events = trainer.run.merged_events()
     stalls = [event["stall_seconds"] for event in events if event["event"] == "checkpoint_started"]
     return {key: [line[name] for line in lines] for key, name in names} | ({"stalls": stalls} if stalls else {})
@@ -71,7 +71,9 @@ def hf_rank(run_dir: Path, variant: Variant) -> dict[str, Any]:
     if variant.padded:
         steps = config.training.max_steps or 1
         rows, micro, parts = rows_by_length(rows, steps, micro * config.data.sequence_length)
-    tokens = [sum(row.length for row in rows[at : at + micro * parts]) for at in range(0, len(rows), micro * parts)]
+    steps_rows = [rows[at : at + micro * parts] for at in range(0, len(rows), micro * parts)]
+    tokens = [sum(row.length for row in step) for step in steps_rows]
+    targets = [sum(row.target_tokens for row in step) for step in steps_rows]
 
     def collated(sequences: Any) -> dict[str, Any]:
         made = collate(sequences, 0, False, torch.device("cpu"))
@@ -131,7 +133,7 @@ def hf_rank(run_dir: Path, variant: Variant) -> dict[str, Any]:
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"seconds": seconds, "losses": losses, "tokens": tokens, "micro_batch_size": micro}
+    return {"seconds": seconds, "losses": losses, "tokens": tokens, "targets": targets, "micro_batch_size": micro}
 
 
 def rank_program(run_dir: Path, variant: Variant) -> None:

@@ -110,7 +110,7 @@ def variants_of(model: str, data: str) -> dict[str, Variant]:
     """All that can be run with a model on this kind of data, by name."""
     if model == "8b":
         return LARGE
-    return {**VARIANTS, **(PACKED if data == "packed" else {}), **OTHERS}
+    return {**VARIANTS, **({} if data == "documents" else PACKED), **OTHERS}
 
 
 def config_of(

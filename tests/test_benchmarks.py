@@ -108,9 +108,11 @@ def test_data_memory(tmp_path):
 
 def test_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "none")  # layers that are to be compiled run as they are: half a minute less
-    value = run("gpu", tmp_path, "--small", "--overlap")
+    value = run("gpu", tmp_path, "--small", "--overlap", "--data", "instructions", "--examples", 0)
     ours, rounded, theirs, padded, saving = value["runs"].values()
     assert {len(run["losses"]) for run in (ours, rounded, theirs, saving)} == {6}
+    assert ours["targets"] == theirs["targets"]
+    assert 0.3 < ours["learned"] == theirs["learned"] < 0.9
     assert len(saving["stalls"]) == 1
     assert saving["losses"] == ours["losses"]
     # the same samples, one by one in whole micro-batches, learned as well
@@ -122,6 +124,14 @@ def test_gpu(tmp_path, monkeypatch):
     assert rounded["losses"] != ours["losses"]
     assert value["ratio"] > 0
     assert ours["planned"] > 0
+
+
+def test_attention_kernels(tmp_path):
+    found = run("attention_kernels", tmp_path, "--small")["kernels"]
+    ran = {name: result["error"] for name, result in found.items() if "error" in result}
+    assert {name.partition(";")[0] for name in ran} >= {"varlen, torch's FlashAttention 2", "SDPA, one mask"}
+    assert max(ran.values()) < 1e-5
+    assert "does not support backward on CPU" in found["flex attention; mixed"]["problem"]
 
 
 def test_scale(tmp_path):
