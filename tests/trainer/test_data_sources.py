@@ -48,6 +48,12 @@ def test_index_over_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert all_records(open_path(path)) == [{"n": n} for n in range(50)]
 
 
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a\udcff.jsonl").write_text('{"n": 1}\n')
+    with pytest.raises(DataError, match=r"\*\.jsonl: the name of a file is not UTF-8; rename it"):
+        open_path(tmp_path / "*.jsonl")
+
+
 def test_records_in_any_order_over_many_files(tmp_path: Path) -> None:
     for name, numbers in (("b", range(3, 5)), ("a", range(3)), ("c", range(5, 6))):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"n": n}) + "\n" for n in numbers))

@@ -77,6 +77,8 @@ class _Loader:
 
     def checked(self) -> LaunchConfig:
         """What has been read, or every error in it."""
+        for keys, value in _not_text(self.data, ()):
+            self.add(keys, f"{ascii(value)} is not UTF-8 text; if it is a path, rename what has such a name")
         try:
             config = LaunchConfig.model_validate(self.data)
         except ValidationError as error:
@@ -232,6 +234,19 @@ class _Loader:
             return origin
         relative = os.path.relpath(origin, self.path.parent)
         return relative if not relative.startswith("../..") else origin
+
+
+def _not_text(value: Any, at: Keys) -> Iterator[tuple[Keys, str]]:
+    """Strings, and their places, that no file in UTF-8 can hold: Python has surrogates for what it could not decode."""
+    if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            yield at, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _not_text(item, (*at, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _not_text(item, (*at, index))
 
 
 def _loads(text: str) -> Any:

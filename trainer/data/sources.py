@@ -169,6 +169,10 @@ def find_files(path: str) -> list[tuple[Path, str]]:
         found = [Path(name) for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
         if not found:
             raise DataError(f"{path}: there is no such file; check the path (one in a config is relative to that file)")
+    try:
+        "".join(map(str, found)).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{path}: the name of a file is not UTF-8; rename it") from None
     return [(file, str(file)) for file in sorted(found)]
 
 
