@@ -39,3 +39,11 @@ def print_whole(console: Console, table: Table) -> None:
         console.print(table, soft_wrap=True)
     console.width = width
     console.file.writelines(line.rstrip() + "\n" for line in printed.get().splitlines())  # padding would be wrapped too
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table with long texts in it: wrapped in their cells on a terminal, whole in a file."""
+    if console.is_terminal:
+        console.print(table)
+    else:
+        print_whole(console, table)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from launcher.console import printable
+from launcher.console import print_table, print_whole, printable
 from launcher.goodput import account, failure_times
 from launcher.reporting import status, time_line
 from launcher.state import failures
@@ -82,9 +82,9 @@ def _show(console: Console, value: Json) -> None:
     for name, text in _facts(value):
         console.print(_text(f"  {name:<12} {text}"))
     if value["goodput"]["wall_seconds"]:
-        console.print(_parts(value["goodput"]))
+        print_whole(console, _parts(value["goodput"]))
     if value["failures"]:
-        console.print(_failures(value["failures"]))
+        print_table(console, _failures(value["failures"]))
     found = {failure["attempt"] for failure in value["failures"]}
     for drill in value["drills"]:
         if drill.get("attempt") not in found:

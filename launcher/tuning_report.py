@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.console import printable
+from launcher.console import print_table, printable
 from launcher.plots import Line, chart
 from launcher.trials import text
 from launcher.tuning import Search, Study
@@ -93,7 +93,7 @@ def show(value: Json) -> None:
         note = f"{trial['class']}: {printable(trial['message'])[:200]}" if trial["message"] else "best" * best
         table.add_row(*(escape(word) for word in (*words, note)), style="bold" if best else None)
     console = Console(highlight=False)
-    console.print(table)
+    print_table(console, table)
     console.print(f"plots: {value['html']}", soft_wrap=True, markup=False)
     if "launch" in value:
         console.print(f"best: trial {value['best']['number']}; {value['launch']}", soft_wrap=True, markup=False)

@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ[AGENT_PID_VARIABLE] = str(os.getpid())
     os.environ[RUN_VARIABLE] = str(run.path)
     os.environ["PYTHONSAFEPATH"] = "1"  # a trainer.py or torch.py in the user's folder is not ours
+    os.environ.pop("PYTHONOPTIMIZE", None)  # see child_environment, which not every backend comes through
     for name, value in divide_node(ranks.nproc_per_node, os.environ).items():
         os.environ.setdefault(name, value)
     report = Report()

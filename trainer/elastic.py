@@ -91,7 +91,7 @@ class Agent(LocalElasticAgent):
     """Notes the order in which ranks fail, and kills the rest soon instead of asking them for 30 s."""
 
     def __init__(self, spec: WorkerSpec, victim_seconds: float, log: RankLog) -> None:
-        super().__init__(spec, DefaultLogsSpecs())
+        super().__init__(spec, DefaultLogsSpecs(log_dir=os.devnull))  # else an empty folder stays in TMPDIR
         self._victim_seconds = victim_seconds
         self._log = log
 

@@ -43,6 +43,7 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
         entries = environment.get("PYTHONPATH", "").split(os.pathsep)
         environment["PYTHONPATH"] = os.pathsep.join([str(root), *(entry for entry in entries if entry)])
     environment["PYTHONSAFEPATH"] = "1"
+    environment.pop("PYTHONOPTIMIZE", None)  # 2 takes docstrings away, which transformers reads; 1 the checks of others
     return environment
 
 

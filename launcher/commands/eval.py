@@ -66,11 +66,13 @@ def _show(scores: dict[str, float], left_out: dict[str, int]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from launcher.console import print_whole
+
     sets = {name.rpartition("/")[0]: "" for name in scores}
     table = Table("score", *(name or "all" for name in sets))
     for metric in dict.fromkeys(name.rpartition("/")[2] for name in scores):
         found = (scores.get(f"{name}/{metric}" if name else metric) for name in sets)
         table.add_row(metric, *("" if value is None else f"{value:.6g}" for value in found))
-    Console().print(table)
+    print_whole(Console(), table)
     for name, count in left_out.items():
         print(f"{name}: {count} records")

@@ -25,6 +25,8 @@ def train(run, attempt):
     (run.attempt_dir(attempt) / ("pid" + os.environ["RANK"])).write_text(str(os.getpid()))
     if os.environ.get("MODE") == "sleep":
         time.sleep(300)
+    if os.environ.get("MODE") == "asserts" and not __debug__:
+        sys.exit(1)
 if __name__ == "__main__":
     sys.exit(main(train=train))
 """
@@ -117,6 +119,16 @@ def test_the_users_folder_cannot_shadow_packages(tmp_path: Path) -> None:
     for name in ("trainer", "torch", "launcher", "json"):
         (folder / f"{name}.py").write_text("raise SystemExit('shadowed')")
     assert Node(tmp_path, cwd=folder).process.wait(60) == 0
+
+
+def test_nothing_is_left_in_tmpdir_and_ranks_run_with_their_asserts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp dir").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp dir"))
+    monkeypatch.setenv("PYTHONOPTIMIZE", "2")
+    assert Node(tmp_path, "asserts").process.wait(60) == 0
+    assert list((tmp_path / "tmp dir").iterdir()) == []
 
 
 def test_an_intruder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
