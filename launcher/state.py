@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from trainer.lease import LEASE_SECONDS, Holder, read_holder
-from trainer.rundir import RunDirectory, read_lines
+from trainer.rundir import RunDirectory, merged
 
 DIED = "the launcher died without a word (killed, or its machine went down)"
 CUT_SHORT = "killed while it was stopping"  # SLURM waits KillWait seconds, often 30
@@ -31,8 +31,7 @@ class RunState:
 def ledger(run: RunDirectory) -> list[dict[str, Any]]:
     """The events of the launcher, oldest first: those of the supervisor, of submissions and of drills."""
     # submission.jsonl: written where a job is submitted, on another machine than the supervisor's
-    files = [run.events_dir / f"{writer}.jsonl" for writer in ("submission", "supervisor", "drill")]
-    return sorted((event for path in files for event in read_lines(path)), key=lambda event: float(event["time"]))
+    return merged(run.events_dir / f"{writer}.jsonl" for writer in ("submission", "supervisor", "drill"))
 
 
 def run_state(run: RunDirectory, events: Sequence[Mapping[str, Any]] | None = None) -> RunState:

@@ -20,7 +20,7 @@ from trainer.config.schema import ResilienceConfig
 from trainer.failures import EXIT_TEMPORARY, DsftError
 from trainer.lease import Lease
 from trainer.retry import retried
-from trainer.rundir import EventWriter, RunDirectory, read_json, write_json
+from trainer.rundir import EventWriter, RunDirectory, read_json, wall_time, write_json
 
 _POLL_SECONDS = 0.05
 _FILE_POLL_SECONDS = 0.5  # how often shared storage is asked for a stop request
@@ -172,7 +172,7 @@ class Supervisor:
             if self.membership is not None:
                 self.membership.begin(attempt)
             codes, reason = self._watch(attempt, handle, signals, watch, events)
-            self._noticed = self._noticed or time.time()
+            self._noticed = self._noticed or wall_time()
             if codes is None and reason is None and watch.hang is not None and not self.lease.lost.is_set():
                 with contextlib.suppress(OSError):
                     events.write("hang", attempt=attempt, **watch.hang.to_event())
@@ -210,7 +210,7 @@ class Supervisor:
         while (codes := handle.poll()) is None:
             self.tick()
             if self._noticed is None and handle.is_failing():
-                self._noticed = time.time()
+                self._noticed = wall_time()
             if signals.count >= 2 or self.lease.lost.is_set() or time.monotonic() > deadline:
                 return None, reason or signals.reason
             if (planned := self._planned_stop(attempt, watch, events)) and reason is None and not signals.count:
@@ -304,7 +304,7 @@ class Supervisor:
         """How the lock was lost."""
         if self.run.lock_dir.exists():  # a dying agent may have made other folders of it again
             return "another launch has taken over this run"
-        return f"{self.run.path} is gone: deleted, or on storage that is not mounted any more"
+        return gone(self.run)
 
     def _has_stepped(self, attempt: int) -> bool:
         """True if there is something of this attempt worth a last checkpoint."""
@@ -342,7 +342,7 @@ class Supervisor:
             "requeue": action.requeue,
             "progress": list(self.history[-1].progress),
             "exit_code": action.exit_code,
-            "time": time.time(),
+            "time": wall_time(),
         }
         retried(lambda: write_json(self.run.verdict_path(attempt), value, indent=1), "verdict.json")
         if verdict.outcome == "failed":
@@ -356,6 +356,11 @@ class Supervisor:
         if action.kind != "retry":
             state = verdict.outcome
             events.write(state, attempt=attempt, exit_code=action.exit_code, reason=action.reason)
+
+
+def gone(run: RunDirectory) -> str:
+    """What to say of a run whose folder is not there any more."""
+    return f"{run.path} is gone: deleted, or on storage that is not mounted any more"
 
 
 def progress(run: RunDirectory) -> tuple[int, int]:

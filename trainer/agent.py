@@ -156,7 +156,7 @@ class Report:
             "message": self.message,
             "time": time.time(),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         write_json(path, value)
 
 

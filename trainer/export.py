@@ -64,10 +64,10 @@ def export_run(
         task.configure_generation(model.generation_config)
     weights = Weights(source, model, DTYPES[chosen], config.model.adapter, alone)
     target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if weights.total_bytes + _ROOM_BYTES > free:
+    needed, free = weights.total_bytes + _ROOM_BYTES, shutil.disk_usage(target.parent).free
+    if needed > free:
         raise StorageError(
-            f"the export takes {weights.total_bytes / 1e9:.3g} GB and {free / 1e9:.3g} GB are free in {target.parent}: "
+            f"the export wants {needed / 1e9:.3g} GB free and {free / 1e9:.3g} GB are free in {target.parent}: "
             "free some, or give `dsft export` another --output"
         )
     partial = target.with_name(target.name + ".partial")

@@ -117,7 +117,7 @@ def write_failure(attempt_dir: Path, rank: int, error: BaseException, step: int 
         "time": time.time(),
     }
     folder = attempt_dir / "failures"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # no parents: where storage was unmounted, nothing is to be left in its mount point
     write_json(folder / f"rank{rank}.json", record)
     return record
 

@@ -221,7 +221,7 @@ def _write(path: Path, beat: Heartbeat) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
         os.pwrite(descriptor, data, 0)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.rundir import append_line
+from trainer.rundir import append_line, wall_time
 
 _SCALARS = ("loss", "learning_rate", "grad_norm", "target_tokens_per_second", "tokens_per_second", "mfu")
 
@@ -28,7 +27,7 @@ class MetricsLog:
         self._writer: Any = None
 
     def step(self, line: dict[str, Any]) -> None:
-        append_line(self._path, {**line, "time": time.time()})
+        append_line(self._path, {**line, "time": wall_time()})
         seconds = line["step_seconds"]
         rates = {
             "target_tokens_per_second": line["target_tokens"] / seconds,
@@ -37,7 +36,7 @@ class MetricsLog:
         self._scalars("train", {**line, **rates}, line["step"], only=_SCALARS)
 
     def evaluation(self, step: int, scores: dict[str, float]) -> None:
-        append_line(self._path, {"step": step, "evaluation": scores, "time": time.time()})
+        append_line(self._path, {"step": step, "evaluation": scores, "time": wall_time()})
         self._scalars("evaluation", scores, step, only=tuple(scores))
 
     def samples(self, step: int, shown: Sequence[Mapping[str, Any]], signatures: Mapping[str, str]) -> None:

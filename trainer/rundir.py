@@ -20,6 +20,12 @@ Json = dict[str, Any]
 _LINE_BYTES = 4096  # more than a step's line and an evaluation beside it usually take
 # In the folder of an export: {"step", "config": what decided its training}
 EXPORT_ABOUT = "dsft.json"
+_BOOT = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def wall_time() -> float:
+    """Unix seconds, which only rise within a process, however the system's clock is set meanwhile."""
+    return _BOOT + time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
@@ -129,6 +135,18 @@ def read_lines(path: Path) -> list[Json]:
     return LineReader(path).read()
 
 
+def merged(paths: Iterable[Path]) -> list[Json]:
+    """The lines of several writers' files in the order of their times; each writer's own order is kept, also where the
+    clock was set back between its lines."""
+    told: list[tuple[float, Json]] = []
+    for path in paths:
+        latest = 0.0
+        for line in read_lines(path):
+            latest = max(latest, float(line.get("time", 0)))
+            told.append((latest, line))
+    return [line for _, line in sorted(told, key=lambda entry: entry[0])]
+
+
 def cut_torn_tail(path: Path) -> int:
     """Cut what follows the last newline (a write that a kill interrupted); returns the bytes cut."""
     try:
@@ -161,7 +179,7 @@ class EventWriter:
 
     def write(self, event: str, **fields: Any) -> Json:
         """Append `{"time": unix seconds, "event": event, "attempt": n, **fields}`; returns it."""
-        line: Json = {"time": time.time(), "event": event}
+        line: Json = {"time": wall_time(), "event": event}
         if self._attempt is not None:
             line["attempt"] = self._attempt
         line |= fields
@@ -308,10 +326,9 @@ class RunDirectory:
         return EventWriter(self.events_dir / f"{writer}.jsonl", attempt)
 
     def merged_events(self) -> list[Json]:
-        """The ledger of all writers in the order of their times; each writer's own order is kept where times tie."""
-        lines = [line for path in sorted(self.events_dir.glob("*.jsonl")) for line in read_lines(path)]
-        events = [line for line in lines if "event" in line]  # others are nobody's of dsft
-        return sorted(events, key=lambda event: float(event.get("time", 0)))
+        """The ledger of all writers, oldest first."""
+        lines = merged(sorted(self.events_dir.glob("*.jsonl")))
+        return [line for line in lines if "event" in line]  # others are nobody's of dsft
 
     def step_lines(self) -> list[Json]:
         """Logged steps in rising order, the last line of each step alone (a step recurs after a restart)."""

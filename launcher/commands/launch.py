@@ -102,6 +102,7 @@ def launch(
     """Run `config` in `target` under its lock, show how it goes, and print the account at the end."""
     from launcher.gate import CheckProcess
     from launcher.permissions import make_run_directory
+    from launcher.supervisor import gone
     from trainer.config.loading import redacted
     from trainer.failures import EXIT_DONE, StorageError
     from trainer.lease import acquire
@@ -131,9 +132,13 @@ def launch(
             stream = sys.stderr if as_json else sys.stdout
             result = _supervise(config, plan, target, lease, gate, environment, stream, ready_fd)
         except OSError as error:
+            if not target.exists():
+                raise StorageError(gone(target)) from error
             raise StorageError(f"{error.filename or target.path}: {error.strerror or error}") from error
         finally:
             gate.cancel()
+    if not target.exists():  # as the reason says; a report would claim that there never was a run
+        raise StorageError(gone(target))
     _write_html(target)
     _print_account(target, as_json)
     if result.verdict.outcome == "failed":

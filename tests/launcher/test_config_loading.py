@@ -54,7 +54,7 @@ def test_byte_order_mark_and_schema_key(tmp_path):
 def test_strings_that_utf8_cannot_hold_are_refused(tmp_path):
     folder = tmp_path / "runs\udcff"
     errors = errors_of(runnable(tmp_path), f"output_dir={folder}", "data.train.0.path=half\ud800.jsonl")
-    assert errors["output_dir"].message.startswith(f"{ascii(str(folder))} is not UTF-8 text")
+    assert errors["output_dir"].message.startswith(f"{str(folder)!a} is not UTF-8 text")
     assert "half\\ud800.jsonl' is not UTF-8 text" in errors["data.train.0.path"].message
 
 

@@ -243,3 +243,4 @@ def test_a_run_whose_folder_is_gone_says_so_and_leaves_nothing(run: RunDirectory
     assert launch.process.returncode != 0
     assert f"{run.path} is gone" in output
     wait_for(lambda: all(start_time(pid) is None for pid in ranks), 3)
+    assert not run.path.exists()

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,19 @@ def test_the_ledger_is_merged_by_time_and_survives_torn_writers(tmp_path: Path) 
         ("finished", 1),
         ("first_step", 2),
     ]
+
+
+def test_a_clock_that_is_set_back_changes_neither_order_nor_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory(tmp_path)
+    writer = run.event_writer("supervisor")
+    first = writer.write("attempt", attempt=1)
+    monkeypatch.setattr(time, "time", lambda: 1.0)
+    assert first["time"] <= writer.write("failure", attempt=1)["time"] < first["time"] + 60
+    append_line(run.events_dir / "supervisor.jsonl", {"time": 2.0, "event": "finished"})  # by another process
+    append_line(run.events_dir / "rank0.jsonl", {"time": first["time"] - 1, "event": "loaded"})
+    assert [event["event"] for event in run.merged_events()] == ["loaded", "attempt", "failure", "finished"]
 
 
 def test_attempts_are_numbered_on(tmp_path: Path) -> None:

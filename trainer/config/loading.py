@@ -78,7 +78,7 @@ class _Loader:
     def checked(self) -> LaunchConfig:
         """What has been read, or every error in it."""
         for keys, value in _not_text(self.data, ()):
-            self.add(keys, f"{ascii(value)} is not UTF-8 text; if it is a path, rename what has such a name")
+            self.add(keys, f"{value!a} is not UTF-8 text; if it is a path, rename what has such a name")
         try:
             config = LaunchConfig.model_validate(self.data)
         except ValidationError as error:
