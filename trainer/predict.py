@@ -39,7 +39,9 @@ def predict(run: RunDirectory, attempt: int) -> None:
         raise UserError(f"dsft predict cannot do {config.task.type}: it has no answers")
     task.labelled = False
     block, first = request["batch_size"] * _BATCHES, 0
-    with open(run.path / f"part-{rank}.jsonl", "w", encoding="utf-8") as part, torch.no_grad():
+    path = run.path / f"part-{rank}.jsonl"
+    # halves of surrogate pairs, which a bad record may hold, are then as JSON writes them
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as part, torch.no_grad():
         for index, source in enumerate(config.data.evaluation):
             reader = Reader(open_source(_questions(source, task)), task, config, index)
             starts = range(0, reader.source.records, block)

@@ -125,6 +125,33 @@ def test_turn_by_turn(tmp_path: Path, loss_on: str, learned: list[str] | None) -
     assert found == (learned or [text.removeprefix("<|im_start|>")])  # the first token is predicted from nothing
 
 
+@pytest.mark.parametrize(
+    ("record", "eos", "source", "references"),
+    [
+        ({"prompt": "a", "completion": "bcde"}, True, "a", ["bcde"]),  # a prompt of one token is one
+        ({"text": "abcdef"}, True, "abc", ["def"]),
+        ({"messages": [*TALK, TALK[1]]}, True, None, ["No."]),  # what follows the answer is none of it
+        ({"prompt": "abc"}, True, "abc", []),
+        ({"prompt": "abc"}, False, "abc", []),
+    ],
+)
+def test_what_is_written_from_and_compared_with(
+    tmp_path: Path, record: dict[str, Any], eos: bool, source: str | None, references: list[str]
+) -> None:
+    marked = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    config = make_config(tmp_path, marked)
+    config = config.model_copy(update={"task": CausalLMTask(type="causal-lm", generation=GenerationConfig())})
+    tokenizer = load_tokenizer(config.model)
+    task = get_task(config, tokenizer if eos else replace(tokenizer, eos_id=None))
+    assert isinstance(task, WritingCausalLM)
+    task.labelled = bool(references)
+    (sample,) = task.encode([record])
+    assert isinstance(sample, Sample)
+    written = task.written(sample, [[]])
+    assert source in (None, written["source"])
+    assert written["references"] == references
+
+
 @pytest.mark.parametrize(("loss_on", "on_long"), [("assistant", "split"), ("all", "truncate")])
 @pytest.mark.parametrize(
     "template", [CHATML, MARKED + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"]

@@ -141,6 +141,12 @@ def test_records_that_cannot_be_read_say_why(folder: Path) -> None:
         task.configure(changed)
 
 
+def test_the_first_token_of_all_is_predicted_from_nothing(folder: Path) -> None:
+    config = config_of(folder, "llava")
+    (sample,) = read(config, task_of(config), folder / "b.jsonl", [{"prompt": "", "completion": "red"}])
+    assert sample.targets.tolist() == [False, True]
+
+
 def test_conversations_learn_the_last_turn(folder: Path) -> None:
     config = config_of(folder, "llava")
     task = task_of(config)

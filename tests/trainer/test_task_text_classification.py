@@ -180,7 +180,9 @@ def test_predictions_are_those_of_plain_transformers(folder: Path, runs: dict[in
     lines = ["sentence,note", *(f"{text},{index}" for index, text in enumerate(texts))]
     lines.insert(8, "only one field")
     (folder / "new.csv").write_text("\n".join(lines) + "\n")
-    arguments = ("predict", str(runs[1].path), "--input", "new.csv", "dev.jsonl", "--output", "answers.jsonl")
+    (folder / "half.jsonl").write_text('{"sentence": "half of a pair: \\ud83d"}\n')
+    inputs = ("new.csv", "dev.jsonl", "half.jsonl")
+    arguments = ("predict", str(runs[1].path), "--input", *inputs, "--output", "answers.jsonl")
     ranks = ("--processes", "2", "--batch-size", "3")
     done = dsft(folder, *arguments, "--processes", "1")
     assert done.returncode == 2
@@ -190,7 +192,9 @@ def test_predictions_are_those_of_plain_transformers(folder: Path, runs: dict[in
     assert done.returncode == 0, done.stderr
     assert not list(folder.glob(".answers*"))
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    assert [answer["number"] for answer in answers] == list(range(71 + 67))
+    assert [answer["number"] for answer in answers] == list(range(71 + 67 + 1))
+    assert "half of a surrogate pair" in answers[-1]["error"]
+    assert answers[-1]["input"] == {"sentence": "half of a pair: \ud83d"}
     assert "new.csv, line 9" in answers[7]["error"]
     assert answers[6]["input"] == {"sentence": texts[6], "note": "6"}
 
@@ -389,6 +393,8 @@ def test_scores_and_answers(folder: Path) -> None:
     assert found["accuracy"] == 0.75
     assert found["macro_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
     assert found["matthews"] == pytest.approx((3 * 4 - (2 * 2 + 1 * 2)) / ((16 - 6) * (16 - 8)) ** 0.5)
+    pairs = [((0, i, 0), pair) for i, pair in enumerate([(0, 0), (1, 0), (0, 0)])]  # of three classes two occur
+    assert made(folder, labels=names, metrics=("f1",)).scores(0.0, pairs) == {"f1": pytest.approx((0.8 + 0) / 2)}
     answer = task.answer(task.read_answers(output, [])[1:2])
     assert answer["label"] == "b"
     assert answer["probability"] == pytest.approx(float(logits[1].softmax(-1)[1]))

@@ -115,15 +115,15 @@ def test_bad_records_are_told(config: LaunchConfig, record: dict[str, Any], mess
 
 def test_conll_columns(tmp_path: Path, config: LaunchConfig) -> None:
     path = tmp_path / "some.conll"
-    path.write_text("-DOCSTART- -X- O\n\nAda NNP B-name\nwent VBD O\n\n\nto TO O\nYork NNP B-town\n")
+    path.write_text("-DOCSTART- -X- O\n\nAda NNP B-name\nwent VBD O\n\n\nto TO O\nNew\u00a0York  NNP B-town \n")
     source = open_source(DataSource(path=str(path)))
     assert [record for record, _ in source.read(range(source.records))] == [
         {"tokens": ["Ada", "went"], "tags": ["B-name", "O"]},
-        {"tokens": ["to", "York"], "tags": ["O", "B-town"]},
+        {"tokens": ["to", "New\u00a0York"], "tags": ["O", "B-town"]},
     ]
     named = DataSource(path=str(path), column_names=("word", "part", "tag"), columns={"tokens": "word", "tags": "part"})
     record, _ = open_source(named).read([1])[0]
-    assert record == {"word": ["to", "York"], "part": ["TO", "NNP"], "tag": ["O", "B-town"]}
+    assert record == {"word": ["to", "New\u00a0York"], "part": ["TO", "NNP"], "tag": ["O", "B-town"]}
     path.write_text("Ada\tB-name\nwent\tto\tO\n")
     assert "3 columns in the line of 'went', expected 2" in str(open_source(DataSource(path=str(path))).read([0])[0][1])
     path.write_text("Ada\tB-name\n# a comment\n#\tO\n")

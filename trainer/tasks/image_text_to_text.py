@@ -120,7 +120,8 @@ class ImageTextToText(WrittenTask):
         tokens = np.concatenate([given_ids, learned])
         cut = len(tokens) > limit
         about = {"length": length, "prompt": prompt, "completion": self.tokenizer.decode(learned.tolist())}
-        return Sample(tokens[:limit], (np.arange(len(tokens)) >= length)[:limit], None, inputs, about, truncated=cut)
+        targets = np.arange(len(tokens)) >= max(length, 1)  # the first token of all is predicted from nothing
+        return Sample(tokens[:limit], targets[:limit], None, inputs, about, truncated=cut)
 
     def _prompt(self, prompt: str, images: Sequence[np.ndarray]) -> np.ndarray:
         """Token ids of a prompt, int32, with the places of its images written out."""

@@ -140,7 +140,7 @@ class TextClassification(EncoderTask):
     def scores(self, loss: float, predictions: Predictions) -> dict[str, float]:
         pairs = [pair for _, pair in predictions]
         gold, predicted = (np.array([pair[side] for pair in pairs]) for side in (0, 1))
-        return {name: _score(name, gold, predicted) for name in self.metrics} if pairs else {}
+        return {name: _score(name, gold, predicted, len(self.labels.names)) for name in self.metrics} if pairs else {}
 
     def read_answers(self, output: Any, samples: Sequence[Sample]) -> list[Any]:
         """The number of each sample, or the probability of each class."""
@@ -181,7 +181,7 @@ class TextClassification(EncoderTask):
         return found if isinstance(found, str) else np.array([found], dtype=np.int64)
 
 
-def _score(name: str, gold: np.ndarray, predicted: np.ndarray) -> float:
+def _score(name: str, gold: np.ndarray, predicted: np.ndarray, classes: int) -> float:
     """One metric; F1 is that of class 1 where there are two classes (as GLUE has it), else the mean over classes."""
     from scipy import stats
     from sklearn import metrics
@@ -190,7 +190,7 @@ def _score(name: str, gold: np.ndarray, predicted: np.ndarray) -> float:
         case "accuracy":
             return float(metrics.accuracy_score(gold, predicted))
         case "f1":
-            binary = gold.ndim == 1 and max(gold.max(), predicted.max()) < 2
+            binary = gold.ndim == 1 and classes == 2
             return float(metrics.f1_score(gold, predicted, average="binary" if binary else "macro", zero_division=0))
         case "macro_f1" | "micro_f1":
             return float(metrics.f1_score(gold, predicted, average=name.partition("_")[0], zero_division=0))

@@ -73,10 +73,13 @@ class WritingCausalLM(CausalLM):
             if problem := self._untested(record):
                 sample = problem
             elif isinstance(sample, Sample):
-                if not self.labelled and "prompt" in record:  # its end is then the one target
-                    sample = replace(sample, targets=np.arange(len(sample.tokens)) == len(sample.tokens) - 1)
+                if not self.labelled and "prompt" in record:  # its end, or what would be there, is the one target
+                    tokens = sample.tokens
+                    tokens = tokens if self.tokenizer.eos_id is not None else np.append(tokens, tokens[-1:])
+                    sample = replace(sample, tokens=tokens, targets=np.arange(len(tokens)) == len(tokens) - 1)
                 code = {name: record[name] for name in _CODE_COLUMNS if record.get(name)}
-                sample = replace(sample, reference={"code": {**code, "prompt": record["prompt"]} if code else None})
+                about = {"code": {**code, "prompt": record["prompt"]} if code else None, "prompted": "prompt" in record}
+                sample = replace(sample, reference=about)
             results.append(sample)
         return results
 
@@ -103,12 +106,12 @@ class WritingCausalLM(CausalLM):
         """How many of a sample's tokens text is generated from."""
         others = np.flatnonzero(~sample.targets[: np.flatnonzero(sample.targets)[-1]])
         length = int(others[-1]) + 1 if len(others) else 0
-        return length if length > 1 else max(len(sample.tokens) // 2, 1)
+        return length if length > 1 or sample.reference["prompted"] else max(len(sample.tokens) // 2, 1)
 
     def written(self, sample: Sample, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """What an evaluation needs of a sample and the token ids that were generated for it; runs programs."""
         length = self.prompt_length(sample)
-        prompt, rest = sample.tokens[:length].tolist(), sample.tokens[length:].tolist()
+        prompt, rest = sample.tokens[:length].tolist(), sample.tokens[length:][sample.targets[length:]].tolist()
         found = [cut_at(self.tokenizer.decode(ids), self.generation.stop) for ids in texts]
         result: dict[str, Any] = {
             "source": self.tokenizer.decode(prompt),

@@ -19,7 +19,7 @@ DOCUMENT_LINE = re.compile(rb"-DOCSTART-[^\n]*")  # stands between the documents
 def parse_sentence(text: str, names: Sequence[str]) -> Record:
     """The columns of a sentence, each a list of strings, one a token; without names `tokens` (first), `tags` (last).
 
-    Columns stand between tabs, or between white space where no line has a tab. In a sentence with tabs, lines without
+    Columns stand between tabs, or between spaces where no line has a tab. In a sentence with tabs, lines without
     one that begin with "#" are comments, as in CoNLL-U.
 
     Raises:
@@ -29,7 +29,7 @@ def parse_sentence(text: str, names: Sequence[str]) -> Record:
     if any("\t" in line for line in lines):
         rows = [line.split("\t") for line in lines if "\t" in line or not line.startswith("#")]
     else:
-        rows = [line.split() for line in lines]
+        rows = [re.split("[ \t]+", line.strip(" \t")) for line in lines]  # other white space may be in a token
     width = len(names) or (len(rows[0]) if rows else 0)
     for row in rows:
         if len(row) != width:
