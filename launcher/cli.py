@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from launcher import __version__
-from trainer.failures import EXIT_INTERRUPTED, DsftError, in_words
+from trainer.failures import EXIT_INTERRUPTED, EXIT_USER, DsftError, in_words
+from trainer.rundir import BrokenFile
 
 # verb -> help; launcher/commands/<verb>.py has add_arguments(parser) and run(arguments) -> exit code
 VERBS = {
@@ -41,12 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `dsft`; returns its exit code (see trainer.failures)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     verb = next((item for item in given if not item.startswith("-")), None)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names and samples that the terminal has no letters for
+            stream.reconfigure(errors="backslashreplace")
     try:
         parser = _parser(verb)
         options = parser.parse_args(given)
-        code: int = importlib.import_module(f"launcher.commands.{options.verb}").run(options)
+        with _tidy_end():
+            code: int = importlib.import_module(f"launcher.commands.{options.verb}").run(options)
         sys.stdout.flush()
-        return code
+        return code if code >= 0 else 128 - code  # a child's that a signal has killed
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -57,6 +65,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = in_words(error)
         print(f"error: {told}", file=sys.stderr)
         return told.exit_code
+    except BrokenFile as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+
+
+@contextlib.contextmanager
+def _tidy_end() -> Iterator[None]:
+    """TERM, and HUP but under nohup, end a command as an exception does: its children and temporary folders go too."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    caught = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in caught:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _parser(verb: str | None) -> argparse.ArgumentParser:

@@ -17,12 +17,12 @@ _ASK_SECONDS = 5.0  # between two questions to SLURM while it is its turn, and w
 _ASK_RUNNING_SECONDS = 30.0
 
 
-def follow(run: RunDirectory, job_id: str, stream: TextIO, epochs: float | None = None) -> int:
+def follow(run: RunDirectory, job_id: str, stream: TextIO) -> int:
     """Show how the job and the run go until both have ended; the run's exit code. Ctrl-C leaves the job alone.
 
     "SLURM does not answer" and "the job is not known any more" end nothing that the ledger does not say has ended.
     """
-    watch = Watch(run, stream, epochs)
+    watch = Watch(run, stream)
     try:
         return _follow(run, job_id, watch)
     except KeyboardInterrupt:

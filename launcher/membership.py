@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from launcher.nodes import NodePool
 from launcher.sizes import worth_growing
-from launcher.watch import Progress
+from launcher.watch import Progress, epochs_of
 from trainer.retry import retried
 from trainer.rundir import LineReader, RunDirectory, read_json, write_json
 
@@ -89,12 +89,14 @@ class Membership:
         return after > 0 and _micro_batches(self.plans[after]) < ratio * _micro_batches(self.plans[present])
 
     def _look(self, attempt: int, present: int, began: float, over: threading.Event) -> None:
-        metrics, progress = LineReader(self.run.metrics_path), Progress(self._epochs())
+        metrics, progress = LineReader(self.run.metrics_path), Progress(epochs_of(self.run))
+        with contextlib.suppress(OSError):
+            metrics.skip()  # what earlier attempts have done
         while not over.wait(_LOOK_SECONDS):
             with contextlib.suppress(Exception):  # storage or scheduler away for a moment
                 pool = self.nodes.pool
                 for line in metrics.read():
-                    if "loss" in line and float(line.get("time", 0.0)) > began:
+                    if "loss" in line:
                         progress.add(line)
                 there = self.nodes.candidates() if pool.away else []
                 returning = pool.returning(there)
@@ -107,11 +109,6 @@ class Membership:
                     left = min(progress.eta_seconds() or 0.0, self.nodes.seconds_left())
                     cost = self._restart_seconds(attempt, began)
                     self._wants_more = worth_growing(self.plans, present, count, left, cost)
-
-    def _epochs(self) -> float | None:
-        config = read_json(self.run.config_path) or {}
-        epochs = config.get("training", {}).get("epochs")
-        return None if epochs is None else float(epochs)
 
     def _restart_seconds(self, attempt: int, began: float) -> float:
         """What this attempt took to its first step, and a checkpoint; infinity if that is not known."""

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from launcher.goodput import Span, account, timeline
 from launcher.state import DIED, RunState, ledger, run_state
-from launcher.watch import Progress, duration, number
+from launcher.watch import Progress, duration, epochs_of, number
 from trainer.failures import DsftError
-from trainer.rundir import Json, RunDirectory, read_json, read_lines
+from trainer.rundir import Json, RunDirectory, read_lines
 
 if TYPE_CHECKING:
     from slurm import client
@@ -75,7 +75,7 @@ def _status(run: RunDirectory, events: Sequence[Json], state: RunState, job: cli
 
         state = with_job(state, job)
     running = state.state == "running"
-    progress = Progress(_epochs(run) if running else None)
+    progress = Progress(epochs_of(run) if running else None)
     with contextlib.suppress(OSError):  # storage away for a moment
         for line in run.last_steps(20 if running else 1):
             progress.add(line)
@@ -132,12 +132,6 @@ def time_line(run: RunDirectory, state: str, events: Sequence[Json]) -> list[Spa
     """Where the time of a run went; `events` are the merged ledger. Reads all metrics."""
     now = time.time() if state in ("running", "pending") else None
     return timeline(events, read_lines(run.metrics_path), run.verdicts(), now)
-
-
-def _epochs(run: RunDirectory) -> float | None:
-    config = read_json(run.config_path) or {}
-    value = config.get("training", {}).get("epochs")
-    return float(value) if value else None
 
 
 def render_status(value: Json) -> str:

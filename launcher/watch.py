@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from trainer.rundir import Json, LineReader, RunDirectory
+from launcher.console import printable
+from trainer.rundir import Json, LineReader, RunDirectory, read_json
 
 _READ_SECONDS = 0.5
 _PLAIN_SECONDS = 5.0  # between two lines about steps in a log
@@ -86,19 +87,20 @@ class Progress:
 class Watch:
     """Follows a run; call `tick` often and `close` at the end. Output that cannot be written never stops a run."""
 
-    def __init__(self, run: RunDirectory, stream: TextIO, epochs: float | None = None) -> None:
+    def __init__(self, run: RunDirectory, stream: TextIO) -> None:
         self._run = run
         self._stream: TextIO | None = stream
         self._metrics = LineReader(run.metrics_path)
         self._events: dict[str, LineReader] = {}
-        self.progress = Progress(epochs)
+        self.progress = Progress(epochs_of(run))
         self._next_read = 0.0
         self._next_plain = 0.0
         self._printed_step: int | None = None
         for _ in self._new_events():  # the past of a resumed run is not news
             pass
-        for line in read_if_there(self._metrics):
-            if "loss" in line:
+        with contextlib.suppress(OSError):
+            self._metrics.skip()
+            for line in run.last_steps(1):
                 self.progress.last = line
                 self._printed_step = line["step"]
         self._live: Any = None
@@ -106,8 +108,10 @@ class Watch:
             from rich.console import Console
             from rich.live import Live
 
-            self._live = Live(console=Console(file=stream), auto_refresh=False, transient=True)
-            self._live.start()
+            console = Console(file=stream)
+            if not console.is_dumb_terminal:  # TERM=dumb: Live would show nothing at all
+                self._live = Live(console=console, auto_refresh=False, transient=True)
+                self._live.start()
 
     def tick(self) -> None:
         """Show what is new, at most twice a second."""
@@ -120,9 +124,22 @@ class Watch:
         """Show the rest and leave the terminal as it was."""
         self._next_plain = 0.0
         self._show()
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        self._end_live()
+
+    def _end_live(self) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            with contextlib.suppress(OSError):
+                live.stop()
+
+    @contextlib.contextmanager
+    def _output(self) -> Iterator[None]:
+        """A closed pipe or terminal ends what is shown, and nothing else."""
+        try:
+            yield
+        except OSError:
+            self._stream = None
+            self._end_live()
 
     def _show(self) -> None:
         events = list(self._new_events())
@@ -137,8 +154,9 @@ class Watch:
             self._show_plain()
         for note in notes:
             self.say(note)
-        if self._live is not None:
-            self._live.update(self._view(), refresh=True)
+        with self._output():
+            if self._live is not None:
+                self._live.update(self._view(), refresh=True)
         self._show_plain()
 
     def _show_plain(self) -> None:
@@ -162,15 +180,11 @@ class Watch:
 
     def say(self, text: str) -> None:
         """A line above the live view, or in the log."""
-        if self._stream is None:
-            return
-        try:
+        with self._output():
             if self._live is not None:
                 self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
-            else:
+            elif self._stream is not None:
                 print(text, file=self._stream, flush=True)
-        except OSError:  # a closed pipe or terminal
-            self._stream = None
 
     def _view(self) -> Any:
         from rich.progress_bar import ProgressBar
@@ -191,6 +205,12 @@ class Watch:
         view.add_row(head)
         view.add_row(values)
         return view
+
+
+def epochs_of(run: RunDirectory) -> float | None:
+    """`training.epochs` of a run's config."""
+    epochs = (read_json(run.config_path) or {}).get("training", {}).get("epochs")
+    return None if epochs is None else float(epochs)
 
 
 def read_if_there(reader: LineReader) -> list[Json]:
@@ -227,11 +247,11 @@ def describe(event: Json) -> str | None:
 
 
 def describe_failure(failure: Json) -> str:
-    """`data error on rank 3 (node n1), step 12: message`."""
+    """`data error on rank 3 (node n1), step 12: message`. The message may quote a rank's output, which is anything."""
     where = f" on rank {failure['rank']}" if failure.get("rank") is not None else ""
     node = f" (node {failure['node']})" if failure.get("node") else ""
     step = f", step {failure['step']}" if failure.get("step") is not None else ""
-    return f"{str(failure['class']).replace('_', ' ')} error{where}{node}{step}: {failure['message']}"
+    return f"{str(failure['class']).replace('_', ' ')} error{where}{node}{step}: {printable(str(failure['message']))}"
 
 
 def describe_evaluation(line: Json) -> str:

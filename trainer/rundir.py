@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from trainer.retry import retried
 
@@ -51,12 +51,18 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+class BrokenFile(ValueError):
+    """A file that is to hold JSON does not."""
+
+
 def read_json(path: Path) -> Any:
-    """The JSON in `path`, or None if there is no such file."""
+    """The JSON in `path`, or None if there is no such file. Raises BrokenFile."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except ValueError as error:
+        raise BrokenFile(f"{path} is not valid JSON: {error}") from None
 
 
 def _whole(paths: Iterable[Path]) -> list[Json]:
@@ -104,6 +110,11 @@ class LineReader:
 
     path: Path
     offset: int = 0
+
+    def skip(self) -> None:
+        """Pass over the lines that are there. Raises OSError, but for a file that is not there."""
+        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
+            self.offset = _end_of_lines(file)
 
     def read(self) -> list[Json]:
         """New whole lines as objects. A torn tail is left for the next call; a broken line is passed over."""
@@ -154,18 +165,23 @@ def cut_torn_tail(path: Path) -> int:
     except FileNotFoundError:
         return 0
     with file:
-        size = end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = max(0, end - 65536)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
+        end, size = _end_of_lines(file), os.fstat(file.fileno()).st_size
         if end < size:
             file.truncate(end)
         return size - end
+
+
+def _end_of_lines(file: IO[bytes]) -> int:
+    """Where the last newline ends; 0 without one."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - 65536)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
 
 
 class EventWriter:

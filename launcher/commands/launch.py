@@ -169,7 +169,7 @@ def _submit(
 
     resolved = redacted(config)
     if watch and (job_there := waiting_job(target)) is not None:
-        return _follow(config, target, base_id(job_there), as_json)
+        return _follow(target, base_id(job_there), as_json)
     try:
         make_run_directory(target.path, cluster)
         with one_at_a_time(target):
@@ -180,7 +180,7 @@ def _submit(
     text = f"submitted job {job_id}: {job.script_path}, output in {job.log_path}"
     if watch:
         print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
-        return _follow(config, target, job_id, as_json)
+        return _follow(target, job_id, as_json)
     print(json.dumps(value) if as_json else text)
     return EXIT_DONE
 
@@ -221,10 +221,10 @@ def checked(config_path: Path) -> list[str]:
     return list(gate.result.get("warnings", ()))
 
 
-def _follow(config: LaunchConfig, target: RunDirectory, job_id: str, as_json: bool) -> int:
+def _follow(target: RunDirectory, job_id: str, as_json: bool) -> int:
     from launcher.follow import follow
 
-    code = follow(target, job_id, sys.stderr if as_json else sys.stdout, config.training.epochs)
+    code = follow(target, job_id, sys.stderr if as_json else sys.stdout)
     _print_account(target, as_json)
     return code
 
@@ -275,7 +275,7 @@ def _supervise(
     from launcher.supervisor import Supervisor
     from launcher.watch import Watch
 
-    watch = Watch(target, stream, config.training.epochs)
+    watch = Watch(target, stream)
     notifier = Notifier(target, config.resilience.notify)
     place = open_place(config, plan, target, environment)
     watch.say(f"run {target.path}: {plan['world_size']} rank(s), checking data and tokenizer")

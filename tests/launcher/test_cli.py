@@ -1,10 +1,12 @@
 """The `dsft` command as a process: light, clean errors, and torch out of reach."""
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jsonschema
@@ -111,6 +113,38 @@ def test_a_disk_that_takes_nothing_is_told_without_a_traceback(tmp_path, dsft):
     result = dsft("checkpoint", "gc", tmp_path / "run")
     assert (result.returncode, result.stderr.count("\n")) == (75, 1)
     assert str(tmp_path / "run/lock") in result.stderr
+
+
+def test_a_broken_record_is_named_without_a_traceback(tmp_path, dsft):
+    write(tmp_path / "run/config.json", '{"name": ')  # as an editor may leave it
+    result = dsft("resume", tmp_path / "run")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert f"{tmp_path}/run/config.json is not valid JSON" in result.stderr
+
+
+def test_names_that_a_terminal_cannot_show(tmp_path, dsft):
+    write(tmp_path / "runs/模型/config.json", "{}")
+    result = dsft("status", "模型", PYTHONIOENCODING="latin-1")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert r"\u6a21\u578b: pending" in result.stdout
+
+
+@pytest.mark.parametrize(("number", "whom", "code"), [(15, "dsft", 143), (9, "its child", 137)])
+def test_a_signal_leaves_no_child_and_is_the_exit_code(tmp_path, number, whom, code):
+    text = tmp_path / "text.txt"
+    os.mkfifo(text)
+    train = ["tokenizer", "train", f"--input={text}", "--vocab-size=400", f"--output={tmp_path}/t.model"]
+    process = subprocess.Popen([sys.executable, "-m", "launcher", *train], cwd=ROOT)
+    while process.poll() is None:
+        with contextlib.suppress(OSError):  # until its child reads, which gets nothing
+            writer = os.open(text, os.O_WRONLY | os.O_NONBLOCK)
+            break
+        time.sleep(0.02)
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(process.pid if whom == "dsft" else int(child), number)
+    assert process.wait(30) == code
+    assert not Path(f"/proc/{child}").exists()
+    os.close(writer)
 
 
 def test_usage_errors(dsft):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,13 @@ def test_the_past_of_a_resumed_run_is_not_told_again(run: RunDirectory) -> None:
     assert stream.getvalue().startswith("step 5/10")
 
 
-def test_a_closed_pipe_does_not_stop_anything(run: RunDirectory) -> None:
-    read, write = os.pipe()
-    os.close(read)
+@pytest.mark.parametrize("opened", [os.pipe, pty.openpty])
+def test_a_closed_pipe_or_terminal_does_not_stop_anything(
+    run: RunDirectory, opened: Callable[[], tuple[int, int]]
+) -> None:
+    read, write = opened()
     watch = Watch(run, os.fdopen(write, "w"))
+    os.close(read)
     append_line(run.metrics_path, step(1))
     watch.tick()
     watch.say("more")
@@ -157,9 +161,21 @@ def test_a_terminal_shows_a_live_view(run: RunDirectory) -> None:
     assert "\x1b[" in output
 
 
+def test_a_terminal_that_moves_no_cursor_gets_plain_lines(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    leader, follower = pty.openpty()
+    os.set_blocking(leader, False)
+    with os.fdopen(follower, "w") as terminal:
+        watch = Watch(run, terminal)
+        append_line(run.metrics_path, step(3))
+        watch.close()
+        assert os.read(leader, 65536).startswith(b"step 3/10")
+    os.close(leader)
+
+
 def test_words() -> None:
     assert [duration(seconds) for seconds in (5, 3661, 90061)] == ["0:00:05", "1:01:01", "1 d 1:01:01"]
     assert [size(count) for count in (10, 2048, 5 << 40)] == ["10 B", "2.0 KiB", "5.00 TiB"]
     failure = {"class": "out_of_memory", "rank": 3, "node": "n1", "step": 12, "message": "full"}
     assert describe_failure(failure) == "out of memory error on rank 3 (node n1), step 12: full"
-    assert describe_failure({"class": "user", "message": "x"}) == "user error: x"
+    assert describe_failure({"class": "user", "message": "x\x1b[2J"}) == "user error: x\ufffd[2J"
