@@ -115,10 +115,13 @@ def refuse_second_job(run: RunDirectory) -> None:
         )
 
 
-def cancel_pending(run: RunDirectory) -> str | None:
-    """Take what waits of the run's job (an array: the rest of the chain) out of the queue; its id, None if nothing."""
+def cancel_job(run: RunDirectory, running: bool) -> str | None:
+    """Take the run's job out of the queue, also one that has begun to start the run; its id, None if there is none.
+
+    `running`: the run itself is to save and stop; only what waits of its job (an array: the rest of the chain) goes.
+    """
     job = waiting_job(run)
-    if job is None or (job.state != "pending" and "_" not in job.job_id):
+    if job is None or (running and "_" not in job.job_id):
         return None
-    client.cancel(base_id(job), pending=True)
-    return base_id(job) if job.state == "pending" else None
+    client.cancel(base_id(job), pending=running)
+    return base_id(job)

@@ -130,9 +130,13 @@ class Supervisor:
         """Run attempts until the action is not to retry. Signals and stop files end the run as they say."""
         events = self.run.event_writer("supervisor")
         with stop_signals() as signals:
+            before: int | None = None
             while True:
                 attempt = self.run.new_attempt()
                 events.write("attempt", attempt=attempt, **self.origin)
+                if before is not None and (late := self._asked(before)):  # of that one while this one was made
+                    self.run.request_stop(attempt, late)
+                before = attempt
                 verdict, reason = self._attempt(attempt, signals, events)
                 self.history.append(Attempt(verdict, progress(self.run)))
                 action = decide(self.history, self.resilience.max_restarts, reason)
@@ -154,7 +158,10 @@ class Supervisor:
     def _attempt(self, attempt: int, signals: StopSignals, events: EventWriter) -> tuple[Verdict, str | None]:
         """Run one attempt to its end, whatever that is; nothing of it runs when this returns."""
         gate, self.gate, self._slow, self._noticed = self.gate, None, None, None
-        handle = self.backend.start(attempt)
+        try:
+            handle = self.backend.start(attempt)
+        except DsftError as error:
+            return Verdict("failed", error.failure_class, message=str(error)), None
         self._tell_size(attempt, events)
         watch = self._heartbeats(attempt)
         codes: dict[str, int] | None = None
@@ -288,17 +295,20 @@ class Supervisor:
         """Back off; returns the reason if the run is to stop meanwhile."""
         deadline = time.monotonic() + seconds
         while True:
-            request = self.run.stop_request(attempt)
             if self.lease.lost.is_set():
                 return self._lost()
-            if request is not None and request.get("reason") in PLANNED_STOPS:
-                request = None
-            if signals.reason or request:
-                return signals.reason or str((request or {}).get("reason", "cancel"))
+            if reason := signals.reason or self._asked(attempt):
+                return reason
             if time.monotonic() >= deadline:
                 return None
             self.tick()
             time.sleep(_POLL_SECONDS)
+
+    def _asked(self, attempt: int) -> str | None:
+        """Why somebody else wants this attempt, and with it the run, to stop."""
+        request = self.run.stop_request(attempt)
+        reason = None if request is None else str(request.get("reason", "cancel"))
+        return None if reason in PLANNED_STOPS else reason
 
     def _lost(self) -> str:
         """How the lock was lost."""

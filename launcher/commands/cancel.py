@@ -20,23 +20,28 @@ def run(options: argparse.Namespace) -> int:
 
     found = find_run(options.run)
     state = run_state(found).state
-    attempts = found.attempts()
+    running = state == "running"
     if (found.events_dir / "submission.jsonl").exists():
-        from launcher.jobs import cancel_pending
+        from launcher.jobs import cancel_job
 
         try:
-            job_id = cancel_pending(found)
+            job_id = cancel_job(found, running)
         except DsftError as error:
-            if state != "running":  # unknown is not gone: the job may start yet
+            if not running:  # unknown is not gone: the job may start yet
                 raise
             print(f"warning: {error}", file=sys.stderr)
             job_id = None
-        if job_id is not None and state != "running":
+        if job_id is not None and not running:
             print(f"job {job_id} of {found.name} is out of the queue; `dsft resume {found.path}` submits it again")
             return 0
-    if state != "running" or not attempts:
+    if not running:
         raise UserError(f"{found.path}: nothing to cancel, the run is {state}")
-    found.request_stop(attempts[-1], "cancel", now=options.now)
+    asked = 0
+    while (attempts := found.attempts()) and attempts[-1] != asked:  # the next one may begin in this very moment
+        asked = attempts[-1]
+        found.request_stop(asked, "cancel", now=options.now)
+    if not asked:
+        raise UserError(f"{found.path}: its first attempt is about to begin; try again then")
     how = "it is being killed" if options.now else "it saves after its current step and ends"
     print(f"asked {found.name} to stop: {how}; `dsft resume {found.path}` continues it")
     return 0

@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -16,9 +17,10 @@ from launcher.grace import grace_problem
 from launcher.registry import find_run, known_runs, register
 from launcher.report import report
 from launcher.requeue import GivenUpError, attempts_of
-from launcher.state import CUT_SHORT, run_state
+from launcher.state import CUT_SHORT, failures, run_state
+from launcher.supervisor import AttemptHandle, Result, Supervisor
 from launcher.verdict import Verdict
-from trainer.config.schema import SlurmCluster
+from trainer.config.schema import ResilienceConfig, SlurmCluster
 from trainer.failures import UserError
 from trainer.lease import acquire
 from trainer.rundir import RunDirectory, append_line, write_json
@@ -79,6 +81,50 @@ def test_the_report_accounts_for_the_time_of_launches(run: RunDirectory) -> None
     assert parts == useful | {"start": 3.0 + 1.0 + 3.0, "recovery": 4.0 + 2.0, "idle": 880.0, "shutdown": 5.0}
     assert value["goodput"]["ettr"] == pytest.approx(11 / 30)
     assert (value["state"], value["steps"]) == ("finished", 4)
+
+
+class Backend:
+    """Attempts whose agents fail, the first at once and the others after a while."""
+
+    def __init__(self, refusal: str = "") -> None:
+        self.refusal = refusal
+
+    def start(self, attempt: int) -> AttemptHandle:
+        if self.refusal:
+            raise UserError(self.refusal)
+        handle: Any = Mock()
+        handle.poll.side_effect = [*([None] * 40 if attempt > 1 else []), {"n1": 1}]
+        handle.kill.return_value = []
+        handle.is_failing.return_value = False
+        return handle
+
+
+def supervised(run: RunDirectory, backend: Backend) -> Result:
+    with acquire(run.lock_dir) as lease:
+        return Supervisor(run, backend, ResilienceConfig(), lease).supervise()
+
+
+def test_an_attempt_that_cannot_be_started_says_why(run: RunDirectory) -> None:
+    refusal = "the allocation has 1 node(s), the run needs 2"
+    result = supervised(run, Backend(refusal))
+    assert result.action.exit_code == 2
+    assert [(f["class"], f["message"]) for f in failures(run)] == [("user", refusal)]
+    assert run_state(run).reason == "a user error is never retried"
+
+
+def test_a_cancel_of_the_last_attempt_while_the_next_is_made_stops_it(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = RunDirectory.new_attempt
+
+    def new_attempt(run: RunDirectory) -> int:
+        for last in run.attempts():
+            run.request_stop(last, "cancel")
+        return make(run)
+
+    monkeypatch.setattr(RunDirectory, "new_attempt", new_attempt)
+    result = supervised(run, Backend())
+    assert (result.verdict.outcome, result.attempts, result.action.exit_code) == ("stopped", 2, 143)
 
 
 def test_failures_come_from_the_verdicts(run: RunDirectory) -> None:

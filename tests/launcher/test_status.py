@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -23,6 +24,7 @@ from slurm import client
 from slurm.client import Job
 from slurm.states import job_state
 from trainer.failures import UserError
+from trainer.lease import acquire
 from trainer.rundir import RunDirectory, append_line, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,6 +179,33 @@ def test_two_launches_at_once_submit_one_job(slurm: Path, tmp_path: Path) -> Non
         run.event_writer("submission").write("submitted", job_id="7", backend="slurm")
     other.join(30)
     assert refused.is_set()
+
+
+@pytest.mark.parametrize(
+    ("queue", "running", "called"),
+    [
+        (["7|PENDING|None||1:00|N/A"], False, ["7"]),
+        (["7|RUNNING|None|n1|1:00|N/A"], False, ["7"]),  # it is about to start the run
+        (["7|RUNNING|None|n1|1:00|N/A"], True, []),
+        (["7_1|RUNNING|None|n1|1:00|N/A", "7_2|PENDING|None||1:00|N/A"], True, ["--state=PENDING 7"]),
+        (["7_1|RUNNING|None|n1|1:00|N/A", "7_2|PENDING|None||1:00|N/A"], False, ["7"]),
+    ],
+)
+def test_what_cancel_takes_out_of_the_queue(
+    queue: list[str], running: bool, called: list[str], slurm: Path, tmp_path: Path
+) -> None:
+    """And the run itself saves and stops where it runs."""
+    run = make_run(tmp_path, "a", job="7")
+    program(slurm, "squeue", "".join(f"echo '{line}'\n" for line in queue))
+    program(slurm, "scancel", f'echo "$@" >> {tmp_path}/cancelled')
+    with contextlib.ExitStack() as stack:
+        if running:
+            stack.enter_context(acquire(run.lock_dir))
+            run.new_attempt()
+        assert main(["cancel", str(run.path)]) == 0
+    cancelled = tmp_path / "cancelled"
+    assert (cancelled.read_text().splitlines() if cancelled.exists() else []) == called
+    assert (run.stop_request(1) is not None) == running
 
 
 def test_a_run_whose_launch_was_refused_says_so(tmp_path: Path) -> None:
