@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TextIO
 
 from launcher import jobs
@@ -10,7 +11,7 @@ from launcher.state import CUT_SHORT, DIED, ledger, run_state
 from launcher.watch import Watch
 from slurm.client import Job
 from trainer.failures import EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY
-from trainer.rundir import RunDirectory
+from trainer.rundir import Json, RunDirectory
 
 _TICK_SECONDS = 0.2
 _ASK_SECONDS = 5.0  # between two questions to SLURM while it is its turn, and while the run is at it
@@ -38,7 +39,7 @@ def follow(run: RunDirectory, job_id: str, stream: TextIO) -> int:
 def _follow(run: RunDirectory, job_id: str, watch: Watch) -> int:
     said = ""
     next_ask = 0.0
-    started = time.time()
+    before = len(_ends(ledger(run)))  # those of earlier jobs: by number, since clocks of other machines may be off
     while True:
         watch.tick()
         time.sleep(_TICK_SECONDS)
@@ -54,15 +55,19 @@ def _follow(run: RunDirectory, job_id: str, watch: Watch) -> int:
             said = text
         if state.state == "running" or run.path in answer.unknown or (job and job.state in ("pending", "running")):
             continue
-        last = next((event for event in reversed(events) if event["event"] in ("finished", "failed", "stopped")), None)
-        if last is not None and float(last["time"]) >= started - 1 and state.reason not in (DIED, CUT_SHORT):
-            return int(last.get("exit_code", EXIT_FAILED))
+        ends = _ends(events)
+        if len(ends) > before and state.reason not in (DIED, CUT_SHORT):
+            return int(ends[-1].get("exit_code", EXIT_FAILED))
         if state.state == "finished":
             return EXIT_DONE
         watch.say(
             f"job {job_id} {'has ended' if job else 'is not known to SLURM any more'}: {state.reason or 'no word'}"
         )
         return EXIT_TEMPORARY if job and job.state == "stopped" else EXIT_FAILED
+
+
+def _ends(events: Sequence[Json]) -> list[Json]:
+    return [event for event in events if event["event"] in ("finished", "failed", "stopped")]
 
 
 def _words(job: Job) -> str:

@@ -22,7 +22,7 @@ _RELEASE_SECONDS, _RELEASE_PAUSE = 60.0, 1.0
 _NO_ANSWER = re.compile(
     r"unable to contact|timed out|connection refused|communication (connection )?failure|not responding|"
     r"unexpected message received|persistent connection|database connection|protocol authentication error|"
-    r"in backup mode|configuration source|connection reset|zero bytes were transmitted|munge",
+    r"in (backup|standby) mode|configuration source|connection reset|zero bytes were transmitted|munge",
     re.IGNORECASE,
 )
 
@@ -229,10 +229,7 @@ def submission_environment(options: Sequence[str]) -> dict[str, str]:
     Without the SBATCH_* variables that would win over `options` of the job script, and without what an allocation in
     which this process may run says about itself.
     """
-    hidden = {
-        "SBATCH_WAIT",
-        *(_VARIABLES.get(option, "SBATCH_" + option.upper().replace("-", "_")) for option in options),
-    }
+    hidden = {_VARIABLES.get(option, "SBATCH_" + option.upper().replace("-", "_")) for option in options}
     return {
         name: value
         for name, value in os.environ.items()

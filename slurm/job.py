@@ -20,9 +20,10 @@ _OPTION = re.compile(r"[a-z][a-z0-9-]*")
 _ASSIGNMENT = re.compile(r"\b([A-Za-z_]\w*)=[\"']?([^\s\"']+)")
 
 # What dsft's own way of running depends on; everything else may be given in `cluster.sbatch`
-_RESERVED: Mapping[str, str] = {
+RESERVED: Mapping[str, str] = {
     "array": "cluster.array",
     "chdir": "output_dir",
+    "clusters": "the login nodes of that cluster (dsft asks the SLURM of the one that it runs on)",
     "container": "cluster.container",
     "container-image": "cluster.container (the supervisor stays outside, where SLURM's commands are)",
     "container-mounts": "cluster.container.mounts",
@@ -132,8 +133,8 @@ def sbatch_options(job: Job, cluster: SlurmCluster) -> dict[str, str | None]:
     for name, value in cluster.sbatch.items():
         if not _OPTION.fullmatch(name):
             raise UserError(f"cluster.sbatch.{name}: give sbatch's long options without dashes, as in `switches`")
-        if name in _RESERVED:
-            raise UserError(f"cluster.sbatch.{name}: dsft sets this option itself; use {_RESERVED[name]}")
+        if name in RESERVED:
+            raise UserError(f"cluster.sbatch.{name}: dsft sets this option itself; use {RESERVED[name]}")
         if given.get(name) not in (None, False):
             raise UserError(f"cluster.sbatch.{name}: `cluster` gives this option already; keep one of them")
         given[name] = value
@@ -153,7 +154,7 @@ def option_value(value: str, option: str) -> str:
     """A value as it has to be written in an #SBATCH line, which knows quotes but expands nothing."""
     if _PLAIN.fullmatch(value):
         return value
-    where = f" (see {_RESERVED[option]})" if option in _RESERVED else ""
+    where = f" (see {RESERVED[option]})" if option in RESERVED else ""
     if not value or not value.isprintable() or "\\" in value or ('"' in value and "'" in value):
         raise UserError(
             f"{value!r} cannot be given to sbatch as --{option}{where}: line breaks, control characters, backslashes "

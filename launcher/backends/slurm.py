@@ -20,7 +20,7 @@ from launcher.nodes import NodePool
 from slurm import client
 from slurm.containers import contained
 from slurm.hostlist import expand
-from slurm.job import Job, render, sbatch_options
+from slurm.job import RESERVED, Job, render, sbatch_options
 from trainer.config.schema import ResilienceConfig, SlurmCluster
 from trainer.failures import DsftError, UserError
 from trainer.processes import added_root, child_environment
@@ -70,7 +70,7 @@ def submit(job: Job, cluster: SlurmCluster) -> str:
     check_syntax(script)
     job.run_dir.mkdir(parents=True, exist_ok=True)
     job.script_path.write_text(script)
-    environment = client.submission_environment(tuple(sbatch_options(job, cluster)))
+    environment = client.submission_environment([*RESERVED, *sbatch_options(job, cluster)])
     client.try_out(job.script_path, job.run_dir, environment)
     return client.submit(job.script_path, job.run_dir, environment)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import resource
@@ -15,7 +16,7 @@ import pytest
 from config_samples import runnable
 from slurm_programs import program, program_folder
 
-from launcher import jobs
+from launcher import follow, jobs
 from launcher.cli import main
 from launcher.registry import register
 from launcher.reporting import render_status, status, statuses
@@ -206,6 +207,25 @@ def test_what_cancel_takes_out_of_the_queue(
     cancelled = tmp_path / "cancelled"
     assert (cancelled.read_text().splitlines() if cancelled.exists() else []) == called
     assert (run.stop_request(1) is not None) == running
+
+
+def test_a_followed_run_ends_with_its_own_code_whatever_the_clocks_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, "a", (2, "stopped"), job="7")
+    path = run.events_dir / "supervisor.jsonl"
+
+    def ask(job_ids: dict[Path, str]) -> jobs.Answer:
+        if len(path.read_text().splitlines()) > 1:
+            return jobs.Answer()
+        append_line(path, {"time": 3.0, "event": "failed", "attempt": 1, "exit_code": 2})  # by a clock that is behind
+        return jobs.Answer({run.path: Job("7", "running", "RUNNING")})
+
+    monkeypatch.setattr(jobs, "ask", ask)
+    monkeypatch.setattr(follow, "_ASK_SECONDS", 0.0)
+    output = io.StringIO()
+    assert follow.follow(run, "7", output) == 2
+    assert "not known" not in output.getvalue()
 
 
 def test_a_run_whose_launch_was_refused_says_so(tmp_path: Path) -> None:

@@ -95,6 +95,29 @@ def test_own_batch_lines_end_as_the_template_does() -> None:
         subprocess.run(["shellcheck", SLURM / "dsft.sbatch"], check=True)
 
 
+@pytest.mark.parametrize(
+    ("squeue", "requeues", "asked"),
+    [
+        ("[ $asked -gt 2 ] && echo RUNNING", True, 3),  # the controller is away at first
+        ("echo COMPLETING", False, 1),
+        ("false", False, 30),
+    ],
+)
+def test_a_job_requeues_itself_once_slurm_answers(squeue: str, requeues: bool, asked: int, tmp_path: Path) -> None:
+    for name, text in (
+        ("squeue", f"echo >> {tmp_path}/asked; asked=$(wc -l < {tmp_path}/asked); {squeue}"),
+        ("scontrol", f'echo "$@" > {tmp_path}/told; kill $PPID'),
+        ("sleep", "exec /bin/sleep 0.01"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = render(Job("a", tmp_path, ["bash", "-c", "exit 75"]), cluster())
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    assert subprocess.run(["bash"], input=script, text=True, env=variables).returncode == 75
+    assert (tmp_path / "told").exists() == requeues
+    assert len((tmp_path / "asked").read_text()) == asked
+
+
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
 def test_any_value_reaches_a_process_unchanged(value: str) -> None:
     script = f"export V={quote(value, 'V')}\n"
@@ -124,6 +147,7 @@ def test_options_that_sbatch_would_misread_are_refused(value: str) -> None:
         ("export", "A=b", "cluster.pass_environment"),
         ("container-image", "i", "use cluster.container"),
         ("ntasks-per-node", 4, "cluster.processes_per_node"),
+        ("clusters", "b", "login nodes of that cluster"),
         ("partition", "cpu", "gives this option already"),
         ("--qos", "high", "without dashes"),
         ("x\n#SBATCH --uid", "0", "without dashes"),
