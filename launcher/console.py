@@ -1,8 +1,9 @@
-"""How sizes and counts are written for people."""
+"""How sizes and counts are written for people, and reports for programs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +25,11 @@ def count(number: float) -> str:
         if number >= factor:
             return f"{number / factor:.3g} {unit}"
     return f"{number:g}"
+
+
+def print_json(value: Any) -> None:
+    """Print it as every JSON parser takes it: numbers that are not finite as the strings NaN, Infinity, -Infinity."""
+    print(json.dumps(json.loads(json.dumps(value), parse_constant=str)))
 
 
 def printable(text: str) -> str:

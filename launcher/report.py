@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from launcher.console import print_table, print_whole, printable
-from launcher.goodput import account, failure_times
-from launcher.reporting import status, time_line
+from launcher.goodput import failure_times
+from launcher.reporting import status
 from launcher.state import failures
 from launcher.watch import describe_evaluation, duration, number, size
 from trainer.rundir import Json, RunDirectory
@@ -24,7 +24,7 @@ _NO_TIMES = {"time": None, "injected": None, "detection_seconds": None, "recover
 def report(run: RunDirectory) -> Json:
     """State, steps, losses, evaluations, goodput, failures and where things are.
 
-    `goodput` is `launcher.goodput.account`; each of `failures` has what the verdict says and `failure_times` adds.
+    What `status` tells is in it; each of `failures` has what the verdict says and `failure_times` adds.
     """
     steps, evaluations, events = run.step_lines(), run.evaluation_lines(), run.merged_events()
     times = failure_times(events)
@@ -36,7 +36,6 @@ def report(run: RunDirectory) -> Json:
         "loss_last": steps[-1]["loss"] if steps else None,
         "evaluation": evaluations[-1]["evaluation"] if evaluations else None,
         "evaluations": [{"step": line["step"], **line["evaluation"]} for line in evaluations],
-        "goodput": account(time_line(run, value["state"], events)),
         "failures": [{**failure, **times.get(failure["attempt"], _NO_TIMES)} for failure in failures(run)],
         "memory": _memory(events),
         "drills": [event for event in events if event["event"] == "drill"],  # also of those that left no failure
@@ -159,9 +158,9 @@ def _failures(found: list[Json]) -> Table:
 
 def _table(*columns: str) -> Table:
     from rich import box
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    return Table(*columns, box=box.SIMPLE_HEAD)
+    return Table(*(Column(name, overflow="fold") for name in columns), box=box.SIMPLE_HEAD)
 
 
 def _text(value: Any, style: str = "") -> RenderableType:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launcher.console import gib
+from launcher.console import gib, print_json
 from trainer.checkpoint_files import (
     Checkpoint,
     damage,
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace, values: list[dict[str, Any]], lines: list[str], none: str) -> None:
-    print(json.dumps(values) if options.json else "\n".join(lines) or none)
+    print_json(values) if options.json else print("\n".join(lines) or none)
 
 
 def _to_json(checkpoint: Checkpoint) -> dict[str, Any]:

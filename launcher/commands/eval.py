@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Score; nothing is written into the run."""
     from launcher import inference
+    from launcher.console import print_json
     from trainer.config.loading import change_config
     from trainer.failures import EXIT_DONE, UserError
     from trainer.rundir import read_json
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     if options.json:
-        print(json.dumps(result))
+        print_json(result)
     else:
         _show(result["scores"], result["left_out"])
     return EXIT_DONE

@@ -394,11 +394,12 @@ def _write_html(target: RunDirectory) -> None:
 
 
 def _print_account(target: RunDirectory, as_json: bool) -> None:
+    from launcher.console import print_json
     from launcher.report import report, show_report
 
     value = report(target)
     if as_json:
-        print(json.dumps(value))
+        print_json(value)
     else:
         show_report(value)
     sys.stdout.flush()

@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
                 f"attempt {attempt} has no log of rank {options.rank or 0}; ranks: {', '.join(have) or '-'}"
             )
         for path in paths:
-            print(path.read_text(errors="replace"), end="")
+            _print_from(path, 0)
     return 0
 
 
@@ -68,7 +68,8 @@ def _print_node(found: RunDirectory, attempt: int, node: str, rank: int | None) 
     if node not in (nodes := sorted(path.name for path in folder.glob("*"))):
         raise UserError(f"attempt {attempt} has no logs of node {node!r}; nodes: {', '.join(nodes) or '-'}")
     for path in sorted((folder / node).glob("*.log" if rank is None else f"rank{rank}.log")):
-        print(f"==> {path.relative_to(folder)} <==\n{path.read_text(errors='replace')}", end="")
+        print(f"==> {path.relative_to(folder)} <==", flush=True)
+        _print_from(path, 0)
 
 
 def _print_errors(found: RunDirectory, attempts: list[int], rank: int | None) -> None:
@@ -110,6 +111,7 @@ def _follow(found: RunDirectory, attempt: int, rank: int) -> None:
 
 
 def _print_from(path: Path, offset: int) -> int:
+    """Print a log from there on, byte for byte, however long it is; returns where it ends."""
     with open(path, "rb") as file:
         file.seek(offset)
         while data := file.read(_CHUNK_BYTES):

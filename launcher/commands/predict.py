@@ -41,8 +41,8 @@ def run(options: argparse.Namespace) -> int:
     from trainer.failures import EXIT_DONE, UserError
 
     output: Path = options.output.absolute()
-    if not output.parent.is_dir():
-        raise UserError(f"--output: there is no folder {output.parent}")
+    if not output.parent.is_dir() or output.is_dir():
+        raise UserError(f"--output: {output} is a folder, or in none that there is: name a file")
     work = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:
         trained = inference.find_trained(options.model, options.step, None, options.task, work)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 
@@ -23,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print or write it; 0 whatever the state is."""
+    from launcher.console import print_json
     from launcher.registry import find_run
     from launcher.report import report, show_report
 
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
                 f"{error.filename or options.html}: {error.strerror}; choose another --html PATH"
             ) from error
     if options.json:
-        print(json.dumps(value))
+        print_json(value)
     else:
         show_report(value)
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,16 +13,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print it; 0 whatever the state is."""
+    from launcher.console import print_json
     from launcher.registry import find_run, known_runs
     from launcher.reporting import render_status, status, statuses
 
-    if options.run is not None:
-        value = status(find_run(options.run))
-        print(json.dumps(value) if options.json else render_status(value))
-        return 0
-    values = statuses(known_runs())
+    values = statuses(known_runs()) if options.run is None else [status(find_run(options.run))]
     if options.json:
-        print(json.dumps(values))
+        print_json(values if options.run is None else values[0])
     else:
-        print("\n".join(render_status(value) for value in values) or "no runs yet: start one with `dsft launch`")
+        print("\n".join(map(render_status, values)) or "no runs yet: start one with `dsft launch`")
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,11 +90,12 @@ def _submit(study: Study, options: argparse.Namespace, say: Callable[[str], None
 
 
 def _results(study: Study, options: argparse.Namespace, **more: str) -> Json:
+    from launcher.console import print_json
     from launcher.tuning_report import show, write_results
 
     value = write_results(study)
     if options.json:
-        print(json.dumps(value | more))
+        print_json(value | more)
     else:
         show(value)
     return value

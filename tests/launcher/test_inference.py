@@ -29,6 +29,12 @@ def test_progress_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert terminal.getvalue() == "\r0:00:02, 1,201 records\r0:00:04, 1,215 records\r\033[K"
 
 
+def test_a_folder_is_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would be found out after the last answer."""
+    assert main(["predict", "no-run", "--input", "q.jsonl", "--output", str(tmp_path)]) == 2
+    assert f"--output: {tmp_path} is a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("generation", [None, {"max_new_tokens": 5}])
 def test_predictions_are_written_whether_evaluations_write_or_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generation: dict[str, Any] | None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 import re
 import time
@@ -11,11 +13,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 
+from launcher.cli import main
+from launcher.commands.eval import _show as show_scores
 from launcher.goodput import Span
 from launcher.html_report import render, write_report
 from launcher.plots import Line, Mark, chart, thinned, ticks, timeline_chart
-from launcher.report import report, show_report
+from launcher.report import _failures, report, show_report
 from launcher.reporting import render_status, status
 from trainer.rundir import RunDirectory, append_line, write_json
 
@@ -53,6 +58,34 @@ def run(tmp_path: Path) -> RunDirectory:
         append_line(run.metrics_path, line | {"target_tokens": 20, "memory_bytes": 2**30})
     append_line(run.metrics_path, {"time": 111.5, "step": 2, "evaluation": {"loss": 2.0, HOSTILE: 1.0}})
     return run
+
+
+def test_numbers_that_are_not_finite_are_json_all_the_same(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append_line(run.metrics_path, {"time": 124, "step": 7, "loss": math.nan, "step_seconds": 1.0})
+    append_line(run.metrics_path, {"time": 124, "step": 7, "evaluation": {"loss": math.inf}})
+    for verb in ("report", "status"):
+        assert main([verb, str(run.path), "--json"]) == 0
+        value = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+        assert value["loss"] == "NaN"
+    assert report(run)["evaluation"]["loss"] == math.inf
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_cuts_nothing(run: RunDirectory, width: int) -> None:
+    console = Console(width=width, file=io.StringIO())
+    node = "gpu-node-0123.cluster.example"
+    failure = dict.fromkeys(("rank", "step", "injected", "detection_seconds", "message"))
+    console.print(_failures([failure | {"attempt": 12, "class": "node", "node": node, "recovery_seconds": 34567.0}]))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\u2026" not in shown
+
+
+def test_scores_of_many_sets_are_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    show_scores({f"evaluation-set-{i}/loss": i + 0.123456 for i in range(12)}, {})
+    shown = capsys.readouterr().out
+    assert all(f"evaluation-set-{i} " in shown and f"{i}.12346" in shown for i in (1, 9))
 
 
 def test_the_account_of_a_drill(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
