@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from trainer.failures import UserError
-from trainer.rundir import Json, RunDirectory, read_json, write_json
+from trainer.rundir import RunDirectory, read_json, write_json
 
 
 def registry_dir() -> Path:
@@ -31,14 +31,13 @@ def register(run: RunDirectory) -> None:
 
 def known_runs() -> list[RunDirectory]:
     """The runs that were registered and still are there, the newest launch first."""
-    entries: list[Json] = []
+    entries: list[tuple[float, str]] = []
     for path in registry_dir().glob("*.json"):
-        with contextlib.suppress(OSError, ValueError):  # a broken entry hides one run, not all
-            entries.append(read_json(path) or {})
-    entries = [entry for entry in entries if isinstance(entry.get("path"), str)]
-    runs = [RunDirectory(Path(e["path"])) for e in sorted(entries, key=lambda e: -float(e.get("time", 0)))]
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a broken entry hides one run, not all
+            entry = read_json(path)
+            entries.append((float(entry["time"]), str(entry["path"])))
     found = []
-    for run in runs:
+    for run in (RunDirectory(Path(path)) for _, path in sorted(entries, reverse=True)):
         with contextlib.suppress(OSError):  # in a folder that others may not enter
             found += [run] if run.exists() else []
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ _NODES_SECONDS = 5.0
 
 def status(run: RunDirectory) -> Json:
     """State, position, rates and goodput; of a run in a SLURM job, also the states of its nodes."""
-    value = statuses([run])[0]
+    value = _statuses([_read(run)])[0]
     value["goodput"] = account(time_line(run, value["state"], run.merged_events()))
     job = value["job"]
     if job is not None and job["nodes"]:
@@ -38,25 +39,36 @@ def status(run: RunDirectory) -> Json:
 def statuses(runs: Sequence[RunDirectory]) -> list[Json]:
     """The status of each run, without reading the whole past of any; SLURM is asked once for all of them.
 
-    If SLURM does not answer, states are those of the ledgers, and `unknown` says what was not to be learned.
+    If SLURM does not answer, states are those of the ledgers, and `unknown` says what was not to be learned. A run
+    whose records cannot be read is left out, with a warning.
     """
-    ledgers = [ledger(run) for run in runs]
-    states = [run_state(run, events) for run, events in zip(runs, ledgers, strict=True)]
-    jobs, unknown = _jobs(runs, ledgers, states)
-    result = []
-    for run, events, state in zip(runs, ledgers, states, strict=True):
-        result.append(_status(run, events, state, jobs.get(run.path)))
-        result[-1]["unknown"] = unknown.get(run.path)
-    return result
+    known = []
+    for run in runs:
+        try:
+            known.append(_read(run))
+        except (OSError, ValueError) as error:
+            print(f"warning: {run.path}: {error}", file=sys.stderr)
+    return _statuses(known)
 
 
-def _jobs(
-    runs: Sequence[RunDirectory], ledgers: Sequence[list[Json]], states: Sequence[RunState]
-) -> tuple[Mapping[Path, client.Job], Mapping[Path, str]]:
+Known = tuple[RunDirectory, list[Json], RunState]  # and its ledger
+
+
+def _read(run: RunDirectory) -> Known:
+    events = ledger(run)
+    return run, events, run_state(run, events)
+
+
+def _statuses(known: Sequence[Known]) -> list[Json]:
+    jobs, unknown = _jobs(known)
+    return [_status(*one, jobs.get(one[0].path)) | {"unknown": unknown.get(one[0].path)} for one in known]
+
+
+def _jobs(known: Sequence[Known]) -> tuple[Mapping[Path, client.Job], Mapping[Path, str]]:
     """The jobs of runs that may have one, and of those without an answer, why."""
     has_job = [
         (run.path, number, state)
-        for run, events, state in zip(runs, ledgers, states, strict=True)
+        for run, events, state in known
         if state.state != "finished"
         and (number := next((e["job_id"] for e in reversed(events) if "job_id" in e), None))
     ]

@@ -18,7 +18,7 @@ from slurm_programs import program, program_folder
 
 from launcher import follow, jobs
 from launcher.cli import main
-from launcher.registry import register
+from launcher.registry import register, registry_dir
 from launcher.reporting import render_status, status, statuses
 from launcher.state import RunState
 from slurm import client
@@ -232,6 +232,24 @@ def test_a_run_whose_launch_was_refused_says_so(tmp_path: Path) -> None:
     shown = render_status(status(make_run(tmp_path, "a")))
     assert "pending" in shown
     assert "never started" in shown
+
+
+def test_one_broken_run_or_entry_hides_no_other(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [make_run(tmp_path, name) for name in ("fine", "broken")]
+    for run in runs:
+        register(run)
+    for index, entry in enumerate(("[]", '{"path": "/x"}', "{")):
+        (registry_dir() / f"{index}.json").write_text(entry)
+    runs[1].lock_dir.mkdir()
+    (runs[1].lock_dir / "holder-00000001").write_text("{")
+    assert main(["status"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("fine: pending")
+    assert (captured.out.count("\n"), captured.err.count("\n")) == (1, 1)
+    assert f"warning: {runs[1].path}: " in captured.err
+    assert main(["status", str(runs[1].path)]) == 2
 
 
 def test_a_thousand_runs_take_half_a_second(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
