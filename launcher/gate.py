@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -59,6 +60,17 @@ class CheckProcess:
             self._process.wait()
         self._output.close()
         self._errors.close()
+
+
+def checked(config_path: Path) -> list[str]:
+    """Check the data and tokenizer of a config; its warnings. Raises UserError, DataError."""
+    gate = CheckProcess(config_path)
+    try:
+        while not gate.poll():
+            time.sleep(0.05)
+    finally:
+        gate.cancel()
+    return list(gate.result.get("warnings", ()))
 
 
 def _text(file: IO[bytes]) -> str:

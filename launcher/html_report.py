@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher.console import gib
 from launcher.goodput import PARTS
 from launcher.plots import Line, Mark, chart, timeline_chart
 from launcher.report import memory_line, report, seconds
 from launcher.reporting import time_line
-from launcher.watch import describe_evaluation, describe_failure, number, size
-from trainer.rundir import Json, RunDirectory, read_json
+from launcher.watch import describe_evaluation, describe_failure, number
+from trainer.rundir import Json, RunDirectory, read_json, write_text
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _MESSAGE_CHARACTERS = 2000
@@ -23,12 +22,7 @@ _MESSAGE_CHARACTERS = 2000
 def write_report(run: RunDirectory, path: Path | None = None) -> Path:
     """Write the report to `path` (default: report.html in the run directory) in one step; returns the path."""
     path = path or run.path / "report.html"
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        temporary.write_text(render(run), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, render(run))
     return path
 
 
@@ -97,7 +91,7 @@ def _marks(events: Sequence[Json], evaluations: Sequence[Json]) -> Iterator[Mark
             case "drill":
                 yield Mark(time, "drill", f"drill: {event.get('fault')} at step {step}")
             case "checkpoint":
-                yield Mark(time, "checkpoint", f"checkpoint of step {step}, {size(float(event.get('bytes', 0)))}")
+                yield Mark(time, "checkpoint", f"checkpoint of step {step}, {gib(event.get('bytes', 0))}")
             case "evaluation":
                 line = {"step": step, "evaluation": scores.get(step, {})}
                 yield Mark(time, "evaluation", describe_evaluation(line))

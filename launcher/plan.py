@@ -89,16 +89,16 @@ class Plan:
             return held
         return held + (2 if self.deepspeed["bf16"]["enabled"] else 4) * (everything - trained)
 
-    def commands(self, attempt: int = 1, address: str | None = None, port: int = DEFAULT_PORT) -> list[str]:
+    def commands(self) -> list[str]:
         """What a person could type on each node to run an attempt; launch does the same through `trainer.agent`."""
-        address = address or ("127.0.0.1" if self.nodes == 1 else "$MASTER_ADDR")
+        address = "127.0.0.1" if self.nodes == 1 else "$MASTER_ADDR"
         accelerator = ["DS_ACCELERATOR=cpu"] if self.device == "cpu" else []
         lines = []
         for node in range(self.nodes):
             words = [
                 "torchrun",
-                *torchrun_arguments(self.nodes, self.processes_per_node, node, address, port),
-                *("-m", "trainer.worker", "--run-dir", self.run_dir, "--attempt", str(attempt)),
+                *torchrun_arguments(self.nodes, self.processes_per_node, node, address, DEFAULT_PORT),
+                *("-m", "trainer.worker", "--run-dir", self.run_dir, "--attempt", "1"),
             ]
             line = " ".join(word if word == f"--master-addr={address}" else shlex.quote(word) for word in words)
             threads = f"OMP_NUM_THREADS={self.threads_per_rank}"
@@ -107,35 +107,12 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as written to plan.json."""
-        return {
-            "name": self.name,
-            "run_dir": self.run_dir,
-            "config_hash": self.config_hash,
-            "backend": self.backend,
-            "device": self.device,
-            "device_name": self.device_name,
-            "device_memory": self.device_memory,
-            "host_memory": self.host_memory,
-            "world_size": self.world_size,
-            "nodes": self.nodes,
-            "processes_per_node": self.processes_per_node,
-            "threads_per_rank": self.threads_per_rank,
-            "batch": asdict(self.batch),
-            "model": asdict(self.model),
+        return asdict(self) | {
             "memory": self.memory.to_json() if self.memory else None,
+            "world_size": self.world_size,
             "checkpoint_bytes": self.checkpoint_bytes,
-            "flops_per_token": self.flops_per_token,
             "flops_formula": FORMULA,
-            "peak_flops": self.peak_flops,
-            "step_time": asdict(self.step_time) if self.step_time else None,
-            "sequence_parallel": self.sequence_parallel,
-            "recompute": self.recompute,
-            "nvme": self.nvme,
-            "memory_reason": self.memory_reason,
-            "deepspeed": self.deepspeed,
-            "communication": asdict(self.communication),
             "commands": self.commands(),
-            "warnings": list(self.warnings),
         }
 
 

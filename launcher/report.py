@@ -6,11 +6,11 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from launcher.console import print_table, print_whole, printable
+from launcher.console import gib, print_table, print_whole, printable
 from launcher.goodput import failure_times
 from launcher.reporting import status
 from launcher.state import failures
-from launcher.watch import describe_evaluation, duration, number, size
+from launcher.watch import describe_evaluation, duration, number
 from trainer.rundir import Json, RunDirectory
 
 if TYPE_CHECKING:
@@ -59,12 +59,12 @@ def _memory(events: list[Json]) -> Json | None:
 
 def memory_line(memory: Json) -> str:
     """`at most 1.4 GiB resident (rank 1), at least 1.3 GiB; planned 1.6 GiB (14 % more)`."""
-    most, least = size(float(memory["peak_bytes"])), size(float(memory["least_bytes"]))
-    text = f"at most {most} {memory['counted']} (rank {memory['rank']}), at least {least}"
+    text = f"at most {gib(memory['peak_bytes'])} {memory['counted']} (rank {memory['rank']})"
+    text += f", at least {gib(memory['least_bytes'])}"
     if memory["error"] is None:
         return text
     more = f"{abs(100 * memory['error']):.0f} % {'more' if memory['error'] >= 0 else 'less'}"
-    return f"{text}; planned {size(float(memory['planned_bytes']))} ({more})"
+    return f"{text}; planned {gib(memory['planned_bytes'])} ({more})"
 
 
 def show_report(value: Json) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launcher.backends.slurm import in_allocation, submit
-from launcher.commands.launch import checked
 from launcher.facts import gather_facts
+from launcher.gate import checked
 from launcher.jobs import job_id as last_job
 from launcher.jobs import one_at_a_time
 from launcher.plan import make_plan

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,7 @@ from launcher.plots import Line, chart
 from launcher.trials import text
 from launcher.tuning import Search, Study
 from trainer.config.tuning import Categorical, LogUniform
-from trainer.rundir import Json, write_json
+from trainer.rundir import Json, write_json, write_text
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -67,12 +65,7 @@ def write_results(study: Study) -> Json:
         write_json(best_path, study.search.best_config(value["best"]["values"]), indent=2)
         value |= {"best_config": str(best_path), "launch": f"dsft launch {best_path}"}
     page = folder / "tune.html"
-    temporary = page.with_name(f".{page.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        temporary.write_text(render(study.search, value), encoding="utf-8")
-        os.replace(temporary, page)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(page, render(study.search, value))
     return {**value, "html": str(page)}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from launcher.console import printable
+from launcher.console import gib, printable
 from trainer.rundir import Json, LineReader, RunDirectory, read_json
 
 _READ_SECONDS = 0.5
@@ -70,7 +70,7 @@ class Progress:
         if line.get("mfu") is not None:
             yield "MFU", f"{100 * float(line['mfu']):.1f} %"
         if line.get("memory_bytes"):
-            yield "memory", size(float(line["memory_bytes"]))
+            yield "memory", gib(line["memory_bytes"])
         if (eta := self.eta_seconds()) is not None:
             yield "ETA", duration(eta)
 
@@ -227,7 +227,7 @@ def describe(event: Json) -> str | None:
         case "attempt" if event.get("attempt", 1) > 1:
             return f"attempt {event['attempt']} starts"
         case "checkpoint":
-            return f"checkpoint of step {event['step']} written ({size(event['bytes'])} in {event['seconds']:.1f} s)"
+            return f"checkpoint of step {event['step']} written ({gib(event['bytes'])} in {event['seconds']:.1f} s)"
         case "drill":
             return f"drill: {event['fault']} at step {event['step']}"
         case "warning":
@@ -265,15 +265,6 @@ def number(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return "-" if value is None else f"{float(value):.4g}"
-
-
-def size(count: float) -> str:
-    """Bytes in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} TiB"
 
 
 def duration(seconds: float) -> str:

@@ -29,11 +29,16 @@ def wall_time() -> float:
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Replace `path` by `value` as JSON in one step: a reader sees the old file or the new one, whole."""
+    """Replace `path` by `value` as JSON in one step."""
+    write_text(path, json.dumps(value, indent=indent))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step: a reader sees the old file or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=indent)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
+import os
 import secrets
 import selectors
 import socket
@@ -22,8 +23,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from launcher.nodes import NodePool
 from launcher.verdict import NODE_LOST
-from trainer.failures import EXIT_FAILED
+from trainer.config.schema import SlurmCluster, SshCluster
+from trainer.failures import EXIT_FAILED, UserError
+from trainer.rundir import RunDirectory
 
 LOST_SECONDS = 5
 END_SECONDS = 10.0
@@ -243,6 +247,68 @@ class Ends:
     def _codes(self) -> dict[str, int]:
         # an agent that had to be killed is no cause of anything: 0
         return {node.name: NODE_LOST if node.lost else node.code or 0 for node in self.links.nodes.values()}
+
+
+@dataclass(kw_only=True)
+class LinkedAttempt:
+    """A started attempt with a link to each of its nodes."""
+
+    run: RunDirectory
+    attempt: int
+    links: Links
+    ends: Ends
+    _closed: bool = False
+
+    def release(self) -> None:
+        """Let the held agents start their ranks."""
+        self.links.release()
+
+    def is_failing(self) -> bool:
+        """Whether an agent has failed or a node is gone, while others may have to be ended yet."""
+        return self.ends.is_failing
+
+    def ask_for_stacks(self) -> None:
+        """Have every rank write the Python stacks of its threads."""
+        self.links.ask_for_stacks()
+
+
+@dataclass
+class LinkedBackend:
+    """Starts attempts whose nodes hold a link to the supervisor."""
+
+    run: RunDirectory
+    cluster: SlurmCluster | SshCluster
+    processes: int
+    environment: Mapping[str, str]
+    worker_module: str = field(default="trainer.worker", kw_only=True)
+    pool: NodePool = field(default_factory=lambda: NodePool(()), kw_only=True)
+    # told how many nodes an attempt is about to have
+    resize: Callable[[int], None] = field(default=lambda nodes: None, kw_only=True)
+    _last: LinkedAttempt | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.pool.sizes = self.pool.sizes or (self.cluster.nodes,)
+
+    def _open_links(self, nodes: Sequence[str], attempt: int, passed: Mapping[str, str]) -> Links:
+        """Links for an attempt on these nodes, whose ranks get the variables `passed` as well."""
+        self.resize(len(nodes))
+        arguments = ["--run-dir", str(self.run.path), "--attempt", str(attempt)]
+        arguments += ["--worker-module", self.worker_module, "--", "--nproc-per-node", str(self.processes)]
+        return Links(nodes, arguments, {**self.environment, **passed})
+
+    def _lose(self) -> None:
+        """Hold it against the nodes of the last attempt that are gone or never came."""
+        for node in self._last.links.nodes.values() if self._last is not None else ():
+            if node.lost or not node.address:
+                self.pool.lose(node.name)
+
+
+def passed_environment(cluster: SlurmCluster | SshCluster) -> dict[str, str]:
+    """The variables of `pass_environment`. Raises UserError for those that are not set."""
+    missing = [name for name in cluster.pass_environment if name not in os.environ]
+    if missing:
+        raise UserError(f"cluster.pass_environment names {', '.join(missing)}: export it here, then launch again")
+    return {name: os.environ[name] for name in cluster.pass_environment}
 
 
 def answered(processes: Mapping[str, subprocess.Popen[bytes]], seconds: float) -> list[str]:

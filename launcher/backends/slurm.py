@@ -10,13 +10,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.backends.links import END_SECONDS, START_SECONDS, Ends, Links, address_towards, answered
+from launcher.backends.links import (
+    END_SECONDS,
+    START_SECONDS,
+    Ends,
+    LinkedAttempt,
+    LinkedBackend,
+    address_towards,
+    answered,
+    passed_environment,
+)
 from launcher.backends.node import INTERFACE_VARIABLE, LINK_VARIABLE
-from launcher.nodes import NodePool
 from slurm import client
 from slurm.containers import contained
 from slurm.hostlist import expand
@@ -64,9 +72,7 @@ def submit(job: Job, cluster: SlurmCluster) -> str:
     """
     script = render(job, cluster)
     node_task(cluster, job.run_dir)  # refuses what cannot be put into a container
-    missing = [name for name in cluster.pass_environment if name not in os.environ]
-    if missing:
-        raise UserError(f"cluster.pass_environment names {', '.join(missing)}: export it here, then launch again")
+    passed_environment(cluster)  # sbatch hands it on
     check_syntax(script)
     job.run_dir.mkdir(parents=True, exist_ok=True)
     job.script_path.write_text(script)
@@ -93,29 +99,12 @@ def check_syntax(script: str) -> None:
 # -- inside the job ----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class SlurmAttempt:
+@dataclass(kw_only=True)
+class SlurmAttempt(LinkedAttempt):
     """A started attempt: one srun step, and a link to each of its nodes."""
 
-    run: RunDirectory
-    attempt: int
-    links: Links
     step: subprocess.Popen[bytes]
-    ends: Ends
     _told: bool = False
-    _closed: bool = False
-
-    def release(self) -> None:
-        """Let the held agents start their ranks."""
-        self.links.release()
-
-    def is_failing(self) -> bool:
-        """Whether an agent has failed or a node is gone, while others may have to be ended yet."""
-        return self.ends.is_failing
-
-    def ask_for_stacks(self) -> None:
-        """Have every rank write the Python stacks of its threads."""
-        self.links.ask_for_stacks()
 
     def poll(self) -> dict[str, int] | None:
         """Node -> exit code of its agent (NODE_LOST: it or its link is gone) once no agent is left, else None."""
@@ -156,20 +145,10 @@ def _cancel_step(name: str) -> None:
 
 
 @dataclass
-class SlurmBackend:
+class SlurmBackend(LinkedBackend):
     """Starts attempts inside the allocation that this process runs in."""
 
-    run: RunDirectory
     cluster: SlurmCluster
-    processes: int
-    environment: Mapping[str, str]
-    worker_module: str = "trainer.worker"
-    pool: NodePool = field(default_factory=lambda: NodePool(()))
-    resize: Callable[[int], None] = lambda nodes: None  # told how many nodes an attempt is about to have
-    _last: SlurmAttempt | None = None
-
-    def __post_init__(self) -> None:
-        self.pool.sizes = self.pool.sizes or (self.cluster.nodes,)
 
     def start(self, attempt: int) -> SlurmAttempt:
         """Start a held agent on each of the attempt's nodes: spares rather than nodes lost before."""
@@ -187,10 +166,7 @@ class SlurmBackend:
                 f"the allocation has {here} GPU(s) on a node, cluster.gpus_per_node is {self.cluster.gpus_per_node}: "
                 f"ask for more, or launch with --set cluster.gpus_per_node={here}"
             )
-        self.resize(len(nodes))
-        arguments = ["--run-dir", str(self.run.path), "--attempt", str(attempt)]
-        arguments += ["--worker-module", self.worker_module, "--", "--nproc-per-node", str(self.processes)]
-        links = Links(nodes, arguments, dict(self.environment))
+        links = self._open_links(nodes, attempt, {})
         variables = step_variables(self.cluster, f"{address_towards(allocated)} {links.port} {links.token}")
         command = step_command(self.cluster, nodes, self.run.path)
         try:
@@ -202,16 +178,14 @@ class SlurmBackend:
                 f"srun cannot be started: {error.strerror}; is this the first node of a SLURM job?"
             ) from None
         seconds = START_SECONDS if self.cluster.container is None else _IMAGE_SECONDS
-        self._last = SlurmAttempt(self.run, attempt, links, step, Ends(links, seconds))
-        return self._last
+        started = SlurmAttempt(run=self.run, attempt=attempt, links=links, ends=Ends(links, seconds), step=step)
+        self._last = started
+        return started
 
     def exhausted(self) -> str | None:
         """Why this allocation cannot carry another attempt; None while it can. Call it after a failed one."""
         allocated = expand(os.environ["SLURM_JOB_NODELIST"])
-        if self._last is not None:
-            for node in self._last.links.nodes.values():
-                if node.lost or not node.address:
-                    self.pool.lose(node.name)
+        self._lose()
         usable = [node for node in self._usable(allocated) if not self.pool.is_ruled_out(node)]
         if self.pool.size(len(usable)):
             return None

@@ -14,14 +14,20 @@ import site
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from launcher.backends.links import END_SECONDS, Ends, Links, answered
+from launcher.backends.links import (
+    END_SECONDS,
+    Ends,
+    LinkedAttempt,
+    LinkedBackend,
+    answered,
+    passed_environment,
+)
 from launcher.backends.node import INTERFACE_VARIABLE, LINK_VARIABLE
-from launcher.nodes import NodePool
 from trainer.config.schema import SshCluster
 from trainer.failures import NODE_VARIABLE, UserError
 from trainer.processes import package_root
@@ -104,39 +110,11 @@ def end_processes(processes: Sequence[subprocess.Popen[bytes]], seconds: float) 
             process.wait()
 
 
-def passed_environment(cluster: SshCluster) -> dict[str, str]:
-    """The variables of `pass_environment`. Raises UserError for those that are not set."""
-    missing = [name for name in cluster.pass_environment if name not in os.environ]
-    if missing:
-        raise UserError(f"cluster.pass_environment names {', '.join(missing)}: export it here, then launch again")
-    return {name: os.environ[name] for name in cluster.pass_environment}
-
-
-@dataclass
-class SshAttempt:
+@dataclass(kw_only=True)
+class SshAttempt(LinkedAttempt):
     """A started attempt: one ssh and one link a host."""
 
-    run: RunDirectory
-    attempt: int
-    links: Links
     processes: dict[str, subprocess.Popen[bytes]]
-    ends: Ends = field(init=False)
-    _closed: bool = False
-
-    def __post_init__(self) -> None:
-        self.ends = Ends(self.links)
-
-    def release(self) -> None:
-        """Let the held agents start their ranks."""
-        self.links.release()
-
-    def is_failing(self) -> bool:
-        """Whether an agent has failed or a node is gone, while others may have to be ended yet."""
-        return self.ends.is_failing
-
-    def ask_for_stacks(self) -> None:
-        """Have every rank write the Python stacks of its threads."""
-        self.links.ask_for_stacks()
 
     def poll(self) -> dict[str, int] | None:
         """Node -> exit code of its agent (NODE_LOST: it or its link is gone) once no agent is left, else None."""
@@ -168,28 +146,15 @@ class SshAttempt:
 
 
 @dataclass
-class SshBackend:
+class SshBackend(LinkedBackend):
     """Starts attempts on the hosts of `cluster`. `address`: of this machine, as they reach it."""
 
-    run: RunDirectory
     cluster: SshCluster
-    processes: int
-    environment: Mapping[str, str]
     address: str
-    worker_module: str = "trainer.worker"
-    pool: NodePool = field(default_factory=lambda: NodePool(()))
-    resize: Callable[[int], None] = lambda nodes: None  # told how many hosts an attempt is about to have
-    _last: SshAttempt | None = None
-
-    def __post_init__(self) -> None:
-        self.pool.sizes = self.pool.sizes or (self.cluster.nodes,)
 
     def exhausted(self) -> str | None:
         """Call it after a failed attempt: its lost hosts come last from now on. There is always another attempt."""
-        if self._last is not None:
-            for node in self._last.links.nodes.values():
-                if node.lost or not node.address:
-                    self.pool.lose(node.name)
+        self._lose()
         return None
 
     def candidates(self) -> list[str]:
@@ -214,10 +179,7 @@ class SshBackend:
         """Start a held agent on each of the attempt's hosts: spares rather than hosts lost before."""
         hosts = {host_name(host): host for host in self.cluster.hosts}
         names = self.pool.choose(list(hosts))
-        self.resize(len(names))
-        arguments = ["--run-dir", str(self.run.path), "--attempt", str(attempt)]
-        arguments += ["--worker-module", self.worker_module, "--", "--nproc-per-node", str(self.processes)]
-        links = Links(names, arguments, dict(self.environment) | passed_environment(self.cluster))
+        links = self._open_links(names, attempt, passed_environment(self.cluster))
         processes: dict[str, subprocess.Popen[bytes]] = {}
         try:
             for name in names:
@@ -233,8 +195,9 @@ class SshBackend:
             links.close()
             end_processes(list(processes.values()), 0.0)
             raise
-        self._last = SshAttempt(self.run, attempt, links, processes)
-        return self._last
+        started = SshAttempt(run=self.run, attempt=attempt, links=links, ends=Ends(links), processes=processes)
+        self._last = started
+        return started
 
 
 def ssh_log(run: RunDirectory, attempt: int, name: str) -> Path:

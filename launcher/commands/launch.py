@@ -190,6 +190,7 @@ def _submitted(
 ) -> tuple[str, Job]:
     """Check data and tokenizer, and submit; returns the job's id, and what was submitted."""
     from launcher.backends.slurm import job_of, submit
+    from launcher.gate import checked
     from launcher.grace import grace_problem
     from launcher.jobs import refuse_second_job
     from trainer.lease import acquire
@@ -206,19 +207,6 @@ def _submitted(
     job_id = submit(job, cluster)
     target.event_writer("submission").write("submitted", job_id=job_id, backend="slurm")
     return job_id, job
-
-
-def checked(config_path: Path) -> list[str]:
-    """Check the data and tokenizer of a config; its warnings. Raises UserError, DataError."""
-    from launcher.gate import CheckProcess
-
-    gate = CheckProcess(config_path)
-    try:
-        while not gate.poll():
-            time.sleep(0.05)
-    finally:
-        gate.cancel()
-    return list(gate.result.get("warnings", ()))
 
 
 def _follow(target: RunDirectory, job_id: str, as_json: bool) -> int:

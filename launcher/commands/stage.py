@@ -24,9 +24,8 @@ def run(options: argparse.Namespace) -> int:
     import os
     import subprocess
     import sys
-    import time
 
-    from launcher.gate import CheckProcess
+    from launcher.gate import checked
     from launcher.permissions import apply_umask
     from trainer.config.loading import load_config
     from trainer.failures import EXIT_DONE
@@ -41,12 +40,7 @@ def run(options: argparse.Namespace) -> int:
         return done.returncode
     result = json.loads(done.stdout.splitlines()[-1])
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    check = CheckProcess(Path(result["config"]))
-    try:
-        while not check.poll():
-            time.sleep(0.05)
-    finally:
-        check.cancel()
+    checked(Path(result["config"]))
     if options.json:
         print(json.dumps(result))
         return EXIT_DONE

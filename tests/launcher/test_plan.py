@@ -49,13 +49,13 @@ def test_json_holds_what_ranks_read(tmp_path):
 def test_the_command_is_torchruns(tmp_path):
     from torch.distributed.run import get_args_parser
 
-    (command,) = plan_of(tmp_path, "name=a.b").commands(attempt=3)
+    (command,) = plan_of(tmp_path, "name=a.b").commands()
     words = command.split()
     assert words[:3] == ["PYTHONSAFEPATH=1", "OMP_NUM_THREADS=4", "DS_ACCELERATOR=cpu"]
     options = get_args_parser().parse_args(words[4:])
     assert (options.nnodes, options.nproc_per_node, options.node_rank, options.max_restarts) == ("1", "2", 0, 0)
     assert (options.module, options.training_script) == (True, "trainer.worker")
-    assert options.training_script_args == ["--run-dir", str(tmp_path / "runs/a.b"), "--attempt", "3"]
+    assert options.training_script_args == ["--run-dir", str(tmp_path / "runs/a.b"), "--attempt", "1"]
 
 
 def test_gpus_are_used_where_there_are_some(tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from launcher import watch as module
-from launcher.watch import Progress, Watch, describe_failure, duration, size
+from launcher.watch import Progress, Watch, describe_failure, duration
 from trainer.rundir import LineReader, RunDirectory, append_line
 
 
@@ -175,7 +175,6 @@ def test_a_terminal_that_moves_no_cursor_gets_plain_lines(run: RunDirectory, mon
 
 def test_words() -> None:
     assert [duration(seconds) for seconds in (5, 3661, 90061)] == ["0:00:05", "1:01:01", "1 d 1:01:01"]
-    assert [size(count) for count in (10, 2048, 5 << 40)] == ["10 B", "2.0 KiB", "5.00 TiB"]
     failure = {"class": "out_of_memory", "rank": 3, "node": "n1", "step": 12, "message": "full"}
     assert describe_failure(failure) == "out of memory error on rank 3 (node n1), step 12: full"
     assert describe_failure({"class": "user", "message": "x\x1b[2J"}) == "user error: x\ufffd[2J"
