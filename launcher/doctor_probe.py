@@ -28,12 +28,12 @@ import launcher
 from launcher.backends.links import keep_alive
 from launcher.backends.node import LINK_VARIABLE, free_port, interfaces
 from launcher.environment import installed_version
+from launcher.facts import nvidia_smi
 from trainer.failures import EXIT_FAILED, node_name
 from trainer.processes import die_with_parent, host_identity, package_root
 
 _CONNECT_SECONDS = 10.0
 _REACH_SECONDS = 3.0
-_SMI_SECONDS = 10.0
 _SPEED_SECONDS = 3.0  # at most, for writing and for reading
 _CHUNK = 4 << 20
 
@@ -123,13 +123,11 @@ def _writes(folder: Path, marker: str, node: str) -> str | None:
 
 def _gpus() -> list[Json] | None:
     """The GPUs that nvidia-smi tells of, with bytes used and the share of time busy; None without nvidia-smi."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
+    if shutil.which("nvidia-smi") is None:
         return None
-    query = [program, "--query-gpu=name,memory.total,memory.used,utilization.gpu", "--format=csv,noheader,nounits"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=_SMI_SECONDS, check=True)
     found = []
-    for line in done.stdout.splitlines():
+    query = "--query-gpu=name,memory.total,memory.used,utilization.gpu"
+    for line in nvidia_smi(query, "--format=csv,noheader,nounits"):
         name, total, used, busy = (part.strip() for part in line.split(","))
         sizes = [int(text) << 20 if text.isdigit() else 0 for text in (total, used)]
         found.append({"name": name, "memory": sizes[0], "used": sizes[1], "busy": int(busy) if busy.isdigit() else 0})

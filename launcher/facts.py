@@ -159,7 +159,9 @@ def _listed() -> dict[str, Gpu]:
     stead."""
     found: dict[str, Gpu] = {}
     cut: dict[str, str] = {}
-    for line in _smi("--query-gpu=index,uuid,name,memory.total,mig.mode.current", "--format=csv,noheader,nounits"):
+    for line in nvidia_smi(
+        "--query-gpu=index,uuid,name,memory.total,mig.mode.current", "--format=csv,noheader,nounits"
+    ):
         index, uuid, name, mebibytes, mig = (part.strip() for part in line.split(","))
         if mig == "Enabled":
             cut[uuid] = index
@@ -176,10 +178,10 @@ def _instances() -> Iterator[tuple[str, str, Gpu]]:
     """(UUID of the GPU, its own UUID, itself) of every MIG instance: one listing has the UUIDs, another the memory."""
     from xml.etree import ElementTree
 
-    described = ElementTree.fromstring("\n".join(_smi("-q", "-x"))).iter("gpu")
+    described = ElementTree.fromstring("\n".join(nvidia_smi("-q", "-x"))).iter("gpu")
     sizes = {gpu.findtext("uuid"): [of.findtext(_MIG_MEMORY, "") for of in gpu.iter("mig_device")] for gpu in described}
     name = whole = ""
-    for line in _smi("-L"):
+    for line in nvidia_smi("-L"):
         if found := re.match(r"GPU \d+: (.*) \(UUID: (GPU-[^)]+)\)", line):
             name, whole = found.groups()
         elif found := re.match(r"\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: (MIG-[^)]+)\)", line):
@@ -189,7 +191,7 @@ def _instances() -> Iterator[tuple[str, str, Gpu]]:
                 yield whole, uuid, Gpu(f"{name}{_MIG}{profile}", int(mebibytes) << 20)
 
 
-def _smi(*options: str) -> list[str]:
+def nvidia_smi(*options: str) -> list[str]:
     """Lines that nvidia-smi prints; none where there is no such program."""
     program = shutil.which("nvidia-smi")
     if program is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import subprocess
 import sys
 import time
@@ -84,8 +84,6 @@ def find_trained(text: str, step: int | None, export: Path | None, task: str | N
 
 
 def _own_processes() -> int:
-    import os
-
     return max(1, len(find_gpus(os.environ)))
 
 
@@ -252,12 +250,6 @@ def columns_of(items: Sequence[str]) -> dict[str, str]:
     if any(not (name and equals and column) for name, equals, column in pairs):
         raise UserError(f"--columns {' '.join(items)}: expected TASK_COLUMN=FILE_COLUMN, as in text=sentence")
     return {name: column for name, _, column in pairs}
-
-
-def as_json(config: Any) -> dict[str, Any]:
-    """A config for a request."""
-    value: dict[str, Any] = json.loads(config.model_dump_json())
-    return value
 
 
 def at_least_one(option: str, given: int | None, default: int) -> int:

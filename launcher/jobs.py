@@ -7,9 +7,8 @@ import fcntl
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from launcher.state import DIED, RunState, State
+from launcher.state import DIED, RunState, State, job_id
 from slurm import client
 from slurm.states import JobState
 from trainer.failures import DsftError, UserError
@@ -24,11 +23,6 @@ class Answer:
 
     jobs: Mapping[Path, client.Job] = field(default_factory=dict)
     unknown: Mapping[Path, str] = field(default_factory=dict)
-
-
-def job_id(events: Sequence[Mapping[str, Any]]) -> str | None:
-    """The id (without an array's index) of the last job that was submitted for a run or ran it, from its `ledger`."""
-    return next((str(event["job_id"]) for event in reversed(events) if "job_id" in event), None)
 
 
 def ask(job_ids: Mapping[Path, str], told: Collection[Path] = (), seconds: float | None = None) -> Answer:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.goodput import Span, account, timeline
-from launcher.state import DIED, RunState, ledger, run_state
+from launcher.state import DIED, RunState, job_id, ledger, run_state
 from launcher.watch import Progress, duration, epochs_of, number
 from trainer.failures import DsftError
 from trainer.rundir import Json, RunDirectory, read_lines
@@ -69,15 +69,14 @@ def _jobs(known: Sequence[Known]) -> tuple[Mapping[Path, client.Job], Mapping[Pa
     has_job = [
         (run.path, number, state)
         for run, events, state in known
-        if state.state != "finished"
-        and (number := next((e["job_id"] for e in reversed(events) if "job_id" in e), None))
+        if state.state != "finished" and (number := job_id(events))
     ]
     if not has_job:
         return {}, {}  # the import is slow for those who have no SLURM
     from launcher import jobs
 
     told = {path for path, _, state in has_job if state.state != "pending" and state.reason != DIED}
-    answer = jobs.ask({path: str(number) for path, number, _ in has_job}, told)
+    answer = jobs.ask({path: number for path, number, _ in has_job}, told)
     return answer.jobs, answer.unknown
 
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from launcher.backends.slurm import SlurmBackend
 from launcher.nodes import BAD_NODE_HOURS, bad_nodes
-from launcher.state import ledger
+from launcher.state import FAILURE_KEYS, ledger
 from launcher.supervisor import Supervisor, progress
-from launcher.verdict import Action, Attempt, Verdict, decide
+from launcher.verdict import Action, Attempt, Verdict, decide, record_of
 from slurm import client
 from slurm.hostlist import expand
 from trainer.config.schema import SlurmCluster
@@ -74,16 +74,15 @@ def attempts_of(run: RunDirectory, job_id: str, now: float, max_restarts: int) -
                 head = event.get("head")
                 message = f"the supervisor on {head} was killed, or its node went down: it left no verdict"
                 verdict = Verdict("failed", "node", message=message, step=step)
-            now_at = progress(run)
+            made = Attempt(verdict, progress(run))
             action = Action("retry", EXIT_TEMPORARY, reason="the job was requeued", requeue=True)
             if verdict.outcome == "failed":
-                decided = decide([*history, Attempt(verdict, now_at)], max_restarts)
+                decided = decide([*history, made], max_restarts)
                 action = decided if decided.kind == "stop" else action
-            value = verdict.to_json() | {"action": action.kind, "reason": action.reason, "delay_seconds": 0.0}
-            value |= {"requeue": action.requeue, "exit_code": action.exit_code, "time": now, "progress": list(now_at)}
+            value = record_of(made, action, now)
             write_json(run.verdict_path(attempt), value, indent=1)
             if verdict.outcome == "failed":
-                fields = {key: value[key] for key in ("class", "rank", "node", "step", "message", "victims", "action")}
+                fields = {key: value[key] for key in FAILURE_KEYS}
                 run.event_writer("supervisor").write("failure", attempt=attempt, **fields)
             if action.kind == "stop":
                 raise GivenUpError(f"{action.reason} ({verdict.message})")

@@ -13,6 +13,7 @@ from trainer.rundir import RunDirectory, merged
 
 DIED = "the launcher died without a word (killed, or its machine went down)"
 CUT_SHORT = "killed while it was stopping"  # SLURM waits KillWait seconds, often 30
+FAILURE_KEYS = ("class", "rank", "node", "step", "message", "victims", "action")  # what is told of a failed attempt
 State = Literal["pending", "running", "finished", "failed", "stopped"]
 
 # For showing only (taking over trusts no clock): a lock of another host that is older than this is shown as dead.
@@ -32,6 +33,11 @@ def ledger(run: RunDirectory) -> list[dict[str, Any]]:
     """The events of the launcher, oldest first: those of the supervisor, of submissions and of drills."""
     # submission.jsonl: written where a job is submitted, on another machine than the supervisor's
     return merged(run.events_dir / f"{writer}.jsonl" for writer in ("submission", "supervisor", "drill"))
+
+
+def job_id(events: Sequence[Mapping[str, Any]]) -> str | None:
+    """The id (without an array's index) of the last job that was submitted for a run or ran it, from its `ledger`."""
+    return next((str(event["job_id"]) for event in reversed(events) if "job_id" in event), None)
 
 
 def run_state(run: RunDirectory, events: Sequence[Mapping[str, Any]] | None = None) -> RunState:
@@ -69,5 +75,5 @@ def _is_fresh(run: RunDirectory, holder: Holder) -> bool:
 
 def failures(run: RunDirectory) -> list[dict[str, Any]]:
     """Every failure of the run: {attempt, class, rank, node, step, message, victims, action}, oldest first."""
-    keys = ("attempt", "class", "rank", "node", "step", "message", "victims", "action")
+    keys = ("attempt", *FAILURE_KEYS)
     return [{key: verdict.get(key) for key in keys} for verdict in run.verdicts() if verdict["outcome"] == "failed"]

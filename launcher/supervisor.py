@@ -9,13 +9,25 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Protocol
 
 from launcher.hangs import with_stack
 from launcher.heartbeats import HeartbeatWatch
 from launcher.membership import Membership
+from launcher.state import FAILURE_KEYS
 from launcher.stragglers import Straggler
-from launcher.verdict import GROW, PLANNED_STOPS, STRAGGLER, Action, Attempt, Snapshot, Verdict, classify, decide
+from launcher.verdict import (
+    GROW,
+    PLANNED_STOPS,
+    STRAGGLER,
+    Action,
+    Attempt,
+    Snapshot,
+    Verdict,
+    classify,
+    decide,
+    record_of,
+)
 from trainer.config.schema import ResilienceConfig
 from trainer.failures import EXIT_TEMPORARY, DsftError
 from trainer.lease import Lease
@@ -345,18 +357,10 @@ class Supervisor:
         """Into verdict.json and the ledger; whoever has taken over the lock writes there now, nobody else."""
         if self.lease.lost.is_set():
             return
-        value: dict[str, Any] = verdict.to_json() | {
-            "action": action.kind,
-            "reason": action.reason,
-            "delay_seconds": action.delay_seconds,
-            "requeue": action.requeue,
-            "progress": list(self.history[-1].progress),
-            "exit_code": action.exit_code,
-            "time": wall_time(),
-        }
+        value = record_of(self.history[-1], action, wall_time())
         retried(lambda: write_json(self.run.verdict_path(attempt), value, indent=1), "verdict.json")
         if verdict.outcome == "failed":
-            fields = {key: value[key] for key in ("class", "rank", "node", "step", "message", "victims", "action")}
+            fields = {key: value[key] for key in FAILURE_KEYS}
             events.write("failure", attempt=attempt, noticed=self._noticed or value["time"], **fields)
         elif action.kind == "retry":
             events.write("restart", attempt=attempt, reason=action.reason)

@@ -12,10 +12,10 @@ from pathlib import Path
 from launcher.backends.slurm import in_allocation, submit
 from launcher.facts import gather_facts
 from launcher.gate import checked
-from launcher.jobs import job_id as last_job
 from launcher.jobs import one_at_a_time
 from launcher.plan import make_plan
 from launcher.preflight import preflight
+from launcher.state import job_id
 from launcher.tuning import Search, Study
 from launcher.tuning_report import summary
 from slurm import client
@@ -44,7 +44,7 @@ def ensure_submitted(study: Study, say: Callable[[str], None]) -> str:
     cluster = search.config.cluster
     assert isinstance(cluster, SlurmCluster)
     with one_at_a_time(folder):
-        number = last_job(read_lines(folder.events_dir / "submission.jsonl"))
+        number = job_id(read_lines(folder.events_dir / "submission.jsonl"))
         there = in_queue(number) if number else []
         if number and there:
             running = sum(job.state == "running" for job in there)

@@ -260,6 +260,19 @@ class Action:
     requeue: bool = False  # the scheduler is to run this launch again
 
 
+def record_of(attempt: Attempt, action: Action, time: float) -> dict[str, Any]:
+    """`verdict.json`. time: unix seconds."""
+    return attempt.verdict.to_json() | {
+        "action": action.kind,
+        "reason": action.reason,
+        "delay_seconds": action.delay_seconds,
+        "requeue": action.requeue,
+        "progress": list(attempt.progress),
+        "exit_code": action.exit_code,
+        "time": time,
+    }
+
+
 def decide(history: Sequence[Attempt], max_restarts: int, stop_reason: str | None = None) -> Action:
     """The action after the last attempt of `history`: those of this launch, and of the job before its requeues."""
     verdict = history[-1].verdict

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -50,11 +49,6 @@ class Job:
     start: str = ""
 
 
-def available() -> bool:
-    """Whether SLURM's commands are installed here."""
-    return shutil.which("sbatch") is not None
-
-
 def submit(script: Path, folder: Path, environment: Mapping[str, str] | None = None) -> str:
     """Submit a job script with `folder` as its working directory; returns the job id.
 
@@ -71,17 +65,6 @@ def try_out(script: Path, folder: Path, environment: Mapping[str, str] | None = 
     return answer.strip().removeprefix("sbatch: ")
 
 
-def jobs(job_ids: Sequence[str]) -> dict[str, Job]:
-    """The jobs that SLURM knows, from the queue, then from the accounting. A job that is in neither is left out.
-
-    Raises SlurmUnavailable if the queue does not answer, or, for a job that is not in it, the accounting.
-    """
-    found = queued(job_ids)
-    if missing := [job_id for job_id in job_ids if job_id not in found]:
-        found |= accounted(missing)
-    return found
-
-
 def own_id() -> str:
     """The id of the job that this process runs in. Its number alone may mean the whole array that it is one of."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
@@ -89,8 +72,8 @@ def own_id() -> str:
 
 
 def job(job_id: str) -> Job | None:
-    """One job; None if SLURM answers that it knows of none. Raises SlurmUnavailable."""
-    return jobs([job_id]).get(job_id)
+    """One job, from the queue, else from the accounting; None if SLURM knows of none. Raises SlurmUnavailable."""
+    return queued([job_id]).get(job_id) or accounted([job_id]).get(job_id)
 
 
 def is_preempted(job_id: str, seconds: float = QUERY_SECONDS) -> bool:

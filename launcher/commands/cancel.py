@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
     found = find_run(options.run)
     state = run_state(found).state
     running = state == "running"
-    if (found.events_dir / "submission.jsonl").exists():
+    if state != "finished" and (found.events_dir / "submission.jsonl").exists():
         from launcher.jobs import cancel_job
 
         try:

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         if not config.data.evaluation:
             raise UserError(f"{options.run} has no evaluation data: name some with --data")
         request = {
-            "config": inference.as_json(config),
+            "config": config.model_dump(mode="json"),
             "batch_size": inference.at_least_one("--batch-size", options.batch_size, trained.batch_size),
         }
         processes = inference.at_least_one("--processes", options.processes, trained.processes)

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
             task = config.task.model_copy(update={"generation": GenerationConfig()})
             config = config.model_copy(update={"task": task})
         request = {
-            "config": inference.as_json(config),
+            "config": config.model_dump(mode="json"),
             "batch_size": inference.at_least_one("--batch-size", options.batch_size, trained.batch_size),
         }
         processes = inference.at_least_one("--processes", options.processes, trained.processes)
