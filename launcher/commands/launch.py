@@ -100,6 +100,7 @@ def launch(
     ready_fd: int | None = None,
 ) -> int:
     """Run `config` in `target` under its lock, show how it goes, and print the account at the end."""
+    from launcher.console import printable
     from launcher.gate import CheckProcess
     from launcher.permissions import make_run_directory
     from launcher.supervisor import gone
@@ -142,7 +143,7 @@ def launch(
     _write_html(target)
     _print_account(target, as_json)
     if result.verdict.outcome == "failed":
-        print(f"error: {result.verdict.message}", file=sys.stderr, flush=True)
+        print(f"error: {printable(result.verdict.message)}", file=sys.stderr, flush=True)
     if config.cluster.backend == "slurm":
         from launcher.requeue import exit_code
 
@@ -265,8 +266,6 @@ def _supervise(
 
     watch = Watch(target, stream)
     notifier = Notifier(target, config.resilience.notify)
-    place = open_place(config, plan, target, environment)
-    watch.say(f"run {target.path}: {plan['world_size']} rank(s), checking data and tokenizer")
     warned = False
     check_grace = _grace_check(config, target)
 
@@ -286,9 +285,11 @@ def _supervise(
 
             tell_ready(ready_fd)
 
-    supervisor = Supervisor(target, place.backend, place.resilience, lease, gate, tick, released=released)
-    supervisor.membership = place.membership
     try:
+        place = open_place(config, plan, target, environment)
+        watch.say(f"run {target.path}: {plan['world_size']} rank(s), checking data and tokenizer")
+        supervisor = Supervisor(target, place.backend, place.resilience, lease, gate, tick, released=released)
+        supervisor.membership = place.membership
         if config.cluster.backend == "slurm":
             from launcher.backends.slurm import SlurmBackend
             from launcher.requeue import continue_job

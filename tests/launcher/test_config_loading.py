@@ -98,6 +98,7 @@ def test_every_error_at_once(tmp_path):
     ("key", "value", "text"),
     [
         ("training.micro_batch_size", 0, 'expected a positive integer or "auto"'),
+        *(("name", name, "expected 1 to 100 letters") for name in ("../up", "$(id)", "", "a/b", ".hidden", "x" * 200)),
         ("training.micro_batch_size", 1.5, 'expected a positive integer or "auto"'),
         ("training.max_grad_norm", "1", "expected a number of at least 0"),
         ("data.packing", "yes", "expected true or false"),

@@ -8,11 +8,15 @@ import pty
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from launcher import place
 from launcher import watch as module
+from launcher.commands import launch
 from launcher.watch import Progress, Watch, describe_failure, duration
+from trainer.failures import UserError
 from trainer.rundir import LineReader, RunDirectory, append_line
 
 
@@ -171,6 +175,22 @@ def test_a_terminal_that_moves_no_cursor_gets_plain_lines(run: RunDirectory, mon
         watch.close()
         assert os.read(leader, 65536).startswith(b"step 3/10")
     os.close(leader)
+
+
+def test_a_launch_that_is_refused_leaves_the_terminal_as_it_was(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(place, "open_place", Mock(side_effect=UserError("n1 does not answer")))
+    config = Mock()
+    config.resilience.notify = ()
+    leader, follower = pty.openpty()
+    with os.fdopen(follower, "w") as terminal:
+        with pytest.raises(UserError):
+            launch._supervise(config, {"world_size": 1}, run, Mock(), Mock(), {}, terminal, None)
+        output = os.read(leader, 65536)
+    os.close(leader)
+    assert output.count(b"\x1b[?25l") == output.count(b"\x1b[?25h") == 1  # the cursor
 
 
 def test_words() -> None:
