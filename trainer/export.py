@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint_files import damage, published
+from trainer.checkpoint_files import damage, folder_name, published
 from trainer.config.schema import LaunchConfig, ModelConfig
 from trainer.export_adapter import write_config
 from trainer.export_weights import Weights
@@ -44,7 +44,9 @@ def export_run(
     source = published(run, step)
     found = damage(source)
     if found:
-        raise UserError(f"the checkpoint is damaged: {found}; export another step ({run.published_checkpoints()})")
+        others = [str(other) for other in run.published_checkpoints() if folder_name(other) != source.name]
+        advice = f"take another one, by --step: {', '.join(others)}" if others else "there is no other one"
+        raise UserError(f"the checkpoint is damaged: {found}; {advice}")
     target = run.export_dir if output is None else output.absolute()
     if output is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--output {target} is there already: choose a folder that is not, or is empty")

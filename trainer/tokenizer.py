@@ -6,6 +6,7 @@ only for folders that hold neither file. Encoding never adds special tokens: tas
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ import numpy as np
 from trainer.config.schema import ModelConfig
 from trainer.failures import DataError
 
+# Words that merges, white space, capitals, digits, and bytes that no piece covers show in
+_SAMPLE = "The  quick brown fox, 12345 times: naïve café\n\tdef f(x): return x**2  # 日本語 🙂 Überraschung"
 _TOGETHER = 64  # texts of one call: what it returns is large, and dear to allocate, for thousands
 
 
@@ -50,6 +53,12 @@ class Tokenizer:
     _show: Callable[[list[int]], str]
     _save: Callable[[Path], None]
     backend: Any = None
+
+    def fingerprint(self) -> str:
+        """A hash of what makes ids of a text: its vocabulary and special tokens, the chat template, and a sample."""
+        vocabulary = sorted(self.backend.get_vocab().items()) if self.backend is not None else self.vocab_size
+        parts = (vocabulary, self.bos_id, self.eos_id, self.chat_template, self.special_tokens, self._encode([_SAMPLE]))
+        return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int32, without special tokens."""

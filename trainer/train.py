@@ -250,6 +250,7 @@ class Trainer:
             self.task,
             **self.share(self.gather),
             state=self.data_state,
+            tokenizer=self.task.tokenizer.fingerprint(),
             limit=None if limit is None else limit - self.step + ahead,
         )
 

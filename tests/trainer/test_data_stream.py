@@ -122,6 +122,8 @@ def test_changed_data_is_refused_at_resume(tmp_path: Path) -> None:
     path.write_text(content)
     with pytest.raises(DataError, match=r"data\.seed was 3 before and is 4 now"):
         resumed(seed=4)
+    with pytest.raises(DataError, match="the tokenizer has changed since the last checkpoint"):
+        resumed(tokenizer="others")
     with pytest.raises(DataError, match="other sources"):
         run_ranks(sources[:1], 1, state=state)
     assert run_ranks(sources[:1], 1, state=state, allow_changed=True)[0]

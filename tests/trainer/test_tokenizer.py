@@ -92,6 +92,17 @@ def test_an_export_gives_the_same_ids(tmp_path: Path) -> None:
             assert alone.encode_batch([text])[0].tolist() == ids
 
 
+def test_a_fingerprint_tells_tokenizers_apart(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    one = train_sentencepiece(tmp_path / "a", "bpe", True, "identity")
+    other = train_sentencepiece(tmp_path / "b", "unigram", True, "identity")
+    copy = tmp_path / "copy.model"
+    copy.write_bytes(one.read_bytes())
+    prints = [load_tokenizer(ModelConfig(path="", tokenizer=str(p))).fingerprint() for p in (one, copy, other)]
+    assert prints[0] == prints[1] != prints[2]
+
+
 def test_a_tokenizer_that_does_not_begin_texts_has_no_bos(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

@@ -106,6 +106,7 @@ def rank_results(
     micro: int = 1,
     size: int = 4,
     state: dict[str, Any] | None = None,
+    tokenizer: str | None = "words",
     limit: int | None = None,
     allow_changed: bool = False,
     **changes: Any,
@@ -124,6 +125,7 @@ def rank_results(
                 micro_batch_size=micro,
                 gather=exchange.gather_of(rank),
                 state=state,
+                tokenizer=tokenizer,
                 allow_changed=allow_changed,
                 limit=limit,
             )

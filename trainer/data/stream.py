@@ -77,6 +77,7 @@ class BatchStream:
         micro_batch_size: sequences of a micro-batch.
         gather: all-gather of int64 arrays over ranks; called in the background thread alone.
         state: of the batch after which to go on, or None.
+        tokenizer: a hash of it, which is to stay the same; None: of no account.
         allow_changed: go on from the state although it is of other data.
         limit: number of batches after which to end, or None. All ranks then make the same calls of ``gather``.
         workers: processes that encode, started and ended with the background thread; None: the thread does it.
@@ -92,12 +93,13 @@ class BatchStream:
         micro_batch_size: int,
         gather: Gather,
         state: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
         allow_changed: bool = False,
         limit: int | None = None,
         workers: Workers | None = None,
     ) -> None:
         opened = [open_source(source) for source in sources]
-        self._identity = _identity(opened, options)
+        self._identity = _identity(opened, options) | {"tokenizer": tokenizer}
         if state and not allow_changed:
             _refuse_changed(state.get("data"), self._identity)
         states = state["sources"] if state else []
@@ -243,6 +245,9 @@ def _refuse_changed(before: dict[str, Any] | None, now: dict[str, Any]) -> None:
     advice = "; put it back, start a new run under another `name`, or set data.allow_changed to go on regardless"
     if before is None:  # of a version that did not write it
         return
+    if before.get("tokenizer") not in (None, now["tokenizer"]):
+        what = "its vocabulary, special tokens or chat template"
+        raise DataError(f"the tokenizer has changed since the last checkpoint ({what}){advice}")
     for name, value in before["order"].items():
         if value != now["order"].get(name):
             raise DataError(f"data.{name} was {value} before and is {now['order'].get(name)} now{advice}")
@@ -332,6 +337,7 @@ def build_training_stream(
     micro_batch_size: int,
     gather: Gather,
     state: dict[str, Any] | None = None,
+    tokenizer: str | None = None,
     limit: int | None = None,
 ) -> BatchStream:
     """The training data of a config, from a state on; for ever unless `epochs` or a limit ends it."""
@@ -349,6 +355,7 @@ def build_training_stream(
         micro_batch_size=micro_batch_size,
         gather=gather,
         state=state,
+        tokenizer=tokenizer,
         allow_changed=config.data.allow_changed,
         limit=limit,
         workers=Workers(config, workers) if workers else None,
