@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import io
 import os
@@ -12,7 +13,8 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from launcher import __version__
-from trainer.failures import EXIT_INTERRUPTED, EXIT_USER, DsftError, in_words
+from launcher.console import drop_output
+from trainer.failures import EXIT_INTERRUPTED, EXIT_TEMPORARY, EXIT_USER, DsftError, in_words
 from trainer.rundir import BrokenFile
 
 # verb -> help; launcher/commands/<verb>.py has add_arguments(parser) and run(arguments) -> exit code
@@ -40,11 +42,16 @@ VERBS = {
     "schema": "print the JSON Schema of the config, for editors",
 }
 
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `dsft`; returns its exit code (see trainer.failures)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     verb = next((item for item in given if not item.startswith("-")), None)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever has started this process
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names and samples that the terminal has no letters for
             stream.reconfigure(errors="backslashreplace")
@@ -59,9 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `dsft logs | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output(sys.stdout)
         return 128 + 13
     except (DsftError, OSError) as error:  # the latter: of a file that the command has no words of its own for
+        if isinstance(error, OSError) and error.filename is None and error.errno in _UNWRITABLE:
+            drop_output(sys.stdout)
+            print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+            return EXIT_TEMPORARY
         told = in_words(error)
         print(f"error: {told}", file=sys.stderr)
         return told.exit_code

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +38,24 @@ def print_json(value: Any) -> None:
 def printable(text: str) -> str:
     """Without what would drive a terminal or break XML: control characters become U+FFFD, line ends stay."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def drop_output(stream: TextIO) -> None:
+    """Have what was printed go nowhere: it cannot be written, and the end of the process would try that again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextmanager
+def if_anybody_reads(stream: TextIO) -> Iterator[None]:
+    """What is printed on ``stream`` inside may be lost: a closed pipe or a full disk does not stop a run."""
+    try:
+        yield
+        stream.flush()
+    except OSError:
+        drop_output(stream)
+    except SystemExit as end:  # what rich makes of a closed pipe
+        if end.code != 1:
+            raise
 
 
 def print_whole(console: Console, table: Table) -> None:

@@ -100,7 +100,7 @@ def launch(
     ready_fd: int | None = None,
 ) -> int:
     """Run `config` in `target` under its lock, show how it goes, and print the account at the end."""
-    from launcher.console import printable
+    from launcher.console import if_anybody_reads, printable
     from launcher.gate import CheckProcess
     from launcher.permissions import make_run_directory
     from launcher.supervisor import gone
@@ -143,7 +143,8 @@ def launch(
     _write_html(target)
     _print_account(target, as_json)
     if result.verdict.outcome == "failed":
-        print(f"error: {printable(result.verdict.message)}", file=sys.stderr, flush=True)
+        with if_anybody_reads(sys.stderr):
+            print(f"error: {printable(result.verdict.message)}", file=sys.stderr)
     if config.cluster.backend == "slurm":
         from launcher.requeue import exit_code
 
@@ -221,12 +222,15 @@ def _follow(target: RunDirectory, job_id: str, as_json: bool) -> int:
 def _is_finished(target: RunDirectory, resolved: dict[str, Any], as_json: bool) -> bool:
     """Say so if the run is finished; raises UserError if it is another run than the config describes."""
     from launcher.consistency import refuse_changes
+    from launcher.console import if_anybody_reads
     from launcher.state import run_state
 
     refuse_changes(target, resolved)
     if run_state(target).state != "finished":
         return False
-    print(f"{target.path}: this run is finished already", file=sys.stderr if as_json else sys.stdout)
+    stream = sys.stderr if as_json else sys.stdout
+    with if_anybody_reads(stream):
+        print(f"{target.path}: this run is finished already", file=stream)
     _print_account(target, as_json)
     return True
 
@@ -383,12 +387,12 @@ def _write_html(target: RunDirectory) -> None:
 
 
 def _print_account(target: RunDirectory, as_json: bool) -> None:
-    from launcher.console import print_json
+    from launcher.console import if_anybody_reads, print_json
     from launcher.report import report, show_report
 
     value = report(target)
-    if as_json:
-        print_json(value)
-    else:
-        show_report(value)
-    sys.stdout.flush()
+    with if_anybody_reads(sys.stdout):
+        if as_json:
+            print_json(value)
+        else:
+            show_report(value)

@@ -34,6 +34,7 @@ def run(options: argparse.Namespace) -> int:
     """
     from launcher import tuning_array
     from launcher.backends.slurm import in_allocation
+    from launcher.console import if_anybody_reads
     from launcher.permissions import apply_umask
     from launcher.supervisor import stop_signals
     from launcher.trials import Tuner
@@ -47,7 +48,8 @@ def run(options: argparse.Namespace) -> int:
     stream = sys.stderr if options.json else sys.stdout
 
     def say(text: str) -> None:
-        print(text, file=stream, flush=True)
+        with if_anybody_reads(stream):
+            print(text, file=stream)
 
     known = summary(study)
     if known["finished"]:
@@ -90,12 +92,13 @@ def _submit(study: Study, options: argparse.Namespace, say: Callable[[str], None
 
 
 def _results(study: Study, options: argparse.Namespace, **more: str) -> Json:
-    from launcher.console import print_json
+    from launcher.console import if_anybody_reads, print_json
     from launcher.tuning_report import show, write_results
 
     value = write_results(study)
-    if options.json:
-        print_json(value | more)
-    else:
-        show(value)
+    with if_anybody_reads(sys.stdout):
+        if options.json:
+            print_json(value | more)
+        else:
+            show(value)
     return value

@@ -172,6 +172,20 @@ def test_a_reader_that_leaves_early(tmp_path):
     assert process.wait(30) == 141
 
 
+def test_output_that_cannot_be_written_is_no_traceback():
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "-m", "launcher", "schema"], cwd=ROOT, stdout=full, stderr=-1, text=True
+        )
+    assert (process.returncode, process.stderr) == (
+        75,
+        "error: the output cannot be written: No space left on device\n",
+    )
+    closed = ["sh", "-c", 'exec "$0" -m launcher schema >&-', sys.executable]
+    process = subprocess.run(closed, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
+
+
 def test_the_launcher_imports_nothing_heavy(tmp_path):
     """`dsft --help` loads neither pydantic nor rich, `dsft plan` not torch; this is what keeps them quick."""
     program = "import sys, launcher.cli as c\ntry: c.main(sys.argv[1:])\nexcept SystemExit: pass\nprint(*sys.modules)"

@@ -106,6 +106,9 @@ def test_a_launch_runs_to_its_end_and_says_so_the_second_time(folder: Path) -> N
     assert code == 0
     assert "finished already" in output
     assert run.attempts() == [1]
+    with open("/dev/full", "w") as full:  # who cannot be told is not told that the run has failed
+        again = [sys.executable, "-m", "launcher", "launch", str(config)]
+        assert subprocess.run(again, cwd=folder, env=os.environ | {"PYTHONPATH": ROOT}, stdout=full).returncode == 0
     moved = shutil.copytree(run.path, folder / "archive" / "moved")
     code, output, _ = dsft(folder, "resume", "archive/moved", MY_API_KEY="sesame")
     assert (code, f"{moved}: this run is finished already" in output) == (0, True)
