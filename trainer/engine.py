@@ -137,6 +137,7 @@ class Engine:
     """
 
     origin: Origin | None = None  # of frozen weights that checkpoints leave out
+    _trained = False  # there was a backward pass
 
     def __init__(
         self,
@@ -172,20 +173,12 @@ class Engine:
         return self._engine(**inputs)
 
     def probe(self, **inputs: Any) -> Any:
-        """A forward pass in evaluation mode before training, of which nothing is kept. Every rank must make the call.
-
-        ZeRO-3 learns from its first passes which parameters to hold on to until they are used again, and caches the
-        answer for good: taught by a pass without a backward one, it would gather every layer twice in every step.
-        """
+        """A forward pass in evaluation mode before training; nothing of it is kept. Every rank must make the call."""
         self.eval()
         # compiled layers are made for the shapes of training: this pass would have them made twice over
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             output = self._engine(**inputs)
         self.train()
-        if self.stage == 3:
-            coordinator = self._zero.parameter_offload.get_param_coordinator()
-            if not coordinator.is_invalid_trace():
-                coordinator._invalidate_trace()
         return output
 
     @contextlib.contextmanager
@@ -200,6 +193,7 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients. DeepSpeed averages over ranks: the caller multiplies by the world size."""
+        self._trained = True
         self._engine.backward(loss, scale_wrt_gas=False)
         # With managed accumulation step() counts micro-batches; only the last one of a global batch updates.
         if not self._engine.is_gradient_accumulation_boundary():
@@ -221,7 +215,16 @@ class Engine:
         return StepResult(applied, math.nan if norm is None else float(norm))
 
     def train(self) -> None:
+        """To training mode.
+
+        ZeRO-3 learns from its first passes which parameters to hold on to until they are used again, and caches the
+        answer for good: taught by passes without a backward one, it would gather every layer twice in every step.
+        """
         self._engine.train()
+        if self.stage == 3 and not self._trained:
+            coordinator = self._zero.parameter_offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
 
     def eval(self) -> None:
         self._engine.eval()
@@ -354,9 +357,10 @@ class Engine:
         flats = self._flat_groups()
         for name, parameter in self._parameters():
             if parameter.requires_grad:
-                offset, length = self._cut(parameter)
+                shape = whole_shape(parameter)
+                offset, length = self._cut(math.prod(shape))
                 group, start, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
-                piece = make_piece(name, whole_shape(parameter), start, offset, length, flats[group].device)
+                piece = make_piece(name, shape, start, offset, length, flats[group].device)
                 found.setdefault(group, []).append(piece)
                 self._pieces[name] = piece
         for group, pieces in found.items():
@@ -373,15 +377,14 @@ class Engine:
                     made = self._states.zeros(flat.numel(), flat.dtype) if self._states else torch.zeros_like(flat)
                     state[key] = made.detach()
 
-    def _cut(self, parameter: Any) -> tuple[int, int]:
-        """(offset, length) of this rank's slice of a ZeRO-3 parameter."""
-        numel = int(parameter.ds_numel)
+    def _cut(self, numel: int) -> tuple[int, int]:
+        """(offset, length) of this rank's slice of a parameter that ZeRO-3 has cut, or that all ranks have whole."""
         piece = math.ceil(numel / self.world_size)
         offset = min(self.rank * piece, numel)
         return offset, min(piece, numel - offset)
 
     def _zero3_shard(self, name: str, parameter: Any) -> Shard:
-        offset, length = self._cut(parameter)
+        offset, length = self._cut(int(parameter.ds_numel))
         if parameter.requires_grad:
             group, start, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
             tensors = self._views(name, group, start, length)
@@ -392,9 +395,7 @@ class Engine:
     def _fragment_shard(self, name: str, parameter: Any) -> Shard | None:
         numel = parameter.numel()
         if not parameter.requires_grad:  # replicated: each rank writes its W-th part
-            piece = math.ceil(numel / self.world_size)
-            offset = min(self.rank * piece, numel)
-            length = min(piece, numel - offset)
+            offset, length = self._cut(numel)
             return Shard(name, numel, offset, length, {"frozen": parameter.data.view(-1)[offset : offset + length]})
         mapping = parameter._hp_mapping
         if mapping is None:

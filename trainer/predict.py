@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -22,7 +21,7 @@ from trainer.failures import UserError
 from trainer.inference import Replica, load_replica, read_request
 from trainer.rundir import RunDirectory
 from trainer.tasks.base import BaseTask, Objective
-from trainer.worker import main
+from trainer.worker import end, main
 
 _BATCHES = 4  # of a block, in which records are sorted by length
 
@@ -134,7 +133,4 @@ def _shown(record: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    code = main(train=predict)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    end(main(train=predict))

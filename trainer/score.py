@@ -5,13 +5,10 @@ Started by `launcher.inference` through `trainer.agent`, as `trainer.worker` is.
 
 from __future__ import annotations
 
-import os
-import sys
-
 from trainer.config.schema import LaunchConfig
 from trainer.inference import load_replica, read_request
 from trainer.rundir import RunDirectory, write_json
-from trainer.worker import main
+from trainer.worker import end, main
 
 
 def score(run: RunDirectory, attempt: int) -> None:
@@ -43,7 +40,4 @@ def score(run: RunDirectory, attempt: int) -> None:
 
 
 if __name__ == "__main__":
-    code = main(train=score)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    end(main(train=score))

@@ -74,6 +74,7 @@ class Trainer:
         if self.config.training.deterministic:
             torch.use_deterministic_algorithms(True)
         self.control = collectives.new_group(self.timeout)
+        self.gather = collectives.make_gather(self.control)  # of the main thread
         # a group each: both streams may be under way, and ranks need not reach their calls in the same order
         self.open_data_group()
         self.evaluation_gather = collectives.make_gather(collectives.new_group(self.timeout))
@@ -83,8 +84,7 @@ class Trainer:
         planned = {"gradient_checkpointing": self.plan["recompute"]}
         auto = self.config.model.gradient_checkpointing == "auto"
         chosen, why = choose_attention(self.config, load_model_config(self.config.model), self.device)
-        gather = collectives.make_gather(self.control)
-        memory = FileMemory.planned(self.plan, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), gather)
+        memory = FileMemory.planned(self.plan, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), self.gather)
         with in_files(memory):
             model = build_model(
                 self.config.model.model_copy(update=planned if auto else {}),
@@ -140,8 +140,9 @@ class Trainer:
         self.engine.train()
         stopped = False
         first = True
+        over = self.catch_up(metrics) & OVER
         mark = heartbeat.enter("data", self.step + 1)
-        for batch in self.remaining_batches():
+        for batch in () if over else self.remaining_batches():
             self.step += 1
             waited = heartbeat.enter("step", self.step) - mark
             line, request = self.train_step(batch)
@@ -218,7 +219,7 @@ class Trainer:
         """A new process group for the thread that makes batches; that of an older one may be left in a collective."""
         heartbeat.pass_over(self.data_group)
         self.data_group = collectives.new_group(self.timeout)
-        self.gather = heartbeat.noting_own_time(collectives.make_gather(self.data_group))
+        self.data_gather = heartbeat.noting_own_time(collectives.make_gather(self.data_group))
 
     # -- pieces of the loop --------------------------------------------------------------------------------------
 
@@ -248,7 +249,7 @@ class Trainer:
         return build_training_stream(
             self.config,
             self.task,
-            **self.share(self.gather),
+            **self.share(self.data_gather),
             state=self.data_state,
             tokenizer=self.task.tokenizer.fingerprint(),
             limit=None if limit is None else limit - self.step + ahead,
@@ -336,6 +337,19 @@ class Trainer:
             judgement = judge(settings, self.run.evaluation_lines(), self.config.checkpoint.keep_best > 0)
         return collectives.largest(self.control, judgement)
 
+    def catch_up(self, metrics: MetricsLog | None) -> int:
+        """As `evaluate`, at the step of the checkpoint taken up: what a stop came before, or a kill kept from having
+        its effect."""
+        settings = self.config.evaluation
+        if self.step == 0 or not self.is_due(settings.interval_steps):
+            return 0
+        lines = [line for line in self.run.evaluation_lines() if line["step"] <= self.step] if self.is_main else []
+        done = bool(lines) and lines[-1]["step"] == self.step
+        if not collectives.any_rank(self.control, done):
+            return self.evaluate(metrics)
+        judged = done and settings.metric in lines[-1]["evaluation"]  # else it was chosen later
+        return collectives.largest(self.control, judge(settings, lines, False) if judged else 0)
+
     def evaluation_sets(self) -> dict[str | None, BatchStream]:
         """The evaluation data by the sources' names."""
         return evaluation_streams(
@@ -386,7 +400,7 @@ class Trainer:
         self.save_last()
         if self.saver.fast:
             self.saver.fast.clear()
-        peaks = peaks_beside_plan(self.evaluation_gather, self.plan, self.device)
+        peaks = peaks_beside_plan(self.gather, self.plan, self.device)
         heartbeat.enter("ending", self.step)
         if metrics:
             metrics.close()

@@ -106,7 +106,7 @@ def _record(run: RunDirectory, attempt: int, rank: int, error: BaseException) ->
     return exit_code_of(error)
 
 
-def _exit(code: int) -> None:
+def end(code: int) -> None:
     """End at once: destructors of communication libraries wait for ranks that are gone, or abort under a thread that
     still reads data ahead. Whatever the run needs is on disk by now.
     """
@@ -116,4 +116,4 @@ def _exit(code: int) -> None:
 
 
 if __name__ == "__main__":
-    _exit(main())
+    end(main())

@@ -58,4 +58,4 @@ def train(run: RunDirectory, attempt: int) -> None:
 
 
 if __name__ == "__main__":
-    worker._exit(worker.main(train=train))
+    worker.end(worker.main(train=train))

@@ -76,4 +76,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    worker._exit(main())
+    worker.end(main())

@@ -60,8 +60,9 @@ def test_a_spike_is_left_behind_and_stays_so_after_a_kill(workspace: Path, diges
 
 
 def test_a_batch_that_is_not_finite_is_left_out(workspace: Path, digests: list[str], tmp_path: Path) -> None:
+    """While rank 0 waits for what rank 1 will learn from next."""
     run = make_run(tmp_path / "nan", workspace, 2, on_nonfinite="rollback")
-    assert launch(run, 2, worker=WORKER, POISON="5:nan") == 0, logs(run)
+    assert launch(run, 2, worker=WORKER, POISON="5:nan", SLOW="0.3") == 0, logs(run)
     assert rollbacks(run) == [("nonfinite", 6, 4, [5])]
     assert digests_of(run) == digests[:5] + digests[6:13]
 

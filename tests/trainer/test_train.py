@@ -113,6 +113,29 @@ def test_a_whole_run_killed_in_the_middle_of_a_save_goes_on_bit_for_bit(
     assert not [found for found in differences(*ends) if found[0] != "state.config_hash"]
 
 
+@pytest.mark.matrix
+def test_early_stopping_outlasts_a_kill_and_a_stop(workspace: Path, tmp_path: Path) -> None:
+    """Killed as it exports, it does not train on; nor is an evaluation lost that a stop came before."""
+    dying = tmp_path / "dying.py"
+    dying.write_text(
+        "import os, signal\nfrom trainer import train, worker\n"
+        "train.export_run = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\nworker.end(worker.main())\n"
+    )
+    sections = {"evaluation": {"interval_steps": 2, "patience": 1}}
+    worse = {"learning_rate": 1.0}
+    run = make_run(tmp_path / "early", workspace, 1, sections=sections, optimizer=worse)
+    assert launch(run, 1, worker=(str(dying),)) != 0
+    assert run.published_checkpoints() == [4], logs(run)
+    assert launch(run, 1, 2) == 0, logs(run)
+    assert (run.published_checkpoints(), [line["step"] for line in run.evaluation_lines()]) == ([4], [2, 4])
+    assert run.export_dir.exists()
+    # as if the last evaluation had not been made
+    lines = [line for line in run.metrics_path.read_text().splitlines() if not line.startswith('{"step": 4, "eval')]
+    run.metrics_path.write_text("".join(f"{line}\n" for line in lines))
+    assert launch(run, 1, 3) == 0, logs(run)
+    assert (run.published_checkpoints(), [line["step"] for line in run.evaluation_lines()]) == ([4], [2, 4])
+
+
 def test_a_stop_request_ends_in_a_checkpoint_between_intervals(workspace: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "stopped", workspace, 2)
     run.attempt_dir(1).mkdir(parents=True)
