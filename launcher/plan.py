@@ -390,6 +390,14 @@ def _batch_warnings(config: LaunchConfig, batch: BatchPlan, model: ModelFacts, p
         warnings.append(
             f"model.sequence_parallel: some groups of {sharing} ranks reach over nodes, whose network is slow"
         )
-    if config.evaluation.interval_steps is not None and not config.data.evaluation:
-        warnings.append("evaluation.interval_steps is set, but data.evaluation names no data: nothing is evaluated")
+    judged = {
+        "evaluation.interval_steps": config.evaluation.interval_steps,
+        "evaluation.patience": config.evaluation.patience,
+        "checkpoint.keep_best": config.checkpoint.keep_best,
+    }
+    asked = [key for key, value in judged.items() if value]
+    if asked and not config.data.evaluation:
+        warnings.append(f"{', '.join(asked)}: set, but data.evaluation names no data: nothing is evaluated")
+    elif config.evaluation.patience and config.evaluation.interval_steps is None:
+        warnings.append("evaluation.patience: without evaluation.interval_steps there is one evaluation, at the end")
     return warnings

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -19,6 +20,7 @@ from trainer.engine import chunked_cross_entropy
 from trainer.planning.memory import LOGIT_BLOCK
 
 IGNORED = -100  # label of a position that is not learned
+_TARGETS_TO = 128  # see `trainer.forward`
 
 
 class LabelledPositions:
@@ -49,7 +51,10 @@ class LabelledPositions:
         def forward(hidden: torch.Tensor) -> torch.Tensor:
             if self._labels is None:
                 return plain(hidden)
-            loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, self._labels)  # type: ignore[no-untyped-call]
+            weights = [head.weight, head.bias]
+            if not torch.is_grad_enabled():  # else their gradients would be made, and thrown away
+                weights = [None if weight is None else weight.detach() for weight in weights]
+            loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, *weights, self._labels)  # type: ignore[no-untyped-call]
             return loss
 
         head.forward = forward  # type: ignore[method-assign,assignment]
@@ -66,6 +71,12 @@ class LabelledPositions:
             yield
         finally:
             self._positions = self._labels = None
+
+
+def filled_up(positions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of positions, int64, up to a round number of them; those that fill it up are IGNORED."""
+    fill = (0, -len(labels) % _TARGETS_TO)
+    return np.pad(positions, fill), np.pad(labels.astype(np.int64), fill, constant_values=IGNORED)
 
 
 def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

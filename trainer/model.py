@@ -25,7 +25,7 @@ from trainer.four_bit import packing, share_scales
 from trainer.kernels import fuse_kernels
 from trainer.layers import compile_layers, set_recomputation
 from trainer.parameters import whole_shape
-from trainer.selection import depths, select, trained_names
+from trainer.selection import check_trained, depths, select, trained_names
 from trainer.unfreezing import FROM_STEP
 from trainer.vocabulary import resize_embeddings
 
@@ -161,12 +161,11 @@ def _inline_config(arguments: dict[str, Any]) -> Any:
 @contextmanager
 def named_errors(config: ModelConfig) -> Iterator[None]:
     """What transformers raises inside becomes a UserError that names the config's key."""
-    from huggingface_hub import errors
+    from huggingface_hub.errors import StrictDataclassError
 
-    wrong_type: type[Exception] = getattr(errors, "StrictDataclassError", ValueError)  # which older versions lack
     try:
         yield
-    except (ValueError, OSError, ImportError, KeyError, TypeError, wrong_type) as error:
+    except (ValueError, OSError, ImportError, KeyError, TypeError, StrictDataclassError) as error:
         origin = f"model.path {config.path!r}" if config.path else "model.config"
         raise UserError(f"{origin}: the model cannot be built: {error}") from error
 
@@ -192,17 +191,24 @@ def build_optimizer(
     ``from_step``: the first step that trains it, by `training.unfreeze`.
 
     Raises:
-        UserError: a rule matches no parameter, or there is nothing to train at first.
+        UserError: a rule matches no parameter that is trained, or there is nothing to train at first.
     """
     parameters = dict(model.named_parameters())
     plain = [plain_name(name) for name in parameters]
+    trained = {plain_name(name) for name, parameter in parameters.items() if parameter.requires_grad}
+
+    def matched(match: Sequence[str], key: str) -> set[str]:
+        names = select(plain, match, key)
+        check_trained(names, trained, key)
+        return names
+
     rules: dict[str, ParameterGroup] = {}
     for index, rule in enumerate(config.groups):
-        for name in select(plain, rule.match, f"training.optimizer.groups.{index}.match"):
+        for name in matched(rule.match, f"training.optimizer.groups.{index}.match"):
             rules.setdefault(name, rule)
     starts: dict[str, int] = {}
     for index, later in enumerate(unfreeze):
-        for name in select(plain, later.match, f"training.unfreeze.{index}.match"):
+        for name in matched(later.match, f"training.unfreeze.{index}.match"):
             starts.setdefault(name, later.from_step)
     depth, top = depths(plain)
     groups: dict[tuple[float, float, int], list[torch.nn.Parameter]] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from trainer.config.trained import AdapterConfig
 from trainer.failures import UserError
@@ -109,6 +109,15 @@ def trained_names(
     if strict and not trained:
         raise UserError("model.freeze: it freezes every parameter, nothing is left to train")
     return trained
+
+
+def check_trained(names: set[str], trained: Collection[str], key: str) -> None:
+    """Raise UserError where a rule of ``key`` is for ``names`` of which none is ever trained."""
+    if names.isdisjoint(trained):
+        raise UserError(
+            f"{key}: of what it matches nothing is trained, by model.freeze, train_only or adapter; what is unfrozen "
+            "later is not to be frozen there"
+        )
 
 
 def adapter_targets(modules: Sequence[str], targets: str | Sequence[str]) -> list[str]:

@@ -237,7 +237,9 @@ def test_warnings(tmp_path):
         tmp_path, "training.global_batch_size=3", "data.sequence_length=2048", "data.evaluation=[]"
     ).warnings
     assert any("max_position_embeddings 1024" in text for text in warnings)
-    assert any("names no data" in text for text in warnings)
+    assert any("evaluation.interval_steps: set, but data.evaluation names no data" in text for text in warnings)
+    (never,) = plan_of(tmp_path, "evaluation={}", "evaluation.interval_steps=null", "evaluation.patience=2").warnings
+    assert "evaluation.patience: without evaluation.interval_steps" in never
     assert any("training.global_batch_size=4" in text for text in warnings)
 
 

@@ -67,6 +67,26 @@ def test_patterns_of_the_optimizer_are_checked_where_all_names_are_known():
         model_facts(model, {key: ("layers:0", "layers:2")})
     adapted = model.model_copy(update={"adapter": AdapterConfig()})
     assert model_facts(adapted, {key: ("*lora_B*",)}).parameters
+    with pytest.raises(UserError, match=rf"{key}: of what it matches nothing is trained"):
+        model_facts(model.model_copy(update={"freeze": ("layers:0",)}), {key: ("layers:0",)})
+
+
+@pytest.mark.parametrize(
+    ("tied", "section", "trained"),
+    [
+        (False, {}, True),
+        (True, {}, True),
+        (False, {"freeze": ("lm_head",)}, False),
+        (True, {"freeze": ("*embed*",)}, False),
+        (False, {"adapter": AdapterConfig()}, False),
+        (False, {"adapter": AdapterConfig(modules_to_save=("lm_head",))}, True),
+    ],
+)
+def test_only_a_head_that_is_trained_has_a_gradient(tied, section, trained):
+    facts = facts_of_config({"model_type": "llama", **SMALL, "tie_word_embeddings": tied}, **section)
+    assert facts.trained_head == trained
+    gradient = (4 + 2 * 2) * SMALL["vocab_size"] * SMALL["hidden_size"]
+    assert memory.fused_logit_bytes(facts, 8, 2, "cpu") == (2 * 2 + 12) * 8 * SMALL["vocab_size"] + gradient * trained
 
 
 def test_a_new_head_is_known_to_the_model_alone():

@@ -285,8 +285,8 @@ def logit_bytes(model: ModelFacts, tokens: int, width: int) -> int:
 
 
 def fused_logit_bytes(model: ModelFacts, tokens: int, width: int, device: str) -> int:
-    """As `logit_bytes`, a block at a time (`trainer.loss`), and the head's gradient: in fp32, summed up over blocks,
-    the last block's, and in the model's dtype."""
+    """As `logit_bytes`, a block at a time (`trainer.loss`), and the gradient of a head that is trained: in fp32, summed
+    up over blocks, the last block's, and in the model's dtype."""
     block = min(tokens * (model.vocabulary or 0), LOGIT_BLOCK[device])
-    head = (model.vocabulary or 0) * (model.hidden_size or 0)
+    head = (model.vocabulary or 0) * (model.hidden_size or 0) * model.trained_head
     return 2 * width * block + min(12 * block, 3 << 28) + (4 + 2 * width) * head

@@ -20,7 +20,7 @@ from trainer.config.schema import ModelConfig
 from trainer.config.trained import AdapterConfig
 from trainer.failures import UserError
 from trainer.planning.layouts import FAMILIES, Json, Shape, has_plain_logits, parameter_shapes, sizes_of
-from trainer.selection import adapter_shapes, layers_of, select, trained_names
+from trainer.selection import adapter_shapes, check_trained, layers_of, select, trained_names
 
 HEAD = "task_head"  # what `trainer.modeling_head` calls the layers of `task.head`
 _EMBEDDING = "(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|shared)"
@@ -44,6 +44,7 @@ class ModelFacts:
         for_fp8: trained matrices that can be multiplied in 8 bits (`trainer.float8`), where that is known.
         pinned: frozen weights are in the model's own files, and checkpoints leave them out.
         vocabulary: tokens that the head predicts; None where it predicts none.
+        trained_head: the matrix of the head is trained; with tied weights, the embeddings' is.
         plain_logits: the model is known to hand out what its head, a plain matrix, gives.
         gated: whether the MLP multiplies two projections (SwiGLU, GeGLU).
         tower: sizes of the layers that read images, where they are trained; the others here are those of the text's.
@@ -70,6 +71,7 @@ class ModelFacts:
     kv_heads: int | None = None
     head_dim: int | None = None
     intermediate_size: int | None = None
+    trained_head: bool = True
     plain_logits: bool = False
     gated: bool = True
     max_positions: int | None = None
@@ -159,8 +161,9 @@ def facts_of_config(
         for index, (width, size) in enumerate(pairwise((facts.hidden_size or 0, *head_sizes))):
             shapes |= {f"{HEAD}.{index}.weight": (size, width), f"{HEAD}.{index}.bias": (size,)}
     elif adapter is None:  # which adds parameters
+        trained = trained_names(list(shapes), freeze, train_only)
         for key, found in patterns.items():
-            select(list(shapes), found, key)
+            check_trained(select(list(shapes), found, key), trained, key)
     facts = replace(facts, source="config")
     return _counted(facts, shapes, freeze, train_only, adapter, new_head, dtype, strict=not new_head)
 
@@ -213,8 +216,10 @@ def _counted(
         match = re.match(r".*?\.\d+(?=\.)", name)
         block = match[0] if match else name
         blocks[block] = blocks.get(block, 0) + count
-    tied = not new_head and not any(name.endswith("lm_head.weight") for name in counts)
-    lookups = [name for name in counts if not tied and re.search(rf"{_EMBEDDING}\.weight$", name)]
+    heads = [name for name in counts if re.search(r"(lm_head|embed_out)\.weight$", name)]
+    tied = not new_head and not heads
+    embeddings = [name for name in counts if re.search(rf"{_EMBEDDING}\.weight$", name)]
+    lookups = [] if tied else list(embeddings)
     lookups += [name for name in counts if re.search(r"(wpe|embed_positions|position_embeddings)\.weight$", name)]
     return replace(
         facts,
@@ -227,6 +232,7 @@ def _counted(
         small_parameters=sum(count for count in held.values() if count <= 100_000),
         held_elements=sum(held.values()),
         largest_packed=max((counts[name] for name in packed), default=0),
+        trained_head=not trained.isdisjoint(embeddings if tied else heads),
         for_fp8=_for_fp8(facts, shapes, trained) if facts.source == "config" else None,
         plain_logits=facts.plain_logits
         and not any(re.match(r"(lm_head|embed_out)\.lora_A\.", name) for name in trained),
