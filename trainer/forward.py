@@ -13,8 +13,8 @@ import torch
 from trainer.attention import VARLEN, sample_bounds, takes_one_row
 from trainer.data.sample import PackedSequence, Sample
 from trainer.engine import Engine
-from trainer.failures import UserError
-from trainer.loss import IGNORED, LabelledPositions, cross_entropy_sum
+from trainer.failures import UserError, classify
+from trainer.loss import IGNORED, LabelledPositions, cross_entropy_sum, filled_up
 from trainer.parameters import whole_shape
 from trainer.sequence_parallel import SequenceParallel
 from trainer.tasks.base import Predictions
@@ -22,7 +22,6 @@ from trainer.tasks.base import Predictions
 # Tokens. Matrix kernels like multiples of 8, and the CPU's keep a compiled one and its workspace for every shape they
 # meet: without coarser steps memory grows with every batch.
 _PAD_TO = 8  # 64 for rows longer than that
-TARGETS_TO = 128
 
 
 @dataclass(frozen=True)
@@ -91,10 +90,7 @@ def collate(
     piece = slice(shard * width // shards, (shard + 1) * width // shards)
     labels = grid[:, piece].ravel()
     positions = np.flatnonzero(labels != IGNORED)
-    labels = labels[positions]
-    fill = -len(positions) % TARGETS_TO
-    positions = np.concatenate([positions, np.zeros(fill, dtype=np.int64)])
-    labels = np.concatenate([labels, np.full(fill, IGNORED, dtype=np.int64)])
+    positions, labels = filled_up(positions, labels[positions])
     whole = torch.from_numpy(position_ids).to(device, non_blocking=True)
     return LanguageModelBatch(
         torch.from_numpy(np.ascontiguousarray(input_ids[:, piece])).to(device, non_blocking=True),
@@ -152,8 +148,8 @@ class LanguageModelLoss:
         return loss, batch.padded_tokens
 
     def predict(self, engine: Engine, sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, Predictions]:
-        """(sum of the loss over target tokens, nothing)."""
-        return self(engine.forward, sequences)[0], []
+        """(sum of the loss over target tokens, what `answer` gives)."""
+        return self(engine.forward, sequences)[0], self.answer(engine, sequences)
 
     def answer(self, engine: Engine, sequences: Sequence[PackedSequence]) -> Predictions:
         """Nothing that a task could answer from."""
@@ -178,7 +174,15 @@ class LanguageModelLoss:
             Sample(np.arange(first, first + length, dtype=np.int32) % length, np.arange(length) > 0)
             for first in (1, 5, 9)
         ]
-        together = self._probe(engine, samples)
+        try:
+            together = self._probe(engine, samples)
+        except RuntimeError as error:
+            if classify(error) != "unknown":
+                raise
+            raise UserError(
+                f"{type(self._model).__name__} with {self._attention} attention cannot be run by {parallel.size} ranks "
+                f"that share its sequences ({error}): leave out model.sequence_parallel"
+            ) from error
         with parallel.whole():
             alone = self._probe(engine, samples)
         if self._differ(together, alone):
@@ -237,10 +241,11 @@ class LanguageModelLoss:
             UserError: it sees them.
         """
         expected = self._loss_of_few(engine, 1, 5)
-        if _same(expected, self._loss_of_few(engine, 2, 6)):
+        both_ways = _reads_both_ways(self._model.config.get_text_config())
+        if not both_ways and _same(expected, self._loss_of_few(engine, 2, 6)):
             return expected
         name = type(self._model).__name__
-        if not _same(expected, self._loss_of_few(engine, 1, 6)):
+        if both_ways or not _same(expected, self._loss_of_few(engine, 1, 6)):
             raise UserError(
                 f"{name} lets tokens see those that come after them, and would learn to copy them: causal-lm takes a "
                 "decoder; train an encoder with another task"
@@ -249,6 +254,12 @@ class LanguageModelLoss:
             f"{name} with {self._attention} attention lets packed samples attend to one another: set data.packing to "
             "false, or choose another model.attention"
         )
+
+
+def _reads_both_ways(config: Any) -> bool:
+    """Whether a transformers config asks for attention that is not causal, which not every implementation heeds."""
+    asked = getattr(config, "use_bidirectional_attention", None)
+    return getattr(config, "is_causal", True) is False or asked is True or asked == "all"  # or of images alone
 
 
 def _same(loss: float, other: float) -> bool:

@@ -17,7 +17,9 @@ import torch.distributed as dist
 
 from trainer import collectives
 from trainer.config.generation import GenerationConfig
+from trainer.data.sample import Sample
 from trainer.engine import Engine
+from trainer.tasks.base import Predictions
 from trainer.tokenizer import Tokenizer
 
 _PAD_TO = 8  # tokens; CPU kernels are kept for every shape that they meet
@@ -106,6 +108,19 @@ class Generator:
                 for (i, sample), row in zip(batch, rows, strict=False):
                     found[i][sample] = row
         return found
+
+    def answers(
+        self,
+        engine: Engine,
+        samples: Sequence[Sample],
+        prompt: Callable[[Sample], np.ndarray],
+        written: Callable[[Sample, list[list[int]]], Any],
+    ) -> Predictions:
+        """What is ``written`` of the texts generated from the ``prompt`` of each sample; see `__call__`."""
+        origins = [sample.origin or (0, 0, 0) for sample in samples]
+        prompts = [Prompt(prompt(one), of, one.inputs) for one, of in zip(samples, origins, strict=True)]
+        texts = self(engine, prompts)
+        return [(of, written(one, found)) for of, one, found in zip(origins, samples, texts, strict=True)]
 
     def _generate(self, model: Any, synced: bool, prompts: list[Prompt], samples: list[int]) -> list[list[int]]:
         if self._blank is not None and not any(prompt.inputs for prompt in prompts):

@@ -10,7 +10,7 @@ import torch
 from trainer.data.sample import PackedSequence
 from trainer.engine import Engine
 from trainer.forward import LanguageModelLoss
-from trainer.generation import Generator, Prompt
+from trainer.generation import Generator
 from trainer.tasks.base import Predictions
 
 if TYPE_CHECKING:
@@ -27,18 +27,8 @@ class WritingLoss(LanguageModelLoss):
         self._task = task
         self._generator = Generator(model, task.generation, task.tokenizer, device)
 
-    def predict(self, engine: Engine, sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, Predictions]:
-        """(sum of the loss over target tokens, what was generated)."""
-        return self(engine.forward, sequences)[0], self.answer(engine, sequences)
-
     def answer(self, engine: Engine, sequences: Sequence[PackedSequence]) -> Predictions:
         """What was generated from each sample that is whole (pieces of long ones have no prompt of their own)."""
         samples = [s for sequence in sequences for s in sequence.samples if s.reference is not None]
-        origins = [sample.origin or (0, 0, 0) for sample in samples]
-        prompts = [
-            Prompt(sample.tokens[: self._task.prompt_length(sample)], origin)
-            for sample, origin in zip(samples, origins, strict=True)
-        ]
-        texts = self._generator(engine, prompts)
-        written = [self._task.written(sample, of) for sample, of in zip(samples, texts, strict=True)]
-        return list(zip(origins, written, strict=True))
+        task = self._task
+        return self._generator.answers(engine, samples, lambda s: s.tokens[: task.prompt_length(s)], task.written)

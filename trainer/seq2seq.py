@@ -11,9 +11,8 @@ import torch
 
 from trainer.data.sample import PackedSequence
 from trainer.engine import Engine
-from trainer.forward import TARGETS_TO
-from trainer.generation import Generator, Prompt
-from trainer.loss import IGNORED, LabelledPositions, cross_entropy_sum
+from trainer.generation import Generator
+from trainer.loss import IGNORED, LabelledPositions, cross_entropy_sum, filled_up
 from trainer.objective import padded
 from trainer.parameters import whole_shape
 from trainer.tasks.base import Predictions
@@ -49,9 +48,7 @@ class SequenceToSequenceObjective:
         ids, mask = padded(sources, self._pad), padded([np.ones(len(row)) for row in sources], 0)
         labels = padded(targets, IGNORED if samples else self._pad)
         positions = np.flatnonzero(labels != IGNORED) if samples else np.zeros(0, dtype=np.int64)
-        fill = -len(positions) % TARGETS_TO
-        flat = np.concatenate([labels.reshape(-1)[positions], np.full(fill, IGNORED, dtype=np.int64)])
-        positions = np.concatenate([positions, np.zeros(fill, dtype=np.int64)])
+        positions, flat = filled_up(positions, labels.reshape(-1)[positions])
         # shifted to the right as the model's family does it: behind its start token, or its language's
         given = self._model.prepare_decoder_input_ids_from_labels(labels=self._tensor(labels))
         with self._head.only(self._tensor(positions)):
@@ -66,19 +63,14 @@ class SequenceToSequenceObjective:
 
     def predict(self, engine: Engine, sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, Predictions]:
         """(sum of the loss over target tokens, what was generated from each source)."""
-        loss, _ = self(engine.forward, sequences)
-        return loss, self.answer(engine, sequences)
+        return self(engine.forward, sequences)[0], self.answer(engine, sequences)
 
     def answer(self, engine: Engine, sequences: Sequence[PackedSequence]) -> Predictions:
         """What was generated from each source, as the task writes it down."""
         if self._generator is None:
             return []
         samples = [sample for sequence in sequences for sample in sequence.samples]
-        origins = [sample.origin or (0, 0, 0) for sample in samples]
-        prompts = [Prompt(s.tokens[~s.targets], origin) for s, origin in zip(samples, origins, strict=True)]
-        texts = self._generator(engine, prompts)
-        written = [self._task.written(sample, of) for sample, of in zip(samples, texts, strict=True)]
-        return list(zip(origins, written, strict=True))
+        return self._generator.answers(engine, samples, lambda s: s.tokens[~s.targets], self._task.written)
 
     def check(self, engine: Engine) -> None:
         """Nothing: samples do not share sequences."""

@@ -24,6 +24,7 @@ from trainer.failures import UserError
 _PREFIX = "sequence_parallel_"
 # Rotary embeddings that depend on the longest position they are called with, which is another one in every slice
 _POSITIONS_OF_ALL = frozenset({"dynamic", "longrope"})
+_OF_ATTENTION = frozenset({"full_attention", "sliding_attention"})  # whose masks are known here
 
 
 class SequenceParallel:
@@ -49,7 +50,7 @@ class SequenceParallel:
                 self._group = group
         self._on, self._position_ids = True, torch.zeros((1, 0), dtype=torch.int64)
         self._core = str(model.config._attn_implementation)
-        _refuse(model.config, size)
+        _refuse(model.config.get_text_config(), size)
         from transformers import AttentionInterface, AttentionMaskInterface
 
         name = _PREFIX + self._core
@@ -203,6 +204,11 @@ def _refuse(config: Any, size: int) -> None:
         raise UserError(
             f"model.sequence_parallel is {size}, but the model's {heads} attention heads ({others} of keys and values) "
             "cannot be shared evenly by so many ranks: choose a divisor of both"
+        )
+    if mixing := set(getattr(config, "layer_types", None) or ()) - _OF_ATTENTION:
+        raise UserError(
+            f"model.sequence_parallel: layers of type {', '.join(sorted(mixing))} mix tokens by other means than "
+            "attention, over whose bounds no rank sees; leave it out for this model"
         )
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = {str(item.get("rope_type")) for item in (rope, *rope.values()) if isinstance(item, dict)}

@@ -11,9 +11,8 @@ import torch
 
 from trainer.data.sample import PackedSequence, Sample
 from trainer.engine import Engine
-from trainer.forward import TARGETS_TO
 from trainer.generation import Generator, Prompt
-from trainer.loss import IGNORED, LabelledPositions, cross_entropy_sum
+from trainer.loss import LabelledPositions, cross_entropy_sum, filled_up
 from trainer.objective import EncoderObjective, padded
 from trainer.parameters import whole_shape
 from trainer.tasks.base import Predictions
@@ -61,10 +60,7 @@ class ImageTextObjective:
         inputs = image_text_inputs(rows, self._pad)
         width = inputs["input_ids"].shape[1]
         places = [row * width + np.flatnonzero(sample.targets) - 1 for row, sample in enumerate(rows)]
-        positions, labels = np.concatenate(places), np.concatenate([s.tokens[s.targets] for s in rows])
-        fill = -len(labels) % TARGETS_TO
-        positions = np.concatenate([positions, np.zeros(fill, dtype=np.int64)])
-        labels = np.concatenate([labels.astype(np.int64), np.full(fill, IGNORED, dtype=np.int64)])
+        positions, labels = filled_up(np.concatenate(places), np.concatenate([s.tokens[s.targets] for s in rows]))
         with self._head.only(torch.from_numpy(positions).to(self._device)):
             output = forward(**self._moved(inputs), use_cache=False)
         loss = cross_entropy_sum(output.logits, torch.from_numpy(labels).to(self._device))
@@ -78,15 +74,8 @@ class ImageTextObjective:
         """What was generated from each prompt, as the task writes it down."""
         if self._generator is None:
             return []
-        samples = self._samples(sequences)
-        origins = [sample.origin or (0, 0, 0) for sample in samples]
-        prompts = [
-            Prompt(sample.tokens[: sample.reference["length"]], origin, sample.inputs)
-            for sample, origin in zip(samples, origins, strict=True)
-        ]
-        texts = self._generator(engine, prompts)
-        written = [self._task.written(sample, of) for sample, of in zip(samples, texts, strict=True)]
-        return list(zip(origins, written, strict=True))
+        samples, written = self._samples(sequences), self._task.written
+        return self._generator.answers(engine, samples, lambda s: s.tokens[: s.reference["length"]], written)
 
     def check(self, engine: Engine) -> None:
         """Nothing: samples do not share sequences."""

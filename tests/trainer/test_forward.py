@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+import trainer.loss
 from trainer.data.sample import PackedSequence, Sample
 from trainer.failures import UserError
 from trainer.forward import LanguageModelLoss, collate
@@ -165,6 +166,18 @@ def test_without_targets_the_fused_loss_still_reaches_the_head() -> None:
     assert not model.lm_head.weight.grad.any()
 
 
+def test_evaluations_make_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(trainer.loss, "_add_product", lambda *_: made.append(1))
+    model = llama("sdpa")
+    objective = LanguageModelLoss(model, None, "sdpa", CPU, fused=True)
+    with torch.no_grad():
+        objective(model, SEQUENCES)
+    assert not made
+    objective(model, SEQUENCES)
+    assert made
+
+
 class Plain:
     """The part of an engine that the checks use."""
 
@@ -200,6 +213,15 @@ def test_an_encoder_that_loads_as_a_causal_model_is_refused(packing: bool) -> No
         objective.check_sight(Plain(model))
     decoder = BertLMHeadModel(BertConfig(**sizes, intermediate_size=32, is_decoder=True)).eval()
     LanguageModelLoss(decoder, None, "sdpa", CPU, packing=False).check_sight(Plain(decoder))
+
+
+@pytest.mark.parametrize("asked", [{"is_causal": False}, {"use_bidirectional_attention": True}])
+def test_a_config_that_asks_for_attention_both_ways_is_refused(asked: dict[str, bool]) -> None:
+    """varlen is causal whatever a config says, and other readers of the export are not."""
+    model = llama("sdpa")
+    model.config.update(asked)
+    with pytest.raises(UserError, match="lets tokens see those that come after them"):
+        LanguageModelLoss(model, None, "sdpa", CPU).check_sight(Plain(model))
 
 
 def test_rows_of_constant_length() -> None:

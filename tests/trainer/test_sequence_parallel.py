@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from training_runs import copy_run, figures, launch, logs, make_run
 
+from trainer.failures import UserError
+from trainer.forward import LanguageModelLoss
 from trainer.rundir import RunDirectory
+from trainer.sequence_parallel import _refuse
 
 MODEL = {
     "config": {
@@ -65,6 +70,33 @@ def test_two_groups_of_two_ranks_train_as_one_rank_does(workspace: Path, alone: 
     assert launch(resumed, 1, attempt=2) == 0, logs(resumed)
     assert "resumed from" in logs(resumed)
     assert_same(resumed, alone, first=5)
+
+
+def test_what_no_rank_sees_the_whole_of_is_refused() -> None:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    _refuse(SimpleNamespace(**heads, layer_types=["full_attention", "sliding_attention"]), 2)
+    for more, message in (
+        ({"layer_types": ["full_attention", "conv"]}, "layers of type conv mix tokens"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rotary embeddings of type longrope"),
+        ({"num_key_value_heads": 3}, "cannot be shared evenly"),
+    ):
+        with pytest.raises(UserError, match=message):
+            _refuse(SimpleNamespace(**heads | more), 2)
+
+
+def test_a_model_that_fails_on_slices_is_a_config_to_change() -> None:
+    """As gpt-oss does, whose attention sinks are not shared out; it is no failure to try again after."""
+    head = torch.nn.Linear(4, 8)
+    model: Any = SimpleNamespace(get_output_embeddings=lambda: head)
+    parallel: Any = SimpleNamespace(size=2, shard=0, shards=2, begin=lambda _: None)
+    loss = LanguageModelLoss(model, 0, "eager", torch.device("cpu"))
+    loss.parallel = parallel
+
+    def fails(**_: Any) -> Any:
+        raise RuntimeError("Sizes of tensors must match")
+
+    with pytest.raises(UserError, match=r"cannot be run by 2 ranks .*Sizes of tensors must match"):
+        loss.check_shards(SimpleNamespace(probe=fails), parallel)  # type: ignore[arg-type]
 
 
 @pytest.mark.matrix
