@@ -152,9 +152,25 @@ def test_what_contradicts_the_plan_is_refused_all_at_once():
     }
     with pytest.raises(UserError) as caught:
         ds(raw)
-    for key in ("train_batch_size", "optimizer.type", "zero_optimization.stage", "bf16.enabled"):
+    for key in ("train_batch_size", "optimizer", "zero_optimization.stage", "bf16"):
         assert f"deepspeed.config.{key}:" in str(caught.value)
     assert "training.global_batch_size" in str(caught.value)
+
+
+def test_a_raw_config_may_leave_things_to_dsft_but_not_take_them_away():
+    left = {
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"reduce_bucket_size": "auto"},
+        "train_batch_size": "auto",
+    }
+    assert ds(left) == ds({"bf16": {"enabled": True}, "zero_optimization": {}}) == ds()
+    for raw, message in (
+        ({"zero_optimization": None}, "zero_optimization: found null; expected an object"),
+        ({"zero_optimization": {"offload_optimizer": None}}, "offload_optimizer: found null; expected an object"),
+        ({"zero_optimization": {"sub_group_size": "1e9"}}, 'sub_group_size: found "1e9" .*; expected a number'),
+    ):
+        with pytest.raises(UserError, match=message):
+            ds(raw, offload_optimizer="cpu")
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from trainer.config.errors import found
 from trainer.config.schema import DeepSpeedConfig
 from trainer.failures import UserError
 from trainer.planning.communication import USUAL, Communication
@@ -107,33 +108,33 @@ def deepspeed_config(
         # one rank alone has nothing to reduce, and would copy its gradients to fp32 and back
         reduced = "bf16" if ranks == 1 else "fp32"
         result |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": reduced}
-    refused = []
-    for path, value in _leaves(config.config):
-        keys = [".".join(path[:length]) for length in range(1, len(path) + 1)]
-        for key in keys:
-            if key in _INSTEAD and _planned(result, key) != value:
-                refused.append(
-                    f"  deepspeed.config.{'.'.join(path)}: contradicts the plan; set {_INSTEAD[key]} instead"
-                )
-                break
-    if refused:
-        raise UserError("\n".join(["deepspeed.config sets what dsft plans itself", *refused]))
-    return _merged(result, config.config)
+    given = _without_auto(config.config)
+    if refused := list(_refused(given, result)):
+        raise UserError("\n".join(["deepspeed.config does not go with what dsft plans itself", *refused]))
+    return _merged(result, given)
 
 
-def _leaves(config: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, (*path, key))
-        else:
-            yield (*path, key), value
+def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
+    """Without what it leaves to whoever reads it, as configs for Hugging Face's Trainer do."""
+    whole = {key: _without_auto(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return {key: value for key, value in whole.items() if value != "auto" and (value != {} or config[key] == {})}
 
 
-def _planned(config: dict[str, Any], path: str) -> Any:
-    node: Any = config
-    for key in path.split("."):
-        node = node.get(key) if isinstance(node, dict) else None
-    return node
+def _refused(given: dict[str, Any], planned: dict[str, Any], path: str = "") -> Iterator[str]:
+    """What contradicts the plan, or is of another kind than what stands there."""
+    for key, value in given.items():
+        name, own = f"{path}{key}", planned.get(key)
+        if name in _INSTEAD and value != own:
+            yield f"  deepspeed.config.{name}: contradicts the plan; set {_INSTEAD[name]} instead"
+        elif own is not None and _kind(value) != _kind(own):
+            yield f"  deepspeed.config.{name}: found {found(value)}; expected {_kind(own)}"
+        elif isinstance(value, dict):
+            yield from _refused(value, own or {}, f"{name}.")
+
+
+def _kind(value: Any) -> str:
+    kinds = ((bool, "true or false"), (int | float, "a number"), (dict, "an object"))
+    return next((name for of, name in kinds if isinstance(value, of)), "a text")
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
