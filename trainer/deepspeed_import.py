@@ -8,7 +8,6 @@ folder or hub id with the model's config and tokenizer. Prints one JSON line: pa
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import shutil
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from trainer.engine import deepspeed_weights
-from trainer.failures import EXIT_DONE, DsftError, UserError, exit_code_of
+from trainer.failures import UserError, run_tool
 from trainer.model import DTYPES, quiet_libraries
 from trainer.planning.model_facts import model_folder
 
@@ -126,13 +125,7 @@ def _check(folder: Path, made_by: Any, expected: dict[str, torch.Tensor], dtype:
 def main() -> int:
     quiet_libraries()
     checkpoint, model, output, dtype, *tag = sys.argv[1:]
-    try:
-        report = import_checkpoint(Path(checkpoint), model, Path(output), dtype, tag[0] if tag else None)
-    except (DsftError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_code_of(error)
-    print(json.dumps(report))
-    return EXIT_DONE
+    return run_tool(lambda: import_checkpoint(Path(checkpoint), model, Path(output), dtype, *tag))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +79,18 @@ def in_words(error: DsftError | OSError) -> DsftError:
     return kind(f"{error.filename}: {error.strerror}")
 
 
+def run_tool(action: Callable[[], Any]) -> int:
+    """Print what ``action`` returns, as JSON, or its error; the exit code of the process that was started for it."""
+    try:
+        report = action()
+    except (DsftError, OSError) as error:
+        told = in_words(error) if getattr(error, "filename", None) else error
+        print(f"error: {told}", file=sys.stderr)
+        return exit_code_of(told)
+    print(json.dumps(report))
+    return EXIT_DONE
+
+
 NODE_VARIABLE = "DSFT_NODE"  # set over SSH: the name that the config has for the host
 
 
@@ -93,7 +108,7 @@ def classify(error: BaseException) -> FailureClass:
         return "out_of_memory"
     if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's CPU allocator
         return "out_of_memory"
-    if "DistBackendError" in names or "DistNetworkError" in names or isinstance(error, ConnectionError):
+    if "DistError" in names or isinstance(error, ConnectionError):  # of torch.distributed
         return "communication"
     # gloo raises a plain RuntimeError; its source path is the only mark it leaves
     if isinstance(error, RuntimeError) and "gloo/transport" in str(error).replace("\\", "/"):

@@ -101,10 +101,8 @@ class FastTier:
         return folder, entry["state"]
 
     def clear(self) -> None:
-        """Remove this rank's parts, and the folder with the last of them."""
-        for step in self._steps():
-            self._remove(step)
-        _remove_without_parts(self.folder, "*/rank-*.json")
+        """Remove everything on this node, parts of attempts with more ranks or fewer as well; once no rank writes."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _record(self, step: int) -> Path:
         return (self.folder / folder_name(step) / self._file).with_suffix(".json")
@@ -120,10 +118,5 @@ class FastTier:
         with suppress(OSError):
             record.unlink(missing_ok=True)
             record.with_suffix(".safetensors").unlink(missing_ok=True)
-        _remove_without_parts(record.parent, "rank-*.json")
-
-
-def _remove_without_parts(folder: Path, records: str) -> None:
-    """By the last rank of this node; with what writers that were killed have left."""
-    if not any(folder.glob(records)):
-        shutil.rmtree(folder, ignore_errors=True)
+        if not any(record.parent.glob("rank-*.json")):  # by the last rank, with what killed writers have left
+            shutil.rmtree(record.parent, ignore_errors=True)

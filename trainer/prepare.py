@@ -7,7 +7,6 @@ Prints one JSON line: path, documents, bytes, kept, seconds. Never imports torch
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -20,7 +19,7 @@ from trainer.config.schema import LaunchConfig
 from trainer.data.prepared import Writer, batches, identity, matching, write_manifest
 from trainer.data.sources import open_source
 from trainer.data.workers import Workers
-from trainer.failures import EXIT_DONE, DsftError, UserError, exit_code_of
+from trainer.failures import UserError, run_tool
 from trainer.hub import offline_if_unreachable
 from trainer.lease import LockedError, acquire
 
@@ -71,13 +70,7 @@ def _kept(sources: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> int:
     config = LaunchConfig.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    try:
-        report = prepare(config, Path(sys.argv[2]), int(sys.argv[3]) or len(os.sched_getaffinity(0)))
-    except (DsftError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_code_of(error)
-    print(json.dumps(report))
-    return EXIT_DONE
+    return run_tool(lambda: prepare(config, Path(sys.argv[2]), int(sys.argv[3]) or len(os.sched_getaffinity(0))))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from trainer.config.loading import load_config, redacted
 from trainer.config.schema import DataSource, LaunchConfig
 from trainer.data.formats.columns import load_dataset
 from trainer.data.remote import fetched, is_hub_dataset, is_remote
-from trainer.failures import EXIT_DONE, EXIT_USER, DsftError, UserError, in_words
+from trainer.failures import UserError, run_tool
 from trainer.rundir import write_json
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -145,15 +145,12 @@ def _copy_files(url: str, folder: Path) -> str:
 
 def main() -> int:
     """Stage, and print what was done; 2 with the reason on stderr where it cannot be done."""
-    path, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    try:
-        written, copied = stage(load_config(path, sys.argv[3:]), folder)
-    except (DsftError, OSError) as error:
-        told = in_words(error)
-        print(f"error: {told}", file=sys.stderr)
-        return told.exit_code or EXIT_USER
-    print(json.dumps({"config": str(written), "copied": copied}))
-    return EXIT_DONE
+
+    def staged() -> dict[str, Any]:
+        written, copied = stage(load_config(Path(sys.argv[1]), sys.argv[3:]), Path(sys.argv[2]))
+        return {"config": str(written), "copied": copied}
+
+    return run_tool(staged)
 
 
 if __name__ == "__main__":

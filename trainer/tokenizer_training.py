@@ -8,12 +8,11 @@ Prints one JSON line: path, pieces, texts, characters, characters_per_token. Nev
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from trainer.failures import EXIT_DONE, DsftError, UserError, exit_code_of
+from trainer.failures import UserError, run_tool
 
 PAD_ID = 3
 RECORDS = 1_000_000  # more text changes little, and SentencePiece holds all that it learns from in memory
@@ -110,13 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--symbol", action="append", default=[])
     parser.add_argument("--records", type=int, default=RECORDS)
     options = parser.parse_args(arguments)
-    try:
-        report = _train(options)
-    except (DsftError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_code_of(error)
-    print(json.dumps(report))
-    return EXIT_DONE
+    return run_tool(lambda: _train(options))
 
 
 def _train(options: argparse.Namespace) -> dict[str, object]:

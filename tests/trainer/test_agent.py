@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from trainer.failures import UserError
+from trainer.failures import EXIT_TEMPORARY, UserError, classify, exit_code_of
 from trainer.processes import kill_run, start_time
 from trainer.rundir import RunDirectory, read_json
 from trainer.worker import check_packages
@@ -30,6 +30,13 @@ def train(run, attempt):
 if __name__ == "__main__":
     sys.exit(main(train=train))
 """
+
+
+def test_a_node_that_does_not_come_is_trouble_of_the_network() -> None:
+    from torch.distributed import DistStoreError
+
+    error = DistStoreError("Timed out after 601 seconds waiting for clients. 1/2 clients joined.")
+    assert (classify(error), exit_code_of(error)) == ("communication", EXIT_TEMPORARY)
 
 
 class Node:
