@@ -301,9 +301,9 @@ def _check_sharing(config: LaunchConfig, model: ModelFacts, world_size: int) -> 
 
 
 def _flops(config: LaunchConfig, model: ModelFacts) -> float | None:
-    if not model.layers or not model.hidden_size or model.parameters is None:
+    if not model.layers or not model.hidden_size or model.parameters is None or model.idle_parameters is None:
         return None
-    multiplied = model.parameters - model.lookup_parameters
+    multiplied = model.parameters - model.lookup_parameters - model.idle_parameters
     return flops_per_token(multiplied, model.layers, model.hidden_size, config.data.sequence_length)
 
 

@@ -144,6 +144,28 @@ def test_an_unknown_family_is_counted_from_its_files(tmp_path):
         model_facts(ModelConfig(path=str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("family", "experts"),
+    [
+        ("mixtral", {"num_local_experts": 8}),
+        ("gpt_oss", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+        ("glm4_moe", {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    ],
+)
+def test_a_token_runs_through_some_experts_alone(family, experts, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {**SMALL, "intermediate_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **experts))
+    model.save_pretrained(tmp_path)
+    facts = model_facts(ModelConfig(path=str(tmp_path)))
+    inside = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert facts.idle_parameters == inside * 6 // 8
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": None}))
+    assert model_facts(ModelConfig(path=str(tmp_path))).idle_parameters is None
+
+
 def test_an_encoder_multiplies_with_no_embedding_and_has_no_logits(tmp_path):
     """As a classifier; as a language model it would, with the embedding as its head."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 8, "vocab_size": 100}))

@@ -52,8 +52,8 @@ def lacks_fp8(device_name: str) -> bool:
 def flops_per_token(parameters: int, layers: int, hidden_size: int, sequence_length: int) -> float:
     """FLOPs of forward and backward for one token: 6 N + 12 L H T (`FORMULA`).
 
-    ``parameters`` should leave out an embedding that is only looked up. Recomputation by
-    gradient checkpointing is not counted (that is what makes it MFU, not hardware utilisation).
+    ``parameters`` should leave out an embedding that is only looked up, and experts that a token does not run through.
+    Recomputation by gradient checkpointing is not counted (that is what makes it MFU, not hardware utilisation).
     """
     return 6.0 * parameters + 12.0 * layers * hidden_size * sequence_length
 

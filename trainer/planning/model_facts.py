@@ -24,6 +24,7 @@ from trainer.selection import adapter_shapes, check_trained, layers_of, select, 
 
 HEAD = "task_head"  # what `trainer.modeling_head` calls the layers of `task.head`
 _EMBEDDING = "(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|shared)"
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt"})  # their layers keep weights as [in, out]
 
 
@@ -35,6 +36,7 @@ class ModelFacts:
         parameters: how many there are; tied weights count once.
         trainable_parameters: those that are not frozen.
         lookup_parameters: embeddings that are only looked up, not multiplied with.
+        idle_parameters: of experts that a token of a mixture does not run through.
         packed_parameters: those in 4 bits (QLoRA). ZeRO-3 holds four to a bfloat16, eight to a float32, and the next
             three count what it holds.
         largest_block: elements of the largest layer (embeddings and the head count as one each).
@@ -42,6 +44,7 @@ class ModelFacts:
         held_elements: all of them.
         largest_packed: parameters of the largest matrix in 4 bits.
         for_fp8: trained matrices that can be multiplied in 8 bits (`trainer.float8`), where that is known.
+        expert_share: of a mixture's experts, those that a token runs through.
         pinned: frozen weights are in the model's own files, and checkpoints leave them out.
         vocabulary: tokens that the head predicts; None where it predicts none.
         trained_head: the matrix of the head is trained; with tied weights, the embeddings' is.
@@ -57,12 +60,14 @@ class ModelFacts:
     parameters: int | None = None
     trainable_parameters: int | None = None
     lookup_parameters: int = 0
+    idle_parameters: int | None = 0
     packed_parameters: int = 0
     largest_block: int | None = None
     small_parameters: int = 0
     held_elements: int | None = None
     largest_packed: int = 0
     for_fp8: int | None = None
+    expert_share: float | None = 1.0
     pinned: bool = False
     vocabulary: int | None = None
     hidden_size: int | None = None
@@ -173,8 +178,11 @@ def _sized(config: Json) -> ModelFacts:
     model_type = str(config.get("model_type", "unknown"))
     family = FAMILIES.get(model_type)
     sizes = sizes_of(config, family)
+    experts = next((config[key] for key in _EXPERTS if isinstance(config.get(key), int)), 1)
+    chosen = config.get("num_experts_per_tok")
     return ModelFacts(
         model_type,
+        expert_share=1.0 if experts <= 1 else chosen / experts if isinstance(chosen, int) else None,
         vocabulary=sizes.get("vocab_size"),
         hidden_size=sizes.get("hidden_size"),
         layers=sizes.get("num_hidden_layers"),
@@ -226,6 +234,7 @@ def _counted(
         parameters=sum(counts.values()),
         trainable_parameters=sum(counts[name] for name in trained),
         lookup_parameters=sum(counts[name] for name in lookups),
+        idle_parameters=_idle(facts.expert_share, counts, shapes),
         packed_parameters=sum(counts[name] for name in packed),
         largest_block=max(blocks.values()),
         tower=facts.tower if any("vision" in name for name in trained) else None,
@@ -238,6 +247,14 @@ def _counted(
         and not any(re.match(r"(lm_head|embed_out)\.lora_A\.", name) for name in trained),
         note=None,
     )
+
+
+def _idle(share: float | None, counts: Mapping[str, int], shapes: Mapping[str, Shape]) -> int | None:
+    """Parameters of the experts that are not chosen; None where that cannot be told."""
+    if share == 1.0:
+        return 0
+    inside = [count for name, count in counts.items() if ".experts." in name or len(shapes[name]) == 3]
+    return None if share is None or not inside else round((1 - share) * sum(inside))
 
 
 def _for_fp8(facts: ModelFacts, shapes: Mapping[str, Shape], trained: Collection[str]) -> int:
