@@ -17,7 +17,7 @@ from trainer import local_disk
 from trainer.config.loading import is_image_file
 from trainer.config.schema import LaunchConfig
 from trainer.failures import UserError
-from trainer.planning.flops import lacks_fp8
+from trainer.planning.throughput import lacks_fp8
 
 
 def preflight(config: LaunchConfig, plan: Plan, facts: Facts) -> None:

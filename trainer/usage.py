@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.planning.flops import peak_flops
+from trainer.planning.throughput import peak_flops
 
 
 class Utilisation:

@@ -20,9 +20,10 @@ from trainer.planning.communication import (
     plan_communication,
 )
 from trainer.planning.deepspeed_config import deepspeed_config
-from trainer.planning.flops import flops_per_token, peak_flops
+from trainer.planning.flops import flops_per_token
 from trainer.planning.memory import CUDA_OVERHEAD, Recomputation, estimate, recomputation
 from trainer.planning.model_facts import facts_of_config
+from trainer.planning.throughput import peak_flops
 
 LLAMA = facts_of_config(LLAMA_8B)
 LAYER_8B = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
@@ -339,6 +340,8 @@ def test_flops_by_hand():
         ("NVIDIA L40S", 362.05),
         ("NVIDIA L4", 121),
         ("NVIDIA GB200", 2500),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA RTX A6000", 154.8),
         ("AMD Instinct MI300X", 1307.4),
     ],
 )
@@ -346,6 +349,7 @@ def test_known_peaks(name, tera):
     assert peak_flops(name) == tera * 1e12
 
 
-def test_no_peak_is_made_up():
-    assert peak_flops("Intel(R) Xeon(R) Platinum 8480+") is None
+@pytest.mark.parametrize("name", ["Intel(R) Xeon(R) Platinum 8480+", "NVIDIA RTX A4000", "NVIDIA RTX A1000 Laptop GPU"])
+def test_no_peak_is_made_up(name):
+    assert peak_flops(name) is None
     assert peak_flops("NVIDIA A100-SXM4-40GB MIG 1g.5gb") is None

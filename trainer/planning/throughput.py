@@ -6,6 +6,7 @@ metrics replace them after its first steps.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 # Share of the dense bf16 peak that matrix-heavy training reaches on the devices below while it computes. A round figure
@@ -18,42 +19,73 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Device:
-    """Data-sheet figures: memory in bytes, bandwidth to the other GPUs of a node in bytes/s and direction."""
+    """Data-sheet figures: memory in bytes, bandwidth to the other GPUs of a node in bytes/s and direction, and the
+    dense bf16 peak in FLOP/s."""
 
     memory: int
     link: float
+    peak: float
 
 
-# By a part of the name that nvidia-smi reports; the first match counts. Links: NVLink where the product has it (half of
-# the bidirectional figure of the data sheet), else PCIe x16 of its generation (4: 32 GB/s, 5: 64 GB/s).
+# By a part of the name that nvidia-smi or torch reports; the first match counts: longer names come first. From their
+# makers' data sheets and (RTX) white papers. Links: NVLink where the product has it (half of the bidirectional figure),
+# else PCIe x16 of its generation (4: 32 GB/s, 5: 64 GB/s). Peaks: half of a figure with sparsity; of RTX 3090 and 4090
+# that with fp32 accumulation.
 DEVICES: tuple[tuple[str, Device], ...] = (
-    ("GB200", Device(186 * GIB, 900e9)),
-    ("B200", Device(180 * GIB, 900e9)),
-    ("GH200", Device(96 * GIB, 450e9)),
-    ("H200", Device(140 * GIB, 450e9)),
-    ("H100 PCIe", Device(80 * GIB, 64e9)),
-    ("H100 NVL", Device(94 * GIB, 300e9)),
-    ("H100", Device(80 * GIB, 450e9)),
-    ("H800", Device(80 * GIB, 200e9)),
-    ("A100-SXM4-40GB", Device(40 * GIB, 300e9)),
-    ("A100-PCIE-40GB", Device(40 * GIB, 32e9)),
-    ("A100", Device(80 * GIB, 300e9)),
-    ("A800", Device(80 * GIB, 200e9)),
-    ("A30", Device(24 * GIB, 32e9)),
-    ("A10", Device(24 * GIB, 32e9)),
-    ("A40", Device(48 * GIB, 32e9)),
-    ("A6000", Device(48 * GIB, 32e9)),
-    ("L40", Device(48 * GIB, 32e9)),
-    ("L4", Device(24 * GIB, 32e9)),
-    ("MI300X", Device(192 * GIB, 448e9)),
-    ("MI325X", Device(256 * GIB, 448e9)),
-    ("MI250X", Device(64 * GIB, 200e9)),
+    ("GB200", Device(186 * GIB, 900e9, 2500e12)),
+    ("B200", Device(180 * GIB, 900e9, 2250e12)),
+    ("GH200", Device(96 * GIB, 450e9, 989.4e12)),
+    ("H200 NVL", Device(140 * GIB, 450e9, 835.5e12)),
+    ("H200", Device(140 * GIB, 450e9, 989.4e12)),
+    ("H100 PCIe", Device(80 * GIB, 64e9, 756e12)),
+    ("H100 NVL", Device(94 * GIB, 300e9, 835.5e12)),
+    ("H100", Device(80 * GIB, 450e9, 989.4e12)),
+    ("H800", Device(80 * GIB, 200e9, 989.4e12)),
+    ("A100-SXM4-40GB", Device(40 * GIB, 300e9, 312e12)),
+    ("A100-PCIE-40GB", Device(40 * GIB, 32e9, 312e12)),
+    ("A100", Device(80 * GIB, 300e9, 312e12)),
+    ("A800", Device(80 * GIB, 200e9, 312e12)),
+    ("A30", Device(24 * GIB, 32e9, 165e12)),
+    ("A10G", Device(24 * GIB, 32e9, 70e12)),
+    ("A10", Device(24 * GIB, 32e9, 125e12)),
+    ("A40", Device(48 * GIB, 32e9, 149.7e12)),
+    ("A6000", Device(48 * GIB, 32e9, 154.8e12)),
+    ("L40S", Device(48 * GIB, 32e9, 362.05e12)),
+    ("L40", Device(48 * GIB, 32e9, 181.05e12)),
+    ("L4", Device(24 * GIB, 32e9, 121e12)),
+    ("RTX 6000 Ada", Device(48 * GIB, 32e9, 364.25e12)),
+    ("RTX 4090", Device(24 * GIB, 32e9, 165.2e12)),
+    ("RTX 3090", Device(24 * GIB, 32e9, 71e12)),
+    ("MI300X", Device(192 * GIB, 448e9, 1307.4e12)),
+    ("MI325X", Device(256 * GIB, 448e9, 1307.4e12)),
+    ("MI250X", Device(64 * GIB, 200e9, 383e12)),
 )
+
+# Makers' names of GPUs without matrix products in 8-bit floating point: NVIDIA's before Ada, AMD's before MI300
+_WITHOUT_FP8 = r"A\d{2,4}|V100|P100|P40|T4|K80|(RTX|GTX)[ _-]?[123]0\d\d|Quadro|TITAN|MI(50|60|100|210|250)"
 
 
 def device(name: str | None) -> Device | None:
-    """Figures of a device by its name, or None where it is not known."""
-    return next((found for part, found in DEVICES if name and part.lower() in name.lower()), None)
+    """Figures of a device by its name, or None where it is not known (CPUs, MIG instances)."""
+    if name is None or " MIG " in name:
+        return None
+    return next((found for part, found in DEVICES if _named(re.escape(part), name)), None)
+
+
+def peak_flops(name: str) -> float | None:
+    """Dense bf16 peak in FLOP/s of a device by its name, or None where it is not known."""
+    found = device(name)
+    return None if found is None else found.peak
+
+
+def lacks_fp8(name: str) -> bool:
+    """Whether a device is known to have no products in 8 bits, by its name; False where it is not known."""
+    return _named(_WITHOUT_FP8, name)
+
+
+def _named(pattern: str, name: str) -> bool:
+    """Whether it is a name as a whole: "A30" is found neither in "MI300A" nor in "RTX A3000"."""
+    return re.search(rf"(?<![a-z0-9])({pattern})(?!\d)", name, re.IGNORECASE) is not None
 
 
 @dataclass(frozen=True)
