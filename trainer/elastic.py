@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -20,24 +20,18 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 from trainer import flight_recorder
 from trainer.heartbeat import STACK_SIGNAL
 
+if TYPE_CHECKING:
+    from trainer.agent import Report
+
 RENDEZVOUS_TIMEOUT_SECONDS = 600
 _POLL_SECONDS = 0.05
-
-
-class RankLog(Protocol):
-    """Where the agent notes what becomes of its ranks."""
-
-    killed: list[int]
-    exit_codes: dict[int, int]
-
-    def note(self, rank: int, code: int) -> None: ...
 
 
 def run_ranks(
     options: argparse.Namespace,
     command: Sequence[str],
     victim_seconds: float,
-    log: RankLog,
+    log: Report,
     stacks_asked: Callable[[], None],
 ) -> None:
     """Run `command` as every rank of this node and return when none is left; `log` is told how each ended.
@@ -90,7 +84,7 @@ class _Rendezvous(StaticTCPRendezvous):
 class Agent(LocalElasticAgent):
     """Notes the order in which ranks fail, and kills the rest soon instead of asking them for 30 s."""
 
-    def __init__(self, spec: WorkerSpec, victim_seconds: float, log: RankLog) -> None:
+    def __init__(self, spec: WorkerSpec, victim_seconds: float, log: Report) -> None:
         super().__init__(spec, DefaultLogsSpecs(log_dir=os.devnull))  # else an empty folder stays in TMPDIR
         self._victim_seconds = victim_seconds
         self._log = log

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trainer.adapters import head_modules, is_transposed, lora_config, piece_of
+from trainer.adapters import head_modules, is_linear, is_transposed, lora_config, piece_of
 from trainer.config.trained import AdapterConfig
 from trainer.failures import UserError
 from trainer.selection import adapter_targets
@@ -90,11 +90,7 @@ def write_config(
     for name in modules:
         if model.config.get_text_config().tie_word_embeddings and model.get_submodule(name) is embeddings:
             raise UserError(f"{name} was trained and is tied to the head, which peft would untie: use --adapter merge")
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) or is_transposed(module)
-    }
+    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     targets = adapter_targets(list(linear), config.targets)
     lora_config(
         config,

@@ -24,6 +24,7 @@ from trainer.averaging import weights_kind
 from trainer.config.trained import AdapterConfig
 from trainer.export_adapter import Update, name_in_folder, pieces_by_module
 from trainer.failures import StorageError
+from trainer.origin import elements
 from trainer.parameters import Shard
 from trainer.rundir import write_json
 from trainer.slices import Slices
@@ -257,22 +258,11 @@ class Weights:
             file: Any = safe_open(path, framework="pt")
             files.update(dict.fromkeys(file.keys(), file))
         for entry in self.entries:
-            tensor = files[entry.name].get_slice(entry.name)
-            if math.prod(entry.shape) <= _CHUNK or entry.split:
-                written = files[entry.name].get_tensor(entry.name).reshape(-1)
-                equal = torch.equal(written, torch.cat([*self.chunks(entry), torch.empty(0, dtype=entry.dtype)]))
-            else:  # rows at a time
-                rows = max(_CHUNK // math.prod(entry.shape[1:]), 1)
-                width = math.prod(entry.shape[1:])
-                equal = all(
-                    torch.equal(
-                        tensor[row : row + rows].reshape(-1),
-                        self._chunk(entry.source, row * width, min(rows, entry.shape[0] - row) * width).to(entry.dtype),
-                    )
-                    for row in range(0, entry.shape[0], rows)
-                )
-            if not equal:
-                raise StorageError(f"{folder}: {entry.name} was not written as the checkpoint has it; try again")
+            begin = 0
+            for chunk in self.chunks(entry):
+                if not torch.equal(elements(files[entry.name], entry.name, begin, len(chunk)), chunk):
+                    raise StorageError(f"{folder}: {entry.name} was not written as the checkpoint has it; try again")
+                begin += len(chunk)
         size = sum(4 * math.prod(self._shapes[name]) for name in self._parameters) if self._alone else self.total_bytes
         if size <= _LOGITS_BYTES and len(set(files.values())) == 1:  # else it would hold more than the largest file
             self._check_logits(folder, trust_remote_code, base, example)

@@ -8,7 +8,6 @@ are packed from the files at each start, always with the same result, of which t
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -82,7 +81,7 @@ class Origin:
         if name in self.packed:
             return _repacked(self.folder / file, key, self.dtype).view(-1)[begin : begin + length]
         with safe_open(self.folder / file, framework="pt") as opened:
-            return _flat(opened, key, begin, length).to(self.dtype)
+            return elements(opened, key, begin, length).to(self.dtype)
 
 
 _ADVICE = "and checkpoints of this run take their frozen weights from it: put back the model's files as they were"
@@ -202,23 +201,16 @@ def _equal(file: Any, key: str, shard: Shard) -> bool:
     held = shard.tensors["frozen"]
     for begin in range(0, shard.length, _CHUNK):
         here = held[begin : begin + _CHUNK].cpu()
-        there = _flat(file, key, shard.offset + begin, here.numel()).to(here.dtype)
+        there = elements(file, key, shard.offset + begin, here.numel()).to(here.dtype)
         if not torch.equal(here.view(torch.uint8), there.view(torch.uint8)):
             return False
     return True
 
 
-def _flat(file: Any, key: str, begin: int, length: int) -> torch.Tensor:
-    """Elements [begin, begin + length) of a flattened tensor of a file, reading only its rows."""
-    piece = file.get_slice(key)
-    shape = piece.get_shape()
-    if len(shape) < 2:
-        whole: torch.Tensor = file.get_tensor(key).reshape(-1)
-        return whole[begin : begin + length].contiguous()
-    width = math.prod(shape[1:])
-    first, last = begin // width, -(-(begin + length) // width)
-    rows: torch.Tensor = piece[first:last].reshape(-1)
-    return rows[begin - first * width : begin - first * width + length].contiguous()
+def elements(file: Any, key: str, begin: int, length: int) -> torch.Tensor:
+    """Elements [begin, begin + length) of a flattened tensor of a file. It is mapped: no others are read."""
+    whole: torch.Tensor = file.get_tensor(key).view(-1)
+    return whole[begin : begin + length]
 
 
 def _stamp(path: Path) -> tuple[int, int]:
