@@ -79,6 +79,28 @@ def set_recomputation(model: Any, config: ModelConfig) -> None:
             layer._gradient_checkpointing_func = _offloading(functools.partial(checkpoint, **options))  # type: ignore[assignment]
 
 
+def keep_statistics(model: torch.nn.Module, config: ModelConfig) -> None:
+    """Leave batch normalisation at the statistics that it came with, while its weights are trained: those of a batch
+    depend on how it is cut into micro-batches, and would be others on every rank.
+
+    Raises:
+        UserError: the weights are random, and there are none.
+    """
+    found = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    if found and config.path is None:
+        raise UserError(
+            f"model.config: {type(model).__name__} normalises by statistics of batches, which random weights do not "
+            "have, and which ranks would each learn for themselves: start from a trained model (model.path)"
+        )
+    for module in found:
+        module.eval()
+        module.train = functools.partial(_as_it_is, module)  # type: ignore[method-assign,assignment]
+
+
+def _as_it_is(module: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
+    return module
+
+
 @functools.lru_cache(maxsize=1024)
 def _is_kept(name: str) -> bool:
     return _KEPT.search(name) is not None

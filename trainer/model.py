@@ -23,7 +23,7 @@ from trainer.failures import UserError
 from trainer.float8 import use_float8
 from trainer.four_bit import packing, share_scales
 from trainer.kernels import fuse_kernels
-from trainer.layers import compile_layers, set_recomputation
+from trainer.layers import compile_layers, keep_statistics, set_recomputation
 from trainer.parameters import whole_shape
 from trainer.selection import check_trained, depths, select, trained_names
 from trainer.unfreezing import FROM_STEP
@@ -119,6 +119,7 @@ def build_model(
     print(f"model.kernels: {fuse_kernels(model, config)}", flush=True)
     if config.fp8 != "none":
         print(f"model.fp8: {use_float8(model, config)}", flush=True)
+    keep_statistics(model, config)
     set_recomputation(model, config)
     if config.compile:
         print(f"model.compile: {compile_layers(model, config)}", flush=True)

@@ -14,7 +14,7 @@ from trainer import kernels
 from trainer.config.schema import ModelConfig
 from trainer.failures import UserError
 from trainer.kernels import fuse_kernels
-from trainer.layers import compile_layers, repeated_layers, set_recomputation
+from trainer.layers import compile_layers, keep_statistics, repeated_layers, set_recomputation
 
 LAYERS = 4
 IN_A_LAYER = 7  # products with weights in a Llama layer; each has two more in the backward pass
@@ -96,6 +96,25 @@ def test_inputs_that_are_offloaded_are_not_on_the_device() -> None:
         model(input_ids=torch.ones(2, 16, dtype=torch.int64), use_cache=False).logits.mean().backward()
     assert packed.count(torch.Size([2, 16, 24])) == LAYERS
     assert not {tuple(shape) for shape in packed} & {tuple(p.shape) for p in repeated_layers(model)[0].parameters()}
+
+
+def test_batch_normalisation_keeps_its_statistics() -> None:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    model = ResNetForImageClassification(ResNetConfig(**sizes))
+    model(pixel_values=torch.randn(4, 3, 32, 32))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    keep_statistics(model, config_of())
+    model.train()
+    pixels = torch.randn(4, 3, 32, 32)
+    together = model(pixel_values=pixels).logits
+    torch.testing.assert_close(torch.cat([model(pixel_values=part).logits for part in pixels.split(1)]), together)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    together.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with pytest.raises(UserError, match="start from a trained model"):
+        keep_statistics(model, ModelConfig(config={"model_type": "resnet"}, processor="none"))
 
 
 def test_models_without_layers_of_their_own_are_refused() -> None:
