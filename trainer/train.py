@@ -327,7 +327,8 @@ class Trainer:
             return 0
         self.last_evaluated = self.step
         start = heartbeat.enter("evaluation", self.step)
-        self.scores = scores = evaluate(self.engine, self.task, self.loss, self.evaluation_sets(), self.control)
+        sets = evaluation_streams(self.config, self.task, **self.share(self.evaluation_gather))
+        self.scores = scores = evaluate(self.engine, self.task, self.loss, sets, self.control)
         judgement = 0
         if metrics:
             metrics.evaluation(self.step, scores)
@@ -349,14 +350,6 @@ class Trainer:
             return self.evaluate(metrics)
         judged = done and settings.metric in lines[-1]["evaluation"]  # else it was chosen later
         return collectives.largest(self.control, judge(settings, lines, False) if judged else 0)
-
-    def evaluation_sets(self) -> dict[str | None, BatchStream]:
-        """The evaluation data by the sources' names."""
-        return evaluation_streams(
-            self.config,
-            self.task,
-            **self.share(self.evaluation_gather),
-        )
 
     def save(self) -> None:
         if self.last_saved == self.step:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from trainer.config.model import CheckpointedLayers, ModelConfig
@@ -93,10 +93,10 @@ class MemoryEstimate:
         return states + max(backward, self.step)
 
     def components(self) -> dict[str, int]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return asdict(self)
 
     def to_json(self) -> dict[str, int]:
-        return {**asdict(self), "total": self.total}
+        return {**self.components(), "total": self.total}
 
 
 def estimate(
