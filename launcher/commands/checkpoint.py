@@ -91,8 +91,14 @@ def _list(target: RunDirectory, options: argparse.Namespace) -> int:
 
 
 def _verify(target: RunDirectory, options: argparse.Namespace) -> int:
-    steps = target.published_checkpoints() if options.step is None else [options.step]
-    results = [{"step": step, "damage": damage(published(target, step))} for step in steps]
+    if options.step is not None:
+        published(target, options.step)  # says what there is
+    results = []
+    for one in list_checkpoints(target):
+        if one.status == "published" and options.step in (None, one.step):
+            problem = damage(one.folder)
+            if problem is None or (one.folder / "manifest.json").exists():  # else the run has removed it meanwhile
+                results.append({"step": one.step, "damage": problem})
     lines = [f"step {result['step']}: {result['damage'] or 'whole'}" for result in results]
     _show(options, results, lines, "no checkpoints yet")
     return EXIT_FAILED if any(result["damage"] for result in results) else EXIT_DONE

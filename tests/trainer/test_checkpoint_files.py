@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plain_state import make_state, save_rank
 
+from launcher import cli
+from launcher.commands import checkpoint as command
 from trainer.checkpoint import Saver
 from trainer.checkpoint_files import (
     Checkpoint,
@@ -250,6 +252,19 @@ def test_list_verify_and_gc(run: RunDirectory) -> None:
     assert (code, out.count("removed")) == (0, 2)
     assert run.published_checkpoints() == [6]
     assert dsft("checkpoint", "verify", run.path)[0] == 0
+
+
+def test_what_a_running_run_removes_meanwhile_is_not_damaged(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def looked_at(folder: Path) -> str | None:
+        if folder.name == folder_name(2):
+            remove(folder)
+        return damage(folder)
+
+    monkeypatch.setattr(command, "damage", looked_at)
+    assert cli.main(["checkpoint", "verify", str(run.path)]) == 0
+    assert capsys.readouterr().out.splitlines() == ["step 4: whole", "step 6: whole"]
 
 
 def test_verbs_say_what_is_wrong(run: RunDirectory) -> None:
