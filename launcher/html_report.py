@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from launcher.reporting import time_line
 from launcher.watch import describe_evaluation, describe_failure, number
 from trainer.rundir import Json, RunDirectory, read_json, write_text
 
-_TEMPLATE = Path(__file__).with_name("report.html")
 _MESSAGE_CHARACTERS = 2000
 
 
@@ -26,20 +25,29 @@ def write_report(run: RunDirectory, path: Path | None = None) -> Path:
     return path
 
 
+def fill(template: str, filters: Mapping[str, Callable[..., str]], **values: Any) -> str:
+    """A page of HTML: a template beside this file, and what goes into it; strings are escaped."""
+    from jinja2 import Environment, FileSystemLoader
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    pages = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    pages.filters |= filters
+    return pages.get_template(template).render(**values)
+
+
 def render(run: RunDirectory) -> str:
     """The HTML. Everything that comes from the run is escaped."""
-    from jinja2 import Environment
     from markupsafe import Markup
 
     value, events = report(run), run.merged_events()
     spans = time_line(run, value["state"], events)
     attempts = [(int(e["attempt"]), float(e["time"])) for e in events if e["event"] == "attempt"]
     steps = run.step_lines()
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"seconds": seconds, "number": number}
     wall = value["goodput"]["wall_seconds"]
     spent = [(part, value["goodput"]["seconds"][part]) for part in PARTS]
-    return page.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    return fill(
+        "report.html",
+        {"seconds": seconds, "number": number},
         value=value,
         timeline=Markup(timeline_chart(spans, attempts, list(_marks(events, value["evaluations"])))),
         plots=[(title, note, Markup(svg)) for title, note, svg in _plots(steps, value["evaluations"]) if svg],

@@ -22,7 +22,7 @@ class Place:
     backend: Backend
     resilience: ResilienceConfig
     membership: Membership | None = None
-    exhausted: Callable[[], str | None] | None = None
+    exhausted: Callable[[], str | None] = lambda: None
 
 
 def plans_of(config: LaunchConfig, plan: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:

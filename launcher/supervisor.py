@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from launcher.gate import CheckProcess
 from launcher.hangs import with_stack
 from launcher.heartbeats import HeartbeatWatch
 from launcher.membership import Membership
@@ -67,16 +68,6 @@ class Backend(Protocol):
         """Start the agents of `attempt`; no rank starts before `release`."""
 
 
-class Gate(Protocol):
-    """Checks that run beside the start of the first attempt's agents and must pass before any rank starts."""
-
-    def poll(self) -> bool:
-        """True once passed; raises the UserError or DataError that forbids the run."""
-
-    def cancel(self) -> None:
-        """End the checks if they still run."""
-
-
 @dataclass
 class StopSignals:
     """Counts requests to stop by signal; the first names the reason, the second means now."""
@@ -122,7 +113,7 @@ class Supervisor:
     backend: Backend
     resilience: ResilienceConfig
     lease: Lease
-    gate: Gate | None = None
+    gate: CheckProcess | None = None  # runs beside the start of the first agents; passes before any rank starts
     tick: Callable[[], None] = lambda: None
     # Written with every attempt's event: the job, the head node
     origin: Mapping[str, str] = field(default_factory=dict)

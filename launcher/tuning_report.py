@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.console import print_table, printable
+from launcher.html_report import fill
 from launcher.plots import Line, chart
 from launcher.trials import text
 from launcher.tuning import Search, Study
@@ -19,8 +18,6 @@ from trainer.rundir import Json, write_json, write_text
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-_STYLE = re.compile(r"<style>.*?</style>", re.DOTALL)
-_FOLDER = Path(__file__).parent
 _STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}
 
 
@@ -100,18 +97,14 @@ def _short(keys: list[str]) -> list[str]:
 
 def render(search: Search, value: Json) -> str:
     """The HTML page. Everything from outside is escaped."""
-    from jinja2 import Environment
     from markupsafe import Markup
 
-    style = _STYLE.search((_FOLDER / "report.html").read_text(encoding="utf-8"))
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page.filters["text"] = text
-    template = (_FOLDER / "tune.html").read_text(encoding="utf-8")
-    return page.from_string(template).render(
+    return fill(
+        "tune.html",
+        {"text": text},
         value=value,
         name=search.config.name,
         keys=list(search.settings.space),
-        style=Markup(style[0] if style else ""),
         plots=[(title, Markup(svg)) for title, svg in _plots(search, value) if svg],
     )
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from launcher.gate import CheckProcess
     from launcher.supervisor import Result
-    from slurm.job import Job
     from trainer.config.schema import LaunchConfig, SlurmCluster
     from trainer.failures import UserError
     from trainer.lease import Holder, Lease
@@ -164,18 +163,31 @@ def _submit(
 
     `watch`: follow it then, or the run's job that is in the queue already.
     """
-    from launcher.jobs import base_id, one_at_a_time, waiting_job
+    from launcher.backends.slurm import job_of, submit
+    from launcher.gate import checked
+    from launcher.grace import grace_problem
+    from launcher.jobs import base_id, one_at_a_time, refuse_second_job, waiting_job
     from launcher.permissions import make_run_directory
     from trainer.config.loading import redacted
     from trainer.failures import EXIT_DONE
+    from trainer.lease import acquire
 
-    resolved = redacted(config)
     if watch and (job_there := waiting_job(target)) is not None:
         return _follow(target, base_id(job_there), as_json)
     try:
         make_run_directory(target.path, cluster)
         with one_at_a_time(target):
-            job_id, job = _submitted(config, cluster, plan, target, resolved)
+            refuse_second_job(target)
+            # it may go on where no job of its own tells: in an allocation made by hand, on another host without SLURM
+            with acquire(target.lock_dir, _tell_waiting):
+                _write_records(target, redacted(config), plan)
+                warnings = checked(target.config_path)
+            problem = grace_problem(target, cluster)
+            for warning in (*warnings, *([problem] if problem else [])):
+                print(f"warning: {warning}", file=sys.stderr)
+            job = job_of(target, config.name, cluster)
+            job_id = submit(job, cluster)
+            target.event_writer("submission").write("submitted", job_id=job_id, backend="slurm")
     except OSError as error:
         raise _cannot_write(target, error) from error
     value = {"run": str(target.path), "job_id": job_id, "script": str(job.script_path), "log": str(job.log_path)}
@@ -185,30 +197,6 @@ def _submit(
         return _follow(target, job_id, as_json)
     print(json.dumps(value) if as_json else text)
     return EXIT_DONE
-
-
-def _submitted(
-    config: LaunchConfig, cluster: SlurmCluster, plan: dict[str, Any], target: RunDirectory, resolved: dict[str, Any]
-) -> tuple[str, Job]:
-    """Check data and tokenizer, and submit; returns the job's id, and what was submitted."""
-    from launcher.backends.slurm import job_of, submit
-    from launcher.gate import checked
-    from launcher.grace import grace_problem
-    from launcher.jobs import refuse_second_job
-    from trainer.lease import acquire
-
-    refuse_second_job(target)
-    # it may go on where no job of its own tells: in an allocation made by hand, on another host without SLURM
-    with acquire(target.lock_dir, _tell_waiting):
-        _write_records(target, resolved, plan)
-        warnings = checked(target.config_path)
-    problem = grace_problem(target, cluster)
-    for warning in (*warnings, *([problem] if problem else [])):
-        print(f"warning: {warning}", file=sys.stderr)
-    job = job_of(target, config.name, cluster)
-    job_id = submit(job, cluster)
-    target.event_writer("submission").write("submitted", job_id=job_id, backend="slurm")
-    return job_id, job
 
 
 def _follow(target: RunDirectory, job_id: str, as_json: bool) -> int:
@@ -293,7 +281,7 @@ def _supervise(
         place = open_place(config, plan, target, environment)
         watch.say(f"run {target.path}: {plan['world_size']} rank(s), checking data and tokenizer")
         supervisor = Supervisor(target, place.backend, place.resilience, lease, gate, tick, released=released)
-        supervisor.membership = place.membership
+        supervisor.membership, supervisor.exhausted = place.membership, place.exhausted
         if config.cluster.backend == "slurm":
             from launcher.backends.slurm import SlurmBackend
             from launcher.requeue import continue_job
@@ -304,8 +292,6 @@ def _supervise(
                 from launcher.first_step import examine_allocation
 
                 examine_allocation(config, place.backend, target, watch.say)
-        elif place.exhausted is not None:
-            supervisor.exhausted = place.exhausted
         result = supervisor.supervise()
     finally:
         if not lease.lost.is_set():  # else another launch tells
