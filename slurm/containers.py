@@ -41,7 +41,9 @@ def contained(
     NVIDIA's Pyxis, a plugin that gives srun options of its own. Raises UserError for what they would misread.
     """
     runtime = container.runtime
-    _check_arguments(container)
+    for argument in container.arguments:
+        if reason := _REFUSED[runtime].get(argument.split("=")[0]):
+            raise UserError(f"cluster.container.arguments: {argument} cannot be given ({reason}); remove it")
     mounts = list(container.mounts)
     for path in (folder, *needed):
         if mark := next((mark for mark in ":," if mark in str(path)), None):
@@ -57,9 +59,3 @@ def contained(
         return [], ["ch-run", f"--cd={folder}", *binds, *container.arguments, container.image, "--", *task]
     nvidia = ["--nv"] if gpus and not {"--nv", "--nvccli", "--rocm"} & set(container.arguments) else []
     return [], [runtime, "exec", f"--pwd={folder}", *nvidia, *binds, *container.arguments, container.image, *task]
-
-
-def _check_arguments(container: SlurmContainer) -> None:
-    for argument in container.arguments:
-        if reason := _REFUSED[container.runtime].get(argument.split("=")[0]):
-            raise UserError(f"cluster.container.arguments: {argument} cannot be given ({reason}); remove it")
