@@ -10,6 +10,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,6 +109,16 @@ def llama(hidden: int, layers: int, vocabulary: int) -> dict[str, Any]:
     }
 
 
+def save_llama(folder: Path, sizes: Mapping[str, Any], dtype: str) -> None:
+    """A Hugging Face folder with random weights, the same ones each time."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**sizes)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
+
+
 def quick_dtype() -> str:
     """bfloat16, or float32 on CPUs that have no instructions for it."""
     return "bfloat16" if multiplies_bfloat16() else "float32"
@@ -200,6 +211,56 @@ def run_ranks(ranks: int, arguments: Sequence[str], variables: Mapping[str, str]
     if result.returncode != 0:
         raise SystemExit(f"torchrun {' '.join(arguments)} failed:\n{(result.stdout + result.stderr)[-4000:]}")
     return result.stdout
+
+
+def told_by(command: Sequence[str], variables: Mapping[str, str]) -> Any:
+    """The JSON of a program's last line. Raises where it fails."""
+    done = subprocess.run(command, env=dict(variables), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def launch(config: Mapping[str, Any], folder: Path) -> Path:
+    """`dsft launch` of a config, to its end; the run's directory. ``folder`` is for its file. Raises where it fails."""
+    path = folder / f"{config['name']}.json"
+    path.write_text(json.dumps(config))
+    command = [*dsft_command(), "launch", str(path)]
+    done = subprocess.run(command, env=environment(folder), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
+    return Path(config["output_dir"], config["name"])
+
+
+def status(key: str) -> int:
+    """A size of this process in bytes, from /proc/self/status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) * 1024
+
+
+class Peak:
+    """Samples a size of this process in a thread while the context is open; `bytes` is the highest seen.
+
+    RssAnon: memory that the system cannot take back.
+    """
+
+    def __init__(self, key: str = "RssAnon") -> None:
+        self._key, self._stop = key, threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> Peak:
+        self.bytes = status(self._key)
+        self._thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.002):
+            self.bytes = max(self.bytes, status(self._key))
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.bytes = max(self.bytes, status(self._key))
 
 
 def end_rank() -> NoReturn:

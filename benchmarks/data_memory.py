@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, command_line, environment, math_records, write_data, write_result
+from common import RESULTS, ROOT, Peak, command_line, environment, math_records, told_by, write_data, write_result
 
 LIMIT = 1.1
 
@@ -40,30 +37,17 @@ def stream_program(data: Path, tokenizer: Path, batches: int) -> None:
         }
     )
     task = get_task(config, load_tokenizer(config.model))
-    peak = 0
-    ended = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not ended.is_set():
-            found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-            peak = max(peak, int(found[1]) * 1024 if found else 0)
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.monotonic()
-    stream = build_training_stream(
-        config, task, rank=0, world_size=1, micro_batch_size=8, gather=lambda array: [array], limit=batches
-    )
-    opened = time.monotonic() - start
-    made = sum(1 for _ in stream)
-    ended.set()
-    watcher.join()
+    with Peak() as peak:
+        start = time.monotonic()
+        stream = build_training_stream(
+            config, task, rank=0, world_size=1, micro_batch_size=8, gather=lambda array: [array], limit=batches
+        )
+        opened = time.monotonic() - start
+        made = sum(1 for _ in stream)
     if made != batches:
         raise SystemExit(f"{made} batches instead of {batches}")
-    told = {"bytes": data.stat().st_size, "records": stream.records, "open_seconds": opened, "peak_anonymous": peak}
-    print(json.dumps(told))
+    told = {"bytes": data.stat().st_size, "records": stream.records, "open_seconds": opened}
+    print(json.dumps({**told, "peak_anonymous": peak.bytes}))
 
 
 def main() -> None:
@@ -89,10 +73,7 @@ def main() -> None:
                     file.write(block)
             command = [sys.executable, str(ROOT / "benchmarks" / "data_memory.py"), "--batches", str(options.batches)]
             command += ["--stream-program", str(data), str(tokenizer)]
-            done = subprocess.run(command, env=environment(folder), capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(done.stdout + done.stderr)
-            runs.append(json.loads(done.stdout.splitlines()[-1]))
+            runs.append(told_by(command, environment(folder)))
             found = runs[-1]
             cells = [f"{found['bytes'] / 1e6:.0f} MB", f"{found['records']:,}", f"{found['open_seconds']:.2f} s"]
             rows.append([*cells, f"{found['peak_anonymous'] / 2**20:.0f} MiB"])

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 from common import (
     RESULTS,
     ROOT,
+    Peak,
     command_line,
     end_rank,
     environment,
     llama,
     plan_run,
     run_ranks,
+    status,
+    told_by,
     write_data,
     write_result,
 )
@@ -56,28 +55,11 @@ def export_program(run_dir: Path, shard_gib: float) -> None:
     run = RunDirectory(run_dir)
     config = LaunchConfig.model_validate_json(run.config_path.read_text())
     config = config.model_copy(update={"export": config.export.model_copy(update={"max_shard_size_gib": shard_gib})})
-    before = peak = anonymous()
-    ended = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not ended.is_set():
-            peak = max(peak, anonymous())
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    folder = export_run(run, config)
-    ended.set()
-    watcher.join()
+    before = status("RssAnon")
+    with Peak() as peak:
+        folder = export_run(run, config)
     files = [path.stat().st_size for path in folder.glob("*.safetensors")]
-    print(json.dumps({"before": before, "peak": peak, "files": files}))
-
-
-def anonymous() -> int:
-    """Bytes of this process's memory that the system cannot take back."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
+    print(json.dumps({"before": before, "peak": peak.bytes, "files": files}))
 
 
 def make_run(folder: Path, options: argparse.Namespace) -> Path:
@@ -132,10 +114,7 @@ def main() -> None:
         run_ranks(2, [script, "--rank-program", str(run_dir)], environment(folder), folder)
         for size in options.shard_gib:
             command = [sys.executable, script, "--export-program", str(run_dir), "--shard-gib", str(size)]
-            done = subprocess.run(command, env=environment(folder), capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(done.stdout + done.stderr)
-            told = json.loads(done.stdout.splitlines()[-1])
+            told = told_by(command, environment(folder))
             told["ratio"] = (told["peak"] - told["before"]) / max(told["files"])
             runs.append({"shard_gib": size, **told})
             cells = [f"{value / 2**20:.0f} MiB" for value in (max(told["files"]), told["peak"] - told["before"])]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import generative_recipes
 import generative_recipes_images
 import numpy as np
-from common import RESULTS, dsft_command, environment, machine
+from common import RESULTS, launch, machine, write_result
 from generative_recipes import Recipe
 
 FIRST_STEPS, LIMIT = 10, 1e-5  # losses of the first steps agree to this, relatively; later ones to rounding that grows
@@ -74,14 +73,9 @@ def make_config(recipe: Recipe, folder: Path, name: str, ranks: int, steps: int)
 
 def run(recipe: Recipe, folder: Path, name: str, ranks: int, steps: int) -> dict[str, Any]:
     """Losses of a run's steps, the scores of its evaluations, and its seconds."""
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(make_config(recipe, folder, name, ranks, steps)))
-    command = [*dsft_command(), "launch", str(path)]
-    done = subprocess.run(command, env=environment(folder), capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
-    made = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-    samples = folder / "runs" / name / "samples.jsonl"
+    directory = launch(make_config(recipe, folder, name, ranks, steps), folder)
+    made = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    samples = directory / "samples.jsonl"
     return {
         "losses": [line["loss"] for line in made if "loss" in line],
         "evaluations": {line["step"]: line["evaluation"] for line in made if "evaluation" in line},
@@ -193,26 +187,16 @@ def table(tasks: dict[str, Any]) -> list[list[str]]:
 
 def write_results(folder: Path, tasks: dict[str, Any]) -> None:
     """generative_scores.json and .md with these tasks and those of earlier calls."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "generative_scores.json"
     earlier = json.loads(path.read_text())["tasks"] if path.exists() else {}
     told = {name: {**earlier, **tasks}[name] for name in RECIPES if name in {**earlier, **tasks}}
-    formula = "scores of held-out data by dsft's evaluation; loss: mean over target tokens, nats"
     value = {
-        "benchmark": "generative_scores",
-        "machine": machine(),
         "command": "python benchmarks/generative_scores.py --data DATA --task NAME",
-        "formula": formula,
+        "formula": "scores of held-out data by dsft's evaluation; loss: mean over target tokens, nats",
         "tasks": told,
     }
-    path.write_text(json.dumps(value, indent=1) + "\n")
-    lines = ["# generative_scores", "", f"Command: `{value['command']}`  "]
-    versions = ", ".join(f"{name} {version}" for name, version in value["machine"]["packages"].items())
-    lines += [f"Versions: Python {value['machine']['python']}, {versions}  ", f"Formula: {formula}", ""]
-    head, *body = table(told)
-    lines += ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)]
-    lines += [
-        "",
+    write_result(folder, "generative_scores", value, table(told))
+    lines = [
         "| data | date | losses of the first 10 steps differ by | last scores differ by | samples that differ |",
         "|---|---|---|---|---|",
     ]
@@ -220,9 +204,8 @@ def write_results(folder: Path, tasks: dict[str, Any]) -> None:
         differ = ", ".join(f"{score} {value:.2g}" for score, value in one["scores_differ"].items() if score in SHOWN)
         differ += f" | {one['samples_differ']}"
         lines.append(f"| {name} | {one['machine']['date']} | {one['first_steps_differ']:.1e} | {differ} |")
-    page = "\n".join([*lines, ""])
-    (folder / "generative_scores.md").write_text(page)
-    print(page)
+    with (folder / "generative_scores.md").open("a") as page:
+        print("", *lines, sep="\n", file=page)
 
 
 def main() -> None:

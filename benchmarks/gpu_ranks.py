@@ -51,7 +51,7 @@ def hf_rank(run_dir: Path, variant: Variant) -> dict[str, Any]:
     import numpy as np
     import torch
     import transformers
-    from hf_tasks import training_batches
+    from hf_tasks import training_batches, whole_labels
 
     from trainer.attention import inference_attention
     from trainer.config.schema import LaunchConfig
@@ -77,10 +77,7 @@ def hf_rank(run_dir: Path, variant: Variant) -> dict[str, Any]:
 
     def collated(sequences: Any) -> dict[str, Any]:
         made = collate(sequences, 0, False, torch.device("cpu"))
-        labels = torch.full((made.input_ids.numel() + 1,), -100)
-        real = made.labels != -100
-        labels[made.positions[real] + 1] = made.labels[real]  # the model shifts them back by one
-        batch = {"input_ids": made.input_ids, "labels": labels[:-1].view_as(made.input_ids)}
+        batch = {"input_ids": made.input_ids, "labels": whole_labels(made)}
         packed = any(len(sequence.samples) > 1 for sequence in sequences)
         # without them transformers need not look for samples in a row, and takes the plain causal kernel
         return batch | ({"position_ids": made.position_ids} if packed else {})

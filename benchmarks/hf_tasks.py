@@ -12,6 +12,16 @@ from trainer.data.stream import GlobalBatch, build_evaluation_stream, build_trai
 IGNORED = -100  # label of a token that is not learned
 
 
+def whole_labels(made: Any) -> Any:
+    """Labels for a model's own loss from `trainer.forward.collate`, like its `input_ids`."""
+    import torch
+
+    labels = torch.full((made.input_ids.numel() + 1,), IGNORED)
+    real = made.labels != IGNORED
+    labels[made.positions[real] + 1] = made.labels[real]  # the model shifts them back by one
+    return labels[:-1].view_as(made.input_ids)
+
+
 def samples_of(batches: Iterable[GlobalBatch]) -> list[Sample]:
     """All samples of a stream in one process."""
     return [

@@ -15,37 +15,23 @@ import ctypes
 import gc
 import json
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, command_line, end_rank, environment, llama, run_ranks, write_result
-
-
-def status(key: str) -> int:
-    """A size of this process in bytes, from /proc/self/status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) * 1024
-
-
-class AnonymousPeak:
-    """Samples RssAnon in a thread while the context is open; `bytes` is the highest seen."""
-
-    def __enter__(self) -> AnonymousPeak:
-        self.bytes, self._stop = status("RssAnon"), threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        return self
-
-    def _sample(self) -> None:
-        while not self._stop.wait(0.002):
-            self.bytes = max(self.bytes, status("RssAnon"))
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.bytes = max(self.bytes, status("RssAnon"))
+from common import (
+    RESULTS,
+    ROOT,
+    Peak,
+    command_line,
+    end_rank,
+    environment,
+    llama,
+    run_ranks,
+    save_llama,
+    status,
+    write_result,
+)
 
 
 def rank_program(model_dir: Path, zero: bool) -> None:
@@ -69,7 +55,7 @@ def rank_program(model_dir: Path, zero: bool) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before, anonymous = status("VmRSS"), status("RssAnon")
     start = time.monotonic()
-    with AnonymousPeak() as peak:
+    with Peak() as peak:
         model: Any = build_model(config, transformers.AutoModelForCausalLM, settings, None, 0)
         dist.barrier()
     seconds = time.monotonic() - start
@@ -95,19 +81,6 @@ def rank_program(model_dir: Path, zero: bool) -> None:
     end_rank()
 
 
-def save_model(folder: Path, options: argparse.Namespace) -> int:
-    """A random model in bf16; bytes of its safetensors."""
-    import torch
-    import transformers
-
-    arguments = llama(options.hidden, options.layers, options.vocabulary)
-    config = transformers.AutoConfig.for_model(arguments.pop("model_type"), **arguments)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank-program", type=Path, help=argparse.SUPPRESS)
@@ -124,7 +97,8 @@ def main() -> None:
     runs = []
     with tempfile.TemporaryDirectory(prefix="dsft-load-") as name:
         folder = Path(name)
-        size = save_model(folder / "model", options)
+        save_llama(folder / "model", llama(options.hidden, options.layers, options.vocabulary), "bfloat16")
+        size = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
         script = str(ROOT / "benchmarks" / "load_memory.py")
         for ranks, plain in [*((count, False) for count in options.ranks), (1, True)]:
             arguments = [script, "--rank-program", str(folder / "model"), *(["--plain"] if plain else [])]

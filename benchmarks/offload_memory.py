@@ -20,8 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, command_line, end_rank, environment, llama, torchrun_command, write_result
-from load_memory import AnonymousPeak
+from common import RESULTS, ROOT, Peak, command_line, end_rank, environment, llama, torchrun_command, write_result
 
 PLACES: dict[str, dict[str, Any]] = {
     "device": {},
@@ -67,7 +66,7 @@ def rank_program(job: dict[str, Any]) -> None:
     engine.train()
     ids = torch.randint(0, 1000, (1, 128), generator=torch.Generator().manual_seed(dist.get_rank()))
     losses, seconds, stall = [], [], 0.0
-    with AnonymousPeak() as peak:
+    with Peak() as peak:
         for step in range(1, job["steps"] + 1):
             start = time.monotonic()
             loss = engine.forward(input_ids=ids, labels=ids).loss

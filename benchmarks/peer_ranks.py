@@ -1,7 +1,8 @@
-"""A rank of a peer of peer_runs.py, as torchrun starts it: `torchrun ... peer_ranks.py JOB`.
+"""A rank of a peer of peer_runs.py and peers.py, as torchrun starts it: `torchrun ... peer_ranks.py JOB`.
 
-JOB: {"side": bare|hf|trl, "phase": first|resume, "folder", "steps", "save_at", "micro_batch_size", "sequence_length",
-"dtype"}.
+JOB: {"side": bare|hf|trl, "phase": "resume" or any name, "folder", "steps", "save_at", "micro_batch_size",
+"sequence_length", "dtype"}; may have "data", a file in the folder, and "checkpointing". The folder holds the data,
+`model` with its tokenizer, and `deepspeed.json`; with "save_at" 0 nothing is saved.
 Each rank leaves SIDE-PHASE-RANK.json: {"first_step": unix seconds, "step_seconds", "target_tokens", "losses", "stall",
 "memory_bytes"}.
 """
@@ -45,8 +46,9 @@ class Told:
         (Path(job["folder"]) / f"{job['side']}-{job['phase']}-{rank}.json").write_text(json.dumps(value))
 
 
-def read_records(folder: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+def read_records(job: dict[str, Any]) -> list[dict[str, str]]:
+    path = Path(job["folder"]) / job.get("data", "train.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def bare(job: dict[str, Any], told: Told) -> None:
@@ -70,7 +72,7 @@ def bare(job: dict[str, Any], told: Told) -> None:
         tokens: list[int] = []
         labels: list[int] = []
         positions: list[int] = []
-        for record in read_records(folder)[dist.get_rank() :: dist.get_world_size()]:
+        for record in read_records(job)[dist.get_rank() :: dist.get_world_size()]:
             prompt = tokenizer(record["question"], add_special_tokens=False)["input_ids"]
             learned = [*tokenizer(record["answer"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
             tokens += [tokenizer.bos_token_id, *prompt, *learned]
@@ -118,7 +120,7 @@ def trainer(job: dict[str, Any], told: Told) -> None:
         ids = [*prompt, *answer, tokenizer.eos_token_id][: job["sequence_length"]]
         return {"input_ids": ids, "labels": [-100] * min(len(prompt), len(ids)) + ids[len(prompt) :]}
 
-    records = read_records(folder)
+    records = read_records(job)
     # without packing: as many samples as have the tokens of a packed micro-batch
     mean = sum(len(encode(record)["input_ids"]) for record in records[:200]) / 200
     samples = max(round(job["micro_batch_size"] * job["sequence_length"] / mean), 1)
@@ -129,9 +131,9 @@ def trainer(job: dict[str, Any], told: Told) -> None:
         max_steps=job["save_at"] + RESUMED_STEPS if resumed else job["steps"],
         learning_rate=LEARNING_RATE,
         bf16=job["dtype"] == "bfloat16",
-        gradient_checkpointing=False,
-        save_strategy="no" if resumed else "steps",
-        save_steps=job["save_at"],
+        gradient_checkpointing=job.get("checkpointing", False),
+        save_strategy="no" if resumed or not job["save_at"] else "steps",
+        save_steps=job["save_at"] or 1,
     )
 
     class Clock(transformers.TrainerCallback):

@@ -37,6 +37,7 @@ from common import (
     environment,
     llama,
     quick_dtype,
+    save_llama,
     torchrun_command,
     write_data,
     write_result,
@@ -56,20 +57,13 @@ RESUMED_STEPS = 2
 def prepare(folder: Path, options: argparse.Namespace) -> None:
     """Data, tokenizer, the model, dsft's config and the DeepSpeed JSON that it plans, which all sides use."""
     import datasets
-    import torch
-    import transformers
 
     from launcher.facts import gather_facts
     from launcher.plan import make_plan
     from trainer.config.schema import LaunchConfig
 
     made = write_data(folder, 4000, vocabulary=2000)
-    sizes = llama(options.hidden, options.layers, options.vocabulary)
-    model_config = transformers.AutoConfig.for_model(sizes.pop("model_type"), **sizes)
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, options.dtype)).save_pretrained(
-        folder / "model"
-    )
+    save_llama(folder / "model", llama(options.hidden, options.layers, options.vocabulary), options.dtype)
     for path in made["tokenizer"].iterdir():
         (folder / "model" / path.name).write_bytes(path.read_bytes())
     template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"

@@ -21,6 +21,7 @@ from typing import Any
 from common import (
     RESULTS,
     ROOT,
+    Peak,
     command_line,
     end_rank,
     environment,
@@ -28,10 +29,10 @@ from common import (
     plan_run,
     quick_dtype,
     run_ranks,
+    status,
     write_data,
     write_result,
 )
-from load_memory import AnonymousPeak, status
 
 SMALL = {"hidden": 256, "layers": 4, "vocabulary": 8192}
 WIDE = {"hidden": 768, "layers": 8, "vocabulary": 16384}
@@ -73,7 +74,7 @@ def rank_program(run_dir: Path) -> None:
     _ = deepspeed.initialize
     gc.collect()
     before = status("RssAnon")
-    with AnonymousPeak() as peak:
+    with Peak() as peak:
         trainer = Trainer(RunDirectory(run_dir), 1)
         with returning_freed_memory():
             trainer.run_to_end()

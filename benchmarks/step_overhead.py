@@ -47,11 +47,12 @@ def rank_program(run_dir: Path, block: int, cycles: int) -> None:
     import torch
     import torch.distributed as dist
     import transformers
+    from hf_tasks import whole_labels
 
     from trainer.data.stream import BatchStream, GlobalBatch
     from trainer.engine import Engine
     from trainer.forward import collate
-    from trainer.loss import IGNORED, LabelledPositions, cross_entropy_sum
+    from trainer.loss import LabelledPositions, cross_entropy_sum
     from trainer.model import build_model
     from trainer.rundir import RunDirectory
     from trainer.train import Trainer
@@ -99,13 +100,8 @@ def rank_program(run_dir: Path, block: int, cycles: int) -> None:
                 made = collate(micro.sequences, 2, False, self.device)
                 inputs = {"input_ids": made.input_ids, "position_ids": made.position_ids, "use_cache": False}
                 if self.full_logits:
-                    labels = torch.full((made.input_ids.numel() + 1,), IGNORED)
-                    real = made.labels != IGNORED
-                    labels[made.positions[real] + 1] = made.labels[real]  # the model shifts them back by one
-                    inputs |= {
-                        "labels": labels[:-1].view_as(made.input_ids),
-                        "num_items_in_batch": torch.tensor(batch.target_tokens),
-                    }
+                    inputs["labels"] = whole_labels(made)
+                    inputs["num_items_in_batch"] = torch.tensor(batch.target_tokens)
                 found.append({"inputs": inputs, "made": made, "targets": batch.target_tokens})
             return found
 

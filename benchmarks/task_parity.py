@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, command_line, dsft_command, environment, write_result
+from common import RESULTS, command_line, launch, write_result
 from hf_tasks import collator_of, example_of, samples_in_order_of_training
 
 LIMIT = 1e-5
@@ -157,13 +156,8 @@ def main() -> None:
         expected = train_hf(task.config, task, folder / "start", folder / "hf")
         losses = {"hf": expected}
         for ranks in options.ranks:
-            path = folder / f"ranks{ranks}.json"
-            path.write_text(json.dumps(make_config(options, folder, ranks)))
-            command = [*dsft_command(), "launch", str(path)]
-            done = subprocess.run(command, env=environment(folder), capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
-            lines = (folder / "runs" / f"ranks{ranks}" / "metrics.jsonl").read_text().splitlines()
+            run = launch(make_config(options, folder, ranks), folder)
+            lines = (run / "metrics.jsonl").read_text().splitlines()
             losses[str(ranks)] = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
     differences = {
         str(ranks): max(abs(a - b) for a, b in zip(losses[str(ranks)], expected, strict=True))

@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, command_line, dsft_command, environment, write_result
+from common import RESULTS, command_line, launch, write_result
 from hf_tasks import collator_of, example_of, samples_in_order_of_files, scores_of
 
 _COLA = {"column_names": ["source", "label", "mark", "sentence"], "quoting": False}
@@ -111,13 +110,7 @@ def make_config(options: argparse.Namespace, data: Path, folder: Path, seed: int
 
 
 def train_dsft(made: dict[str, Any], folder: Path) -> dict[str, float]:
-    path = folder / f"{made['name']}.json"
-    path.write_text(json.dumps(made))
-    command = [*dsft_command(), "launch", str(path)]
-    done = subprocess.run(command, env=environment(folder), capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
-    lines = (folder / "runs" / made["name"] / "metrics.jsonl").read_text().splitlines()
+    lines = (launch(made, folder) / "metrics.jsonl").read_text().splitlines()
     scores: dict[str, float] = json.loads(lines[-1])["evaluation"]
     return scores
 

@@ -14,19 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, command_line, environment, llama, write_result
+from common import RESULTS, Peak, command_line, environment, llama, status, told_by, write_result
+from hf_tasks import whole_labels
 
 LIMIT = 0.70
 SIDES = ("dsft", "dsft, fused", "full_logits")
-_PAGE = 4096
 
 
 def side(name: str, options: argparse.Namespace) -> dict[str, float]:
@@ -58,12 +55,8 @@ def side(name: str, options: argparse.Namespace) -> dict[str, float]:
             loss, _ = objective(model, sequences)
         else:
             made = collate(sequences, 0, False, torch.device("cpu"))
-            labels = torch.full((made.input_ids.numel() + 1,), -100)
-            real = made.labels != -100
-            labels[made.positions[real] + 1] = made.labels[real]
-            labels = labels[:-1].view_as(made.input_ids)
             inputs = {"input_ids": made.input_ids, "position_ids": made.position_ids, "use_cache": False}
-            loss = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(1)).loss
+            loss = model(**inputs, labels=whole_labels(made), num_items_in_batch=torch.tensor(1)).loss
         loss.backward()
         return float(loss.detach())
 
@@ -71,26 +64,11 @@ def side(name: str, options: argparse.Namespace) -> dict[str, float]:
     for parameter in model.parameters():
         parameter.grad.zero_()
     batch = [sequence(options.sequence_length) for _ in range(options.sequences)]
-    before = peak = _resident()
-    ended = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not ended.is_set():
-            peak = max(peak, _resident())
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    loss = step(batch)
-    ended.set()
-    watcher.join()
+    before = status("VmRSS")
+    with Peak("VmRSS") as peak:
+        loss = step(batch)
     norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
-    return {"bytes": peak - before, "loss": loss, "grad_norm": norm}
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
+    return {"bytes": peak.bytes - before, "loss": loss, "grad_norm": norm}
 
 
 def main() -> None:
@@ -113,10 +91,7 @@ def main() -> None:
         for labelled in options.labelled:
             for name in SIDES:
                 command = [sys.executable, *sys.argv, "--labelled", str(labelled), "--side", name]
-                done = subprocess.run(command, env=environment(Path(scratch)), capture_output=True, text=True)
-                if done.returncode:
-                    raise SystemExit(done.stdout + done.stderr)
-                found[f"{name} {labelled}"] = json.loads(done.stdout.splitlines()[-1])
+                found[f"{name} {labelled}"] = told_by(command, environment(Path(scratch)))
     rows = [["tokens with a label", *SIDES, "ratio", "ratio, fused", "limit"]]
     ratios = {}
     tolerance = 1e-5 if options.dtype == "float32" else 5e-3

@@ -134,8 +134,10 @@ def _positions(config: LaunchConfig, plan: Plan) -> Iterator[str]:
     family, positions = plan.model.model_type, plan.model.max_positions
     if family in _LEARNED_POSITIONS and positions is not None:
         limit = positions - _LEARNED_POSITIONS[family]
+        if limit == positions:  # else what fills up a row takes no position
+            limit -= limit % (64 if family in ("gpt2", "opt") and limit > 64 else 8)  # rows are filled up to so many
         if config.data.sequence_length > limit:
-            yield f"data.sequence_length: {family} has positions for {limit} tokens; lower it to that"
+            yield f"data.sequence_length: {family} has positions for rows of {limit} tokens; lower it to that"
 
 
 def _tokenizer(config: LaunchConfig) -> Iterator[str]:

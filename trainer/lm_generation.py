@@ -25,7 +25,7 @@ class WritingLoss(LanguageModelLoss):
     ) -> None:
         super().__init__(model, pad_id, attention, device, *more)
         self._task = task
-        self._generator = Generator(model, task.generation, task.tokenizer, device)
+        self._generator = Generator(model, task.settings.generation, task.tokenizer, device)
 
     def answer(self, engine: Engine, sequences: Sequence[PackedSequence]) -> Predictions:
         """What was generated from each sample that is whole (pieces of long ones have no prompt of their own)."""

@@ -17,7 +17,8 @@ from typing import Any
 from trainer.config.loading import load_config, redacted
 from trainer.config.schema import DataSource, LaunchConfig
 from trainer.data.formats.columns import load_dataset
-from trainer.data.remote import fetched, is_hub_dataset, is_remote
+from trainer.data.remote import is_hub_dataset, is_remote
+from trainer.data.sources import find_files
 from trainer.failures import UserError, run_tool
 from trainer.rundir import write_json
 
@@ -129,7 +130,7 @@ def _stage_source(source: DataSource, place: Path, copied: list[str]) -> dict[st
 
 def _copy_files(url: str, folder: Path) -> str:
     """Copies of a URL's files, in the order of the URLs; the path or glob that stands for them."""
-    found = fetched(url)
+    found = find_files(url)
     folder.mkdir(parents=True, exist_ok=True)
     names = [Path(address.split("?", 1)[0]).name for _, address in found]
     if len(names) > 1:

@@ -195,12 +195,9 @@ def _fast(path: Path, settings: dict[str, Any], folder: Path | None) -> Tokenize
         pad,
         _default_template(template),
         special,
-        lambda texts: [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)],
-        lambda texts: _with_starts(fast, texts),
-        lambda ids: str(fast.decode(ids)),
-        lambda ids: str(fast.decode(ids, skip_special_tokens=False)),
-        save,
-        fast,
+        **_calls(fast),
+        _save=save,
+        backend=fast,
     )
 
 
@@ -213,9 +210,19 @@ def _default_template(found: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _with_starts(fast: Any, texts: list[str]) -> list[tuple[list[int], list[int]]]:
-    found = fast.encode_batch(texts, add_special_tokens=False)
-    return [(encoding.ids, [start for start, _ in encoding.offsets]) for encoding in found]
+def _calls(fast: Any) -> dict[str, Callable[..., Any]]:
+    """What a `tokenizers.Tokenizer` does of a Tokenizer."""
+
+    def encode_with_starts(texts: list[str]) -> list[tuple[list[int], list[int]]]:
+        found = fast.encode_batch(texts, add_special_tokens=False)
+        return [(encoding.ids, [start for start, _ in encoding.offsets]) for encoding in found]
+
+    return {
+        "_encode": lambda texts: [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)],
+        "_encode_with_starts": encode_with_starts,
+        "_decode": lambda ids: str(fast.decode(ids)),
+        "_show": lambda ids: str(fast.decode(ids, skip_special_tokens=False)),
+    }
 
 
 def _save_fast(fast: Any, target: Path, eos: int | None, bos: int | None, pad: int | None, **more: Any) -> None:
@@ -263,12 +270,9 @@ def _sentencepiece(path: Path) -> Tokenizer:
         pad,
         None,
         {name: fast.id_to_token(i) for name, i in (("bos_token", bos), ("eos_token", eos)) if i is not None},
-        lambda texts: [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)],
-        lambda texts: _with_starts(fast, texts),
-        lambda ids: str(fast.decode(ids)),
-        lambda ids: str(fast.decode(ids, skip_special_tokens=False)),
-        save,
-        fast,
+        **_calls(fast),
+        _save=save,
+        backend=fast,
     )
 
 

@@ -282,17 +282,20 @@ def test_preflight_finds_every_missing_or_empty_file(tmp_path):
     assert problems_of(tmp_path, "data.train.0.path=data/*.json", "data.evaluation.0.path=data") == []
 
 
-@pytest.mark.parametrize(("family", "limit"), [("bert", 64), ("roberta", 62), ("gpt2", 64), ("llama", None)])
-def test_preflight_refuses_more_tokens_than_a_model_has_positions(tmp_path, family, limit):
+@pytest.mark.parametrize(
+    ("family", "positions", "limit"),
+    [("bert", 64, 64), ("bert", 60, 56), ("roberta", 64, 62), ("gpt2", 64, 64), ("gpt2", 100, 64), ("llama", 64, None)],
+)
+def test_preflight_refuses_more_tokens_than_a_model_has_positions(tmp_path, family, positions, limit):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = json.dumps({"model_type": family, **sizes, "vocab_size": 1000, "max_position_embeddings": 64})
+    model = json.dumps({"model_type": family, **sizes, "vocab_size": 1000, "max_position_embeddings": positions})
     if family == "gpt2":
         model = model.replace("max_position_embeddings", "n_positions")
     chosen = (f"model.config={model}", "model.freeze=[]")
     if limit is not None:
         assert problems_of(tmp_path, *chosen, f"data.sequence_length={limit}") == []
     problems = problems_of(tmp_path, *chosen, "data.sequence_length=65")
-    refused = f"data.sequence_length: {family} has positions for {limit} tokens; lower it to that"
+    refused = f"data.sequence_length: {family} has positions for rows of {limit} tokens; lower it to that"
     assert problems == ([] if limit is None else [refused])
 
 

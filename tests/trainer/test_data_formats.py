@@ -249,6 +249,8 @@ def test_webdataset(tmp_path: Path) -> None:
         {
             "d/1.txt": "é".encode(),
             "d/1.json": b'{"a": 1}',
+            "d/._1.txt": b"\0",  # no records: what macOS leaves beside a file, and what has no extension
+            "d/README": b"about",
             "d/2.seg.txt": b"two",
             "d/2.png": b"\x89",
             f"{long}.txt": b"3",
@@ -371,14 +373,19 @@ def test_a_url_that_fails_twice_is_fetched_once(tmp_path: Path, url: str) -> Non
     assert _Server.failures > 980
 
 
-def test_globs_of_other_file_systems(tmp_path: Path) -> None:
+def test_globs_and_folders_of_other_file_systems(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
     for name in ("b.csv", "a.csv"):
-        write(tmp_path / name)
-    source = open_path(f"file://{tmp_path}/*.csv")
-    assert source.records == 4000
-    assert source.where(0) == f"file://{tmp_path}/a.csv, line 2"
+        write(folder / name)
+    source = open_path(f"file://{folder}/*.csv")
+    assert source.records == open_path(f"file://{folder}").records == 4000
+    assert source.where(0) == f"file://{folder}/a.csv, line 2"
     with pytest.raises(DataError, match="no such file"):
-        open_path(f"file://{tmp_path}/*.tar")
+        open_path(f"file://{folder}/*.tar")
+    (folder / "README.md").write_text("About\n")  # is no data
+    with pytest.raises(DataError, match=r"several formats \(\.csv, \.md\); name those"):
+        open_path(f"file://{folder}")
 
 
 def test_plain_files_import_nothing_heavy(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from trainer import hub
 from trainer.check import check
 from trainer.config.loading import load_config
 from trainer.config.schema import LaunchConfig
-from trainer.data.remote import fetched
+from trainer.data.sources import find_files
 from trainer.failures import DataError
 
 
@@ -78,7 +78,7 @@ def test_data_of_the_hub_are_not_waited_for(config: LaunchConfig, closed: str) -
     value["data"]["train"] = [{"path": "hf://datasets/org/name/a.jsonl"}]
     assert hub.offline_if_unreachable(LaunchConfig.model_validate(value)) is None
     with pytest.raises(DataError, match="offline mode is enabled"):
-        fetched(value["data"]["train"][0]["path"])
+        find_files(value["data"]["train"][0]["path"])
 
 
 @pytest.mark.parametrize("variable", ["HF_ENDPOINT", "HTTP_PROXY"])

@@ -14,7 +14,6 @@ from encoder_runs import last_scores, make_config, run_at, same_runs
 from image_data import COLOURS, make_pictures, make_processor, predictions_of, tiny_llava, write
 from PIL import Image
 
-from trainer.config.loading import load_config
 from trainer.config.schema import LaunchConfig
 from trainer.data.encoding import SourceEncoder
 from trainer.data.sample import PackedSequence, Sample
@@ -159,14 +158,6 @@ def test_conversations_learn_the_last_turn(folder: Path) -> None:
     assert np.count_nonzero(sample.tokens == 4) == 4
     with pytest.raises(DataError, match="no turn of the assistant"):
         read(config, task, folder / "b.jsonl", [{"images": [image], "messages": [user]}])
-
-
-@pytest.mark.parametrize("name", ["image-classification", "image-text-to-text"])
-def test_starter_configs_load(name: str) -> None:
-    root = Path(__file__).resolve().parents[2]
-    config = load_config(root / f"configs/{name}.json")
-    assert config.task.type == name
-    assert name in (root / "docs/vision.md").read_text()
 
 
 @pytest.mark.parametrize(

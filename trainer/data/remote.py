@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,10 +70,10 @@ def is_hub_dataset(path: str) -> bool:
     return path.startswith("hf://") and not path.startswith(("hf://datasets/", "hf://buckets/"))
 
 
-def fetched(url: str) -> list[tuple[Path, str]]:
+def fetched(url: str, choose: Callable[[list[str]], list[str]]) -> list[tuple[Path, str]]:
     """(local copy, URL) of each file that a URL, which may be a glob or a folder, stands for, by name.
 
-    A URL of local files (`file://`) is copied like any other.
+    ``choose`` gives those of a folder's files that are data. A URL of local files (`file://`) is copied like any other.
 
     Raises:
         DataError: there are none, or they cannot be had.
@@ -82,7 +82,7 @@ def fetched(url: str) -> list[tuple[Path, str]]:
 
     try:
         system, path = fsspec.core.url_to_fs(url)
-        found = retried(lambda: _listed(system, path, url), url)
+        found = retried(lambda: _listed(system, path, url, choose), url)
         if not found:
             raise DataError(f"{url}: there is no such file")
         return [(_copy(system, name, address), address) for name, address in found]
@@ -99,12 +99,12 @@ def fetched(url: str) -> list[tuple[Path, str]]:
         raise DataError(f"{url} cannot be read: {error or type(error).__name__}") from error
 
 
-def _listed(system: Any, path: str, url: str) -> Iterator[tuple[str, str]] | list[tuple[str, str]]:
+def _listed(system: Any, path: str, url: str, choose: Callable[[list[str]], list[str]]) -> list[tuple[str, str]]:
     protocol = url.split("://", 1)[0]
     if any(mark in path for mark in "*?[") and (protocol not in ("http", "https") or "*" in path):
         names = system.glob(path)
     elif protocol not in ("http", "https") and system.isdir(path):
-        names = [name for name in system.find(path) if not is_hidden(name.removeprefix(path))]
+        names = choose([name for name in system.find(path) if not is_hidden(name.removeprefix(path))])
     else:
         names = [path]
     return [(name, url if name == path else str(system.unstrip_protocol(name))) for name in sorted(names)]

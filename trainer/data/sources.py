@@ -151,16 +151,10 @@ def find_files(path: str) -> list[tuple[Path, str]]:
         DataError: there are none.
     """
     if is_remote(path):
-        return fetched(path)
+        return fetched(path, lambda names: _of_one_format(names, path) or names)
     if os.path.isdir(path):
         entries = (entry for entry in Path(path).rglob("*") if not is_hidden(entry.relative_to(path)))
-        found = [entry for entry in entries if entry.is_file() and _format_of(entry)]
-        formats = {_format_of(entry): entry.suffix for entry in found}
-        if len(formats) > 1:
-            raise DataError(
-                f"{path}: the files in this folder are of several formats ({', '.join(sorted(formats.values()))}); "
-                f"name those to be read, as in {path}/**/*{found[0].suffix}"
-            )
+        found = [Path(name) for name in _of_one_format([str(entry) for entry in entries if entry.is_file()], path)]
         if not found:
             raise DataError(f"{path}: no file in this folder ends with {', '.join(_SUFFIXES)} (or these and .gz, .zst)")
     elif os.path.exists(path):
@@ -174,6 +168,18 @@ def find_files(path: str) -> list[tuple[Path, str]]:
     except UnicodeEncodeError:
         raise DataError(f"{path}: the name of a file is not UTF-8; rename it") from None
     return [(file, str(file)) for file in sorted(found)]
+
+
+def _of_one_format(names: list[str], folder: str) -> list[str]:
+    """Those of a folder's files whose format their names tell. Raises DataError where they are of several."""
+    formats = {name: found for name in names if (found := _format_of(Path(name)))}
+    if len(set(formats.values())) > 1:
+        endings = sorted({Path(name).suffix for name in formats})
+        raise DataError(
+            f"{folder}: the files in this folder are of several formats ({', '.join(endings)}); "
+            f"name those to be read, as in {folder}/**/*{endings[0]}"
+        )
+    return list(formats)
 
 
 def lacks_names(config: DataSource, name: str) -> str:

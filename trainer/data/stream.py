@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config.schema import DataSource, LaunchConfig
-from trainer.data.encoding import OUTCOMES, Encoder
+from trainer.data.encoding import OUTCOMES, Encoder, SourceEncoder
 from trainer.data.order import next_source, strides
 from trainer.data.sample import PackedSequence
 from trainer.data.sources import Source, open_source
@@ -105,7 +105,8 @@ class BatchStream:
         states = state["sources"] if state else []
         states = [*states[: len(sources)], *[None] * (len(sources) - len(states))]
         epochs = [source_epochs(source, options.epochs) for source in sources]
-        encoders = [options.encoder(source, task, index) for index, source in enumerate(opened)]
+        long, bad = options.on_long, options.on_bad_record
+        encoders = [SourceEncoder(of, task, options.sequence_length, long, bad, i) for i, of in enumerate(opened)]
         self._streams = [
             SourceStream(index, source, encoders[index].encode, options, epochs[index], gather, states[index])
             for index, source in enumerate(opened)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from trainer.data.encoding import OUTCOMES, Encoded, Encoder, SourceEncoder
+from trainer.data.encoding import OUTCOMES, Encoded
 from trainer.data.order import document_order, sequence_order, window_order
 from trainer.data.packing import pack
 from trainer.data.sample import PackedSequence, Sample
@@ -42,10 +42,6 @@ class Options:
     window_documents: int
     rank: int
     world_size: int
-
-    def encoder(self, source: Source, task: Encoder, index: int) -> SourceEncoder:
-        """What turns the records of this source, number ``index``, into samples."""
-        return SourceEncoder(source, task, self.sequence_length, self.on_long, self.on_bad_record, index)
 
 
 @dataclass(frozen=True)

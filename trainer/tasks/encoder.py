@@ -90,6 +90,27 @@ class EncoderTask(HeadTask):
         return found
 
 
+def labels_of(samples: Sequence[Sample]) -> np.ndarray:
+    """The labels of all samples, one after the other."""
+    return np.concatenate([sample.labels for sample in samples if sample.labels is not None])
+
+
+def cross_entropy(
+    logits: torch.Tensor, labels: np.ndarray, label_smoothing: float = 0.0, class_weights: Sequence[float] = ()
+) -> torch.Tensor:
+    """Sum over rows of logits, an fp32 scalar; ``labels``, int64, has one a row."""
+    import torch
+    from torch.nn import functional
+
+    return functional.cross_entropy(
+        logits.float(),
+        torch.from_numpy(labels).to(logits.device),
+        weight=torch.tensor(class_weights, device=logits.device) if class_weights else None,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+
+
 def inputs_of(encoding: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(token ids, int32 [length]; further inputs) of an encoding."""
     return (
@@ -129,6 +150,23 @@ def set_pooling(model_config: Any, pooling: str | None) -> None:
     if getattr(model_config, "classifier_pooling", None) not in ("cls", "mean"):  # ModernBERT and its like have it
         raise UserError(f"task.pooling: the head of {model_config.model_type} leaves no choice; leave it out")
     model_config.classifier_pooling = pooling
+
+
+def with_labels(config: LaunchConfig, column: str, also: Sequence[str] = ()) -> LaunchConfig:
+    """The config with `task.labels`, which the training data tells where it does not.
+
+    Raises:
+        DataError: the data tells none.
+        UserError: there are not as many `task.class_weights`.
+    """
+    task: Any = config.task
+    if task.labels is None:
+        task = task.model_copy(update={"labels": found_labels(config, column, also)})
+        config = config.model_copy(update={"task": task})
+    weights = getattr(task, "class_weights", ())
+    if weights and len(weights) != len(task.labels):
+        raise UserError(f"task.class_weights: {len(weights)} for {len(task.labels)} labels")
+    return config
 
 
 def found_labels(config: LaunchConfig, column: str, also: Sequence[str] = ()) -> tuple[str, ...]:

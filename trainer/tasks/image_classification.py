@@ -20,7 +20,7 @@ from trainer.data.images import decode, reference
 from trainer.data.sample import Sample
 from trainer.failures import DataError
 from trainer.tasks.base import Objective, Predictions, named_columns
-from trainer.tasks.encoder import HeadTask, Labels, found_labels, set_labels
+from trainer.tasks.encoder import HeadTask, Labels, cross_entropy, labels_of, set_labels, with_labels
 from trainer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -41,17 +41,15 @@ class ImageClassification(HeadTask):
     loads = True
 
     def __init__(self, config: LaunchConfig, tokenizer: Tokenizer) -> None:
-        task = cast("ImageClassificationTask", config.task)
-        if task.labels is None:
-            task = task.model_copy(update={"labels": found_labels(config, "label", _LABEL_NAMES)})
-            config = config.model_copy(update={"task": task})
+        config = with_labels(config, "label", _LABEL_NAMES)
         super().__init__(config, tokenizer)
-        self.task, self.labels = task, Labels(task.labels or ())
+        self.task = cast("ImageClassificationTask", config.task)
+        self.labels = Labels(self.task.labels or ())
 
     @cached_property
     def processor(self) -> Any:
         """The image processor of the model. Raises DataError."""
-        return load_image_processor(self.config)
+        return load_processor(self.config, "AutoImageProcessor")
 
     def columns(self, source_columns: dict[str, str], record: dict[str, Any]) -> dict[str, str]:
         known = {}
@@ -66,10 +64,7 @@ class ImageClassification(HeadTask):
         results: list[Sample | list[Sample] | str] = []
         for record in records:
             label = self.labels.id(record["label"]) if self.labelled else 0
-            image = reference(record["image"]) if isinstance(label, int) else ""
-            if isinstance(label, str):
-                results.append(label)
-                continue
+            image = reference(record["image"]) if isinstance(label, int) else label
             if isinstance(image, str):
                 results.append(image)
                 continue
@@ -103,23 +98,13 @@ class ImageClassification(HeadTask):
         return ImageObjective(model, self, device)
 
     def loss(self, output: Any, samples: Sequence[Sample]) -> torch.Tensor:
-        import torch
-        from torch.nn import functional
-
-        logits = output.logits.float()
-        labels = np.concatenate([sample.labels for sample in samples if sample.labels is not None])
-        return functional.cross_entropy(
-            logits,
-            torch.from_numpy(labels).to(logits.device),
-            reduction="sum",
-            label_smoothing=self.task.label_smoothing,
-        )
+        return cross_entropy(output.logits, labels_of(samples), self.task.label_smoothing)
 
     def read(self, output: Any, samples: Sequence[Sample]) -> list[Any]:
         """(whether the best class is the right one, whether one of the best five is) of each sample."""
         logits = output.logits.float().cpu().numpy()
         order = np.argsort(-logits, axis=-1, kind="stable")
-        gold = [int(sample.labels[0]) for sample in samples if sample.labels is not None]
+        gold = labels_of(samples).tolist()
         return [(bool(row[0] == right), right in row[:_TOP].tolist()) for row, right in zip(order, gold, strict=True)]
 
     @property
@@ -152,17 +137,17 @@ class ImageClassification(HeadTask):
         return {"pixel_values": torch.from_numpy(ramp)}
 
 
-def load_image_processor(config: LaunchConfig) -> Any:
-    """The Pillow image processor of a config's model. Raises DataError."""
+def load_processor(config: LaunchConfig, auto_class: str) -> Any:
+    """The processor of a config's model, on Pillow. Raises DataError."""
     import transformers
 
     origin = config.model.processor or config.model.path
     try:
-        return transformers.AutoImageProcessor.from_pretrained(
+        return getattr(transformers, auto_class).from_pretrained(
             origin, backend="pil", trust_remote_code=config.model.trust_remote_code
         )
     except (OSError, ValueError, ImportError, TypeError) as error:
         raise DataError(
-            f"the image processor of {origin!r} cannot be loaded: {error}; give model.processor a folder with a "
+            f"the processor of {origin!r} cannot be loaded: {error}; give model.processor a folder with a "
             "preprocessor_config.json"
         ) from error

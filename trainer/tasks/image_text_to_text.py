@@ -24,8 +24,8 @@ from trainer.data.sample import Sample
 from trainer.failures import DataError, UserError
 from trainer.tasks.base import named_columns
 from trainer.tasks.encoder import set_padding
-from trainer.tasks.image_classification import IMAGE_NAMES
-from trainer.tasks.written import WrittenTask, cut_at
+from trainer.tasks.image_classification import IMAGE_NAMES, load_processor
+from trainer.tasks.written import WrittenTask
 from trainer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -56,16 +56,9 @@ class ImageTextToText(WrittenTask):
     @cached_property
     def processor(self) -> Any:
         """The model's processor, on Pillow. Raises DataError."""
-        import transformers
-
-        origin = self.config.model.processor or self.config.model.path
-        try:
-            found = transformers.AutoProcessor.from_pretrained(
-                origin, backend="pil", trust_remote_code=self.config.model.trust_remote_code
-            )
-        except (OSError, ValueError, ImportError, TypeError) as error:
-            raise DataError(f"the processor of {origin!r} cannot be loaded: {error}; see model.processor") from error
+        found = load_processor(self.config, "AutoProcessor")
         if not hasattr(found, "image_token"):
+            origin = self.config.model.processor or self.config.model.path
             raise DataError(f"{origin!r} has no processor for images and texts: see model.processor")
         return found
 
@@ -190,11 +183,10 @@ class ImageTextToText(WrittenTask):
 
     def written(self, sample: Sample, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """What an evaluation needs of a sample and the token ids that were generated for it."""
-        stops = self.settings.generation.stop if self.settings.generation else ()
         return {
             "source": sample.reference.get("prompt", ""),
             "references": [sample.reference["completion"].strip()] if self.labelled else [],
-            "texts": [cut_at(self.tokenizer.decode(ids), stops).strip() for ids in texts],
+            "texts": [text.strip() for text in self.decoded(texts)],
         }
 
     def save(self, folder: Path) -> None:

@@ -17,7 +17,15 @@ from trainer.config.tasks import MultipleChoiceTask
 from trainer.data.sample import Sample
 from trainer.head import set_head
 from trainer.tasks.base import Predictions, named_columns
-from trainer.tasks.encoder import EncoderTask, inputs_of, label_text, set_head_dropout, set_padding
+from trainer.tasks.encoder import (
+    EncoderTask,
+    cross_entropy,
+    inputs_of,
+    label_text,
+    labels_of,
+    set_head_dropout,
+    set_padding,
+)
 from trainer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -75,17 +83,11 @@ class MultipleChoice(EncoderTask):
         set_head(model_config, self.auto_class, self.task.head)
 
     def loss(self, output: Any, samples: Sequence[Sample]) -> torch.Tensor:
-        import torch
-        from torch.nn import functional
-
-        logits = _logits(output, samples)
-        labels = torch.from_numpy(np.concatenate([s.labels for s in samples if s.labels is not None]))
-        return functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+        return cross_entropy(_logits(output, samples), labels_of(samples))
 
     def read(self, output: Any, samples: Sequence[Sample]) -> list[Any]:
         """(gold, predicted) of each sample: numbers of choices, from 0."""
-        gold = np.concatenate([sample.labels for sample in samples if sample.labels is not None])
-        return list(zip(gold.tolist(), _logits(output, samples).argmax(-1).tolist(), strict=True))
+        return list(zip(labels_of(samples).tolist(), _logits(output, samples).argmax(-1).tolist(), strict=True))
 
     @property
     def scored(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from trainer.config.tasks import QuestionAnsweringTask
 from trainer.data.sample import Sample
 from trainer.failures import DataError, UserError
 from trainer.tasks.base import Predictions, named_columns
-from trainer.tasks.encoder import EncoderTask, inputs_of
+from trainer.tasks.encoder import EncoderTask, cross_entropy, inputs_of, labels_of
 from trainer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -83,16 +83,9 @@ class QuestionAnswering(EncoderTask):
         ]
 
     def loss(self, output: Any, samples: Sequence[Sample]) -> torch.Tensor:
-        import torch
-        from torch.nn import functional
-
-        stacked = np.stack([sample.labels for sample in samples if sample.labels is not None])
-        labels = torch.from_numpy(stacked).to(output.start_logits.device)
+        labels = labels_of(samples).reshape(-1, 2)
         start, end = _without_padding(output, samples)
-        return (
-            functional.cross_entropy(start, labels[:, 0], reduction="sum")
-            + functional.cross_entropy(end, labels[:, 1], reduction="sum")
-        ) / 2
+        return (cross_entropy(start, labels[:, 0]) + cross_entropy(end, labels[:, 1])) / 2
 
     def read(self, output: Any, samples: Sequence[Sample]) -> list[Any]:
         """Spans of each window."""

@@ -17,7 +17,7 @@ from trainer.config.schema import LaunchConfig
 from trainer.data.sample import Sample
 from trainer.failures import DataError, UserError
 from trainer.tasks.base import named_columns
-from trainer.tasks.written import WrittenTask, cut_at
+from trainer.tasks.written import WrittenTask
 from trainer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -116,8 +116,7 @@ class SequenceToSequence(WrittenTask):
 
     def written(self, sample: Sample, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """What an evaluation needs of a sample and the token ids that were generated for it."""
-        stops = self.settings.generation.stop if self.settings.generation else ()
-        return {**sample.reference, "texts": [cut_at(self.tokenizer.decode(ids), stops).strip() for ids in texts]}
+        return {**sample.reference, "texts": [text.strip() for text in self.decoded(texts)]}
 
     def _encoders(self) -> tuple[Encode, Encode]:
         """Token ids of sources and of targets with the tokenizer's special ones: they differ by language."""

@@ -14,18 +14,19 @@ import numpy as np
 from trainer.config.schema import LaunchConfig
 from trainer.config.tasks import TextClassificationTask
 from trainer.data.sample import Sample
-from trainer.failures import UserError
 from trainer.head import set_head
 from trainer.tasks.base import Predictions, named_columns
 from trainer.tasks.encoder import (
     EncoderTask,
     Labels,
-    found_labels,
+    cross_entropy,
     inputs_of,
+    labels_of,
     set_head_dropout,
     set_labels,
     set_padding,
     set_pooling,
+    with_labels,
 )
 from trainer.tokenizer import Tokenizer
 
@@ -55,15 +56,11 @@ class TextClassification(EncoderTask):
     structured = label_columns = frozenset({"label"})
 
     def __init__(self, config: LaunchConfig, tokenizer: Tokenizer) -> None:
-        task = cast("TextClassificationTask", config.task)
-        if task.problem != "regression" and task.labels is None:
-            task = task.model_copy(update={"labels": found_labels(config, "label")})
-            config = config.model_copy(update={"task": task})
+        if cast("TextClassificationTask", config.task).problem != "regression":
+            config = with_labels(config, "label")
         super().__init__(config, tokenizer)
-        self.task = task
+        self.task = task = cast("TextClassificationTask", config.task)
         self.labels = Labels(task.labels or ())
-        if task.class_weights and len(task.class_weights) != len(self.labels.names):
-            raise UserError(f"task.class_weights: {len(task.class_weights)} for {len(self.labels.names)} labels")
         self.metrics = task.metrics or _DEFAULT_METRICS[task.problem]
 
     def columns(self, source_columns: dict[str, str], record: dict[str, Any]) -> dict[str, str]:
@@ -107,26 +104,18 @@ class TextClassification(EncoderTask):
         import torch
         from torch.nn import functional
 
-        logits = output.logits.float()
-        stacked = np.stack([sample.labels for sample in samples if sample.labels is not None])
-        labels = torch.from_numpy(stacked).to(logits.device)
+        gold, logits = labels_of(samples), output.logits.float()
+        if self.task.problem == "single-label":
+            return cross_entropy(logits, gold, self.task.label_smoothing, self.task.class_weights)
+        labels = torch.from_numpy(gold).to(logits.device).view_as(logits)
         if self.task.problem == "regression":
             return functional.mse_loss(logits, labels, reduction="sum")
-        if self.task.problem == "multi-label":
-            return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1).sum()
-        weights = self.task.class_weights
-        return functional.cross_entropy(
-            logits,
-            labels[:, 0],
-            weight=torch.tensor(weights, device=logits.device) if weights else None,
-            reduction="sum",
-            label_smoothing=self.task.label_smoothing,
-        )
+        return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1).sum()
 
     def read(self, output: Any, samples: Sequence[Sample]) -> list[Any]:
         """(gold, predicted) of each sample: ids of classes, lists of 0 and 1, or numbers."""
         logits = output.logits.float().cpu().numpy()
-        gold = np.stack([sample.labels for sample in samples if sample.labels is not None])
+        gold = labels_of(samples).reshape(len(samples), -1)
         if self.task.problem == "single-label":
             return list(zip(gold[:, 0].tolist(), logits.argmax(-1).tolist(), strict=True))
         if self.task.problem == "multi-label":

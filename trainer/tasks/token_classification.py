@@ -17,16 +17,17 @@ import numpy as np
 from trainer.config.schema import LaunchConfig
 from trainer.config.tasks import TokenClassificationTask
 from trainer.data.sample import Sample
-from trainer.failures import UserError
 from trainer.head import set_head
 from trainer.tasks.base import Predictions, named_columns
 from trainer.tasks.encoder import (
     EncoderTask,
     Labels,
-    found_labels,
+    cross_entropy,
     inputs_of,
+    labels_of,
     set_head_dropout,
     set_labels,
+    with_labels,
 )
 from trainer.tokenizer import Tokenizer
 
@@ -49,15 +50,10 @@ class TokenClassification(EncoderTask):
     pieces = True
 
     def __init__(self, config: LaunchConfig, tokenizer: Tokenizer) -> None:
-        task = cast("TokenClassificationTask", config.task)
-        if task.labels is None:
-            task = task.model_copy(update={"labels": found_labels(config, "tags", [tags for _, tags in _LAYOUTS])})
-            config = config.model_copy(update={"task": task})
+        config = with_labels(config, "tags", [tags for _, tags in _LAYOUTS])
         super().__init__(config, tokenizer)
-        self.task = task
+        self.task = task = cast("TokenClassificationTask", config.task)
         self.labels = Labels(task.labels or ())
-        if task.class_weights and len(task.class_weights) != len(self.labels.names):
-            raise UserError(f"task.class_weights: {len(task.class_weights)} for {len(self.labels.names)} labels")
         self.scheme = scheme_of(self.labels.names) if task.scheme == "auto" else task.scheme
         _words_apart(self.fast)
 
@@ -79,19 +75,8 @@ class TokenClassification(EncoderTask):
         set_head(model_config, self.auto_class, self.task.head)
 
     def loss(self, output: Any, samples: Sequence[Sample]) -> torch.Tensor:
-        import torch
-        from torch.nn import functional
-
-        chosen = output.logits[_places(samples, output.logits.shape[1], output.logits.device)].float()
-        labels = np.concatenate([sample.labels for sample in samples if sample.labels is not None])
-        weights = self.task.class_weights
-        return functional.cross_entropy(
-            chosen,
-            torch.from_numpy(labels).to(chosen.device),
-            weight=torch.tensor(weights, device=chosen.device) if weights else None,
-            reduction="sum",
-            label_smoothing=self.task.label_smoothing,
-        )
+        chosen = output.logits[_places(samples, output.logits.shape[1], output.logits.device)]
+        return cross_entropy(chosen, labels_of(samples), self.task.label_smoothing, self.task.class_weights)
 
     def read(self, output: Any, samples: Sequence[Sample]) -> list[Any]:
         """(gold, predicted) of each sample: ids of tags, one a word; -1 stands for no tag."""

@@ -18,8 +18,8 @@ from trainer.config.tasks import CausalLMTask
 from trainer.data.sample import Sample
 from trainer.tasks.base import Predictions
 from trainer.tasks.causal_lm import CausalLM
-from trainer.tasks.written import cut_at
-from trainer.text_metrics import pass_at_k, text_scores
+from trainer.tasks.written import WrittenTask
+from trainer.text_metrics import pass_at_k
 from trainer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _LAYOUTS = (
 _CODE_COLUMNS = frozenset({"tests", "entry_point", "setup"})
 
 
-class WritingCausalLM(CausalLM):
+class WritingCausalLM(WrittenTask, CausalLM):
     """Next-token prediction, with generation at evaluation."""
 
     structured = CausalLM.structured | {"tests"}
@@ -43,8 +43,6 @@ class WritingCausalLM(CausalLM):
     def __init__(self, config: LaunchConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
         self.settings = cast("CausalLMTask", config.task)
-        assert self.settings.generation is not None
-        self.generation = self.settings.generation
         self.code = self.settings.code_execution
         self.metrics = self.settings.metrics or (() if self.code.enabled else ("exact_match",))
 
@@ -112,7 +110,7 @@ class WritingCausalLM(CausalLM):
         """What an evaluation needs of a sample and the token ids that were generated for it; runs programs."""
         length = self.prompt_length(sample)
         prompt, rest = sample.tokens[:length].tolist(), sample.tokens[length:][sample.targets[length:]].tolist()
-        found = [cut_at(self.tokenizer.decode(ids), self.generation.stop) for ids in texts]
+        found = self.decoded(texts)
         result: dict[str, Any] = {
             "source": self.tokenizer.decode(prompt),
             "references": [self.tokenizer.decode(rest)] if self.labelled else [],
@@ -130,22 +128,14 @@ class WritingCausalLM(CausalLM):
     @property
     def scored(self) -> tuple[str, ...]:
         passed = (f"pass@{k}" for k in self.code.pass_at if self.code.enabled)
-        return (*super().scored, *self.metrics, *passed, "generated")
+        return ("perplexity", *super().scored, *passed, "generated")
 
     def scores(self, loss: float, predictions: Predictions) -> dict[str, float]:
-        found = [written for _, written in predictions]
-        texts, references = [one["texts"][0] for one in found], [one["references"] for one in found]
-        scores, self.signatures = text_scores(self.metrics, texts, references, self.settings)
-        self.shown = found[: self.generation.shown]
-        run: list[list[bool]] = [one["passed"] for one in found if "passed" in one]
+        scores = CausalLM.scores(self, loss, predictions) | super().scores(loss, predictions)
+        run: list[list[bool]] = [written["passed"] for _, written in predictions if "passed" in written]
         for k in self.code.pass_at if run else ():
             scores[f"pass@{k}"] = sum(pass_at_k(len(of), sum(of), k) for of in run) / len(run)
-        return {**super().scores(loss, predictions), **scores, "generated": len(found)}
-
-    def answer(self, found: Sequence[Any]) -> dict[str, Any]:
-        """The text, and all texts where several are drawn."""
-        texts = found[0]["texts"]
-        return {"text": texts[0], **({"texts": texts} if len(texts) > 1 else {})}
+        return {**scores, "generated": len(predictions)}
 
 
 def program(code: dict[str, Any], text: str) -> str:

@@ -22,6 +22,11 @@ class WrittenTask(BaseTask):
     settings: Any
     metrics: Sequence[Any]
 
+    def decoded(self, texts: Sequence[Sequence[int]]) -> list[str]:
+        """Generated token ids as texts, up to the first of `generation.stop`."""
+        stops = self.settings.generation.stop if self.settings.generation else ()
+        return [cut_at(self.tokenizer.decode(ids), stops) for ids in texts]
+
     @property
     def scored(self) -> tuple[str, ...]:
         return tuple(self.metrics) if self.settings.generation else ()

@@ -18,6 +18,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,7 +40,6 @@ _BOM = b"\xef\xbb\xbf"
 _BLANK = _BOM + b" \t\r\n"
 
 Parse = Callable[[bytes], Record]
-Starts = Iterator[np.ndarray]  # int64, rising, in pieces
 
 
 @dataclass(frozen=True)
@@ -124,24 +124,24 @@ def open_bytes(path: Path, name: str, format_name: str, config: DataSource) -> B
     delimiter = "\t" if format_name == "tsv" else ","
     quoting = csv.QUOTE_MINIMAL if config.quoting else csv.QUOTE_NONE
     dialect: dict[str, Any] = {"delimiter": delimiter, "quoting": quoting}
-    scan: Callable[[Path], Starts]
-    if format_name in ("csv", "tsv"):
-        csv.field_size_limit(_LONGEST_FIELD)  # of this process, whoever has made the index
-        scan = lambda path: _rows(path, dialect)  # noqa: E731
-    elif format_name == "conll":
-        scan = lambda path: _paragraphs(path, DOCUMENT_LINE)  # noqa: E731
-    else:
-        scan = {"jsonl": _lines, "text": _paragraphs, "webdataset": _tar_groups}[format_name]
+    scan: dict[str, Callable[[], Iterator[int]]] = {
+        "text": lambda: _paragraphs(path),
+        "conll": lambda: _paragraphs(path, DOCUMENT_LINE),
+        "csv": lambda: _rows(path, dialect),
+        "tsv": lambda: _rows(path, dialect),
+        "webdataset": lambda: _tar_groups(path),
+    }
+    csv.field_size_limit(_LONGEST_FIELD)  # of this process, whoever has made the index
 
     def write(file: IO[bytes]) -> None:
         try:
-            for starts in scan(path):
-                file.write(starts.astype(np.int64).tobytes())
+            for piece in _lines(path) if format_name == "jsonl" else _in_pieces(scan[format_name]()):
+                file.write(piece.astype(np.int64).tobytes())
         except (csv.Error, tarfile.TarError) as error:
             raise DataError(f"{name} is no {format_name} file that can be read: {error}") from error
         file.write(np.array([path.stat().st_size], dtype=np.int64).tobytes() + _digest(path))
 
-    identity = f"5 {file_identity(path)} {format_name} {quoting}"
+    identity = f"6 {file_identity(path)} {format_name} {quoting}"
     index: np.ndarray
     try:
         index = _load_index(cached("index", identity, ".int64", write), path)
@@ -161,6 +161,12 @@ def open_bytes(path: Path, name: str, format_name: str, config: DataSource) -> B
             )
         parse = {"jsonl": parse_json, "text": _parse_text, "webdataset": _parse_tar}[format_name]
     return ByteFile(path, name, bounds, parse, path.stat().st_size, digest, format_name != "webdataset")
+
+
+def _in_pieces(starts: Iterator[int]) -> Iterator[np.ndarray]:
+    """Int64, so many at a time that memory does not grow with a file."""
+    while len(piece := np.fromiter(islice(starts, 1 << 16), dtype=np.int64)):
+        yield piece
 
 
 def _load_index(stored: Path, path: Path) -> np.ndarray:
@@ -196,8 +202,8 @@ def _text(data: bytes) -> str:
 # -- jsonl -------------------------------------------------------------------------------------------------------------
 
 
-def _lines(path: Path) -> Starts:
-    """The first byte of each line that is not blank."""
+def _lines(path: Path) -> Iterator[np.ndarray]:
+    """The first byte of each line that is not blank, int64 [lines] in pieces."""
     with path.open("rb") as file:
         start = 0  # of the line that goes on into the next block
         size = os.fstat(file.fileno()).st_size
@@ -207,7 +213,8 @@ def _lines(path: Path) -> Starts:
             block = file.read(BLOCK)
             if not block:
                 break
-            ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == 10) + position
+            view, first = np.frombuffer(block, dtype=np.uint8), position
+            ends = np.flatnonzero(view == 10) + position
             position += len(block)
             if position >= size:
                 ends = np.append(ends, size)
@@ -216,7 +223,9 @@ def _lines(path: Path) -> Starts:
             starts = np.concatenate([[start], ends[:-1] + 1])
             start = int(ends[-1]) + 1
             keep = ends > starts
-            for line in np.flatnonzero(keep & (ends - starts < 64)):  # only short lines can be blank
+            looked_at = np.isin(view[np.clip(starts - first, 0, len(view) - 1)], list(_BLANK))
+            looked_at[0] |= starts[0] < first  # its first byte was in another block
+            for line in np.flatnonzero(keep & looked_at):
                 file.seek(int(starts[line]))
                 keep[line] = bool(file.read(int(ends[line] - starts[line])).strip(_BLANK))
             yield starts[keep]
@@ -252,24 +261,18 @@ def _spread(text: str) -> str:
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def _paragraphs(path: Path, without: re.Pattern[bytes] | None = None) -> Starts:
+def _paragraphs(path: Path, without: re.Pattern[bytes] | None = None) -> Iterator[int]:
     """The first byte of each paragraph, but for those that are ``without`` as a whole."""
     if path.stat().st_size == 0:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        starts, start = [], 0
-        for match in _BLANK_LINES.finditer(data):
-            begin = data[start : min(match.start(), start + 4096)].strip(_BLANK)
+        start = 0
+        gaps = ((match.start(), match.end()) for match in _BLANK_LINES.finditer(data))
+        for end, following in chain(gaps, [(len(data), len(data))]):
+            begin = data[start : min(end, start + 4096)].strip(_BLANK)
             if begin and not (without and without.fullmatch(begin)):
-                starts.append(start)
-            start = match.end()
-            if len(starts) == 1 << 16:
-                yield np.array(starts)
-                starts = []
-        begin = data[start : start + 4096].strip(_BLANK)
-        if begin and not (without and without.fullmatch(begin)):
-            starts.append(start)
-        yield np.array(starts, dtype=np.int64)
+                yield start
+            start = following
 
 
 def _parse_text(data: bytes) -> Record:
@@ -280,7 +283,7 @@ def _parse_text(data: bytes) -> Record:
 # -- csv and tsv -------------------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path, dialect: dict[str, Any]) -> Starts:
+def _rows(path: Path, dialect: dict[str, Any]) -> Iterator[int]:
     """The first byte of each row that is not blank, the header's included."""
     position = 0  # after the lines that the reader has taken
 
@@ -292,15 +295,11 @@ def _rows(path: Path, dialect: dict[str, Any]) -> Starts:
             yield (line.removeprefix(_BOM) if first else line).decode("latin-1")
 
     with path.open("rb") as file:
-        starts, start = [], 0
+        start = 0
         for row in csv.reader(lines(file), **dialect):
             if any(row):
-                starts.append(start)
+                yield start
             start = position
-            if len(starts) == 1 << 16:
-                yield np.array(starts)
-                starts = []
-        yield np.array(starts, dtype=np.int64)
 
 
 def _csv_parser(
@@ -336,28 +335,33 @@ def _csv_parser(
 # -- WebDataset --------------------------------------------------------------------------------------------------------
 
 
-def _key(name: str) -> tuple[str, str]:
-    """(key, extension) of a member: the name splits at the first dot of its last part."""
-    folder, _, base = name.rpartition("/")
+def _key(member: tarfile.TarInfo) -> tuple[str, str] | None:
+    """(key, extension) of a member: the name splits at the first dot of its last part; None: it is of no record.
+
+    As in the webdataset library, whatever begins with a dot (._a.jpg of macOS) or has no extension is of none.
+    """
+    folder, _, base = member.name.rpartition("/")
     stem, _, extension = base.partition(".")
+    if not (member.isfile() and stem and extension):
+        return None
     return f"{folder}/{stem}" if folder else stem, extension.lower()
 
 
-def _tar_groups(path: Path) -> Starts:
+def _tar_groups(path: Path) -> Iterator[int]:
     """The first byte of the first member of each record."""
     with tarfile.open(path, "r:") as tar:
-        starts, last = [], None
+        last = None
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # or it would keep them all
-            if member.isfile() and _key(member.name)[0] != last:
-                last = _key(member.name)[0]
-                starts.append(member.offset)
+            key = _key(member)
+            if key and key[0] != last:
+                last = key[0]
+                yield member.offset
         end = tar.offset
     with path.open("rb") as file:  # tarfile takes half a header for the end; the true one is of zeros
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
             raise tarfile.ReadError("unexpected end of data")
-    yield np.array(starts, dtype=np.int64)
 
 
 def _parse_tar(data: bytes) -> Record:
@@ -365,9 +369,10 @@ def _parse_tar(data: bytes) -> Record:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
-                if not member.isfile():
+                key = _key(member)
+                if key is None:
                     continue
-                record["__key__"], extension = _key(member.name)
+                record["__key__"], extension = key
                 file = tar.extractfile(member)
                 body = file.read() if file else b""
                 if len(body) != member.size:
