@@ -18,6 +18,7 @@ from trainer.config.loading import is_image_file
 from trainer.config.schema import LaunchConfig
 from trainer.failures import UserError
 from trainer.planning.throughput import lacks_fp8
+from trainer.planning.weight_files import damage
 
 
 def preflight(config: LaunchConfig, plan: Plan, facts: Facts) -> None:
@@ -119,14 +120,14 @@ def _fp8(config: LaunchConfig, plan: Plan) -> Iterator[str]:
 
 
 def _weights(config: LaunchConfig) -> Iterator[str]:
-    """Whether files of weights are missing in a model's folder, as when it was copied in part."""
+    """Whether files of weights are missing in a model's folder or cut short, as when it was copied in part."""
     folder = Path(config.model.path or "")
-    if (
-        folder.is_absolute()
-        and folder.is_dir()
-        and not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
-    ):
+    if not (folder.is_absolute() and folder.is_dir()):
+        return
+    if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
         yield f"model.path: {folder} has no weights (*.safetensors, *.bin) beside its config.json; copy them there"
+    elif found := damage(folder):
+        yield f"model.path: {found}; copy it there again"
 
 
 def _positions(config: LaunchConfig, plan: Plan) -> Iterator[str]:

@@ -20,13 +20,13 @@ from trainer.data.formats.columns import load_dataset
 from trainer.data.remote import is_hub_dataset, is_remote
 from trainer.data.sources import find_files
 from trainer.failures import UserError, run_tool
+from trainer.planning.weight_files import damage
 from trainer.rundir import write_json
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 # Weights are read from safetensors alone; the others are copies of the same in other formats
 _OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "original/*"]
 _TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
-_INDEX = "model.safetensors.index.json"
 
 
 def stage(config: LaunchConfig, folder: Path) -> tuple[Path, list[str]]:
@@ -81,25 +81,12 @@ def _download(name: str, target: Path, where: str, patterns: list[str] | None) -
 
 def verify_model(folder: Path) -> None:
     """Raise UserError unless a model's weights are all there, whole, and need no code from elsewhere."""
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    if not any(folder.glob("*.safetensors")):
         raise UserError(
             f"model.path: there is no safetensors file in {folder}; convert the weights (`save_pretrained`)"
         )
-    tensors: dict[str, str] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="numpy") as file:  # checks the header against the file's length
-                tensors |= dict.fromkeys(file.keys(), path.name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"model.path: {path} is not whole: {error}; remove it and stage again") from error
-    if (folder / _INDEX).exists():
-        index: dict[str, str] = json.loads((folder / _INDEX).read_text())["weight_map"]
-        missing = sorted({file for name, file in index.items() if tensors.get(name) != file})
-        if missing:
-            raise UserError(f"model.path: {folder} lacks weights of {', '.join(missing)}; stage again")
+    if found := damage(folder):
+        raise UserError(f"model.path: {found}; remove it and stage again")
     settings = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
     foreign = [name for name in dict(settings.get("auto_map") or {}).values() if "--" in str(name)]
     if foreign:

@@ -122,11 +122,16 @@ def test_a_metric_that_is_no_score(tmp_path: Path, config: dict[str, Any]) -> No
     assert "evaluation.metric: there is no 'accuracy'; the scores are loss" in refused(tmp_path, config)
 
 
-def test_a_model_folder_without_weights(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_model_folder_without_whole_weights(tmp_path: Path, config: dict[str, Any]) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps(config["model"].pop("config")))
     config["model"]["path"] = "./model"
     assert "has no weights" in refused(tmp_path, config)
+    (tmp_path / "model/model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    assert "model.safetensors is not whole" in refused(tmp_path, config)
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lacks weights of model-00001-of-00001.safetensors" in refused(tmp_path, config)
 
 
 def test_no_tokenizer(tmp_path: Path, config: dict[str, Any]) -> None:
