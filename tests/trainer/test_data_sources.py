@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -46,6 +47,17 @@ def test_index_over_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"n": n}) + "\n" * (1 + n % 3) for n in range(50)))
     assert all_records(open_path(path)) == [{"n": n} for n in range(50)]
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}\n')
+    source = open_path(path)
+    os.utime(path, ns=(5, 5))  # a new date alone is none
+    assert source.read([1])[0][0] == {"a": 2}
+    path.write_text('{"a": 3}\n{"a": 4}\n')  # the same size
+    with pytest.raises(DataError, match=r"a\.jsonl has changed since it was opened: other content"):
+        source.read([1])
 
 
 def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:

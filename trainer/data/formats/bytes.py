@@ -51,6 +51,7 @@ class ByteFile:
     bounds: np.ndarray
     parse: Parse
     file_size: int  # bytes, when the index was made
+    dates: list[int]  # st_mtime_ns then, and others with the same content
     digest: str
     lines: bool  # whether lines mean something in it
 
@@ -85,8 +86,14 @@ class ByteFile:
     def _bytes(self, numbers: Sequence[int]) -> list[bytes]:
         def attempt() -> list[bytes]:
             with self.path.open("rb", buffering=0) as file:  # nothing is read twice
-                if (size := os.fstat(file.fileno()).st_size) != self.file_size:
-                    raise DataError(f"{self.name} has changed since it was opened: {size} bytes, {self.file_size} then")
+                found = os.fstat(file.fileno())
+                if found.st_size != self.file_size:
+                    told = f"{found.st_size} bytes, {self.file_size} then"
+                    raise DataError(f"{self.name} has changed since it was opened: {told}")
+                if found.st_mtime_ns not in self.dates:  # positions in it mean nothing if this is another file
+                    if _digest(self.path).hex() != self.digest:
+                        raise DataError(f"{self.name} has changed since it was opened: other content")
+                    self.dates.append(found.st_mtime_ns)
                 starts, ends = self.bounds[numbers], self.bounds[np.add(numbers, 1)]
                 first, last = int(starts.min()), int(ends.max())
                 if last - first < _DENSE * int((ends - starts).sum()):  # most of a window: one call for all
@@ -141,6 +148,7 @@ def open_bytes(path: Path, name: str, format_name: str, config: DataSource) -> B
             raise DataError(f"{name} is no {format_name} file that can be read: {error}") from error
         file.write(np.array([path.stat().st_size], dtype=np.int64).tobytes() + _digest(path))
 
+    opened = path.stat()
     identity = f"6 {file_identity(path)} {format_name} {quoting}"
     index: np.ndarray
     try:
@@ -160,7 +168,8 @@ def open_bytes(path: Path, name: str, format_name: str, config: DataSource) -> B
                 f"{name}: `column_names` is for csv, tsv and conll files; a {format_name} file has its own names"
             )
         parse = {"jsonl": parse_json, "text": _parse_text, "webdataset": _parse_tar}[format_name]
-    return ByteFile(path, name, bounds, parse, path.stat().st_size, digest, format_name != "webdataset")
+    dates = [opened.st_mtime_ns]
+    return ByteFile(path, name, bounds, parse, opened.st_size, dates, digest, format_name != "webdataset")
 
 
 def _in_pieces(starts: Iterator[int]) -> Iterator[np.ndarray]:
