@@ -39,13 +39,19 @@ def _where_it_is(run: RunDirectory) -> list[str]:
     """`--set` of a run that was moved or copied, which goes on where it is and not where it began."""
     import json
     import os
+    import re
 
+    from trainer.config.schema import RUN_NAME, LaunchConfig
+    from trainer.failures import UserError
     from trainer.rundir import read_json
 
     config, path = read_json(run.config_path) or {}, run.path.absolute()
     began = Path(str(config.get("output_dir"))) / str(config.get("name"))
     if began.exists() and os.path.samefile(began, path):
         return []
+    if not re.match(RUN_NAME, path.name):
+        allowed = LaunchConfig.model_fields["name"].description
+        raise UserError(f"{path}: a run's folder has the name of the run, which is {allowed}: rename the folder")
     return [f"output_dir={json.dumps(str(path.parent))}", f"name={json.dumps(path.name)}"]
 
 

@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import pytest
 
 from launcher.cli import main
+from launcher.commands.resume import _where_it_is
 from launcher.consistency import refuse_changes
 from launcher.grace import grace_problem
 from launcher.registry import find_run, known_runs, register
@@ -54,6 +55,12 @@ def test_states(run: RunDirectory) -> None:
     assert run_state(run).state == "failed"
     ledger(run, (5, "attempt", 3), (2.5, "finished", 3))  # the clock was set back meanwhile
     assert run_state(run).state == "finished"
+
+
+def test_a_run_moved_to_a_folder_that_names_no_run_says_so(run: RunDirectory) -> None:
+    moved = run.path.rename(run.path.with_name("my run"))
+    with pytest.raises(UserError, match="rename the folder"):
+        _where_it_is(RunDirectory(moved))
 
 
 def test_a_lock_of_another_host_is_shown_as_dead_after_a_while(run: RunDirectory) -> None:

@@ -204,11 +204,14 @@ class ResilienceConfig(Section):
     notify: tuple[Notification, ...] = Field((), description="Told of failures, recoveries and the end of the run")
 
 
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+
+
 class LaunchConfig(Section):
     """A whole dsft config."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        pattern=RUN_NAME,
         description='1 to 100 letters, digits, ".", "_" or "-", beginning with a letter or digit',
     )
     output_dir: str = "runs"
