@@ -36,6 +36,7 @@ def continue_job(supervisor: Supervisor, backend: SlurmBackend) -> None:
     run = supervisor.run
     job_id = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ["SLURM_JOB_ID"]
     supervisor.origin = {"job_id": job_id, "head": node_name()}
+    supervisor.exhausted = backend.exhausted
     supervisor.explain = _explain
     is_chain = "SLURM_ARRAY_JOB_ID" in os.environ
     if is_chain or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0:  # else a person has started it
