@@ -17,7 +17,7 @@ from launcher.plan import make_plan
 from launcher.preflight import preflight
 from launcher.state import job_id
 from launcher.tuning import Search, Study
-from launcher.tuning_report import summary
+from launcher.tuning_report import UNDER_WAY, summary
 from slurm import client
 from slurm.job import Job
 from trainer.config.loading import redacted
@@ -62,7 +62,7 @@ def ensure_submitted(study: Study, say: Callable[[str], None]) -> str:
 
 
 def _ended(study: Study) -> int:
-    return sum(trial["state"] != "running" for trial in summary(study)["trials"])
+    return sum(trial["state"] not in UNDER_WAY for trial in summary(study)["trials"])
 
 
 def _job(search: Search, folder: RunDirectory, missing: int, cluster: SlurmCluster) -> Job:

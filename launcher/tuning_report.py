@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.console import print_table, printable
 from launcher.html_report import fill
 from launcher.plots import Line, chart
+from launcher.state import run_state
 from launcher.trials import text
 from launcher.tuning import Search, Study
 from trainer.config.tuning import Categorical, LogUniform
@@ -18,6 +19,7 @@ from trainer.rundir import Json, write_json, write_text
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+UNDER_WAY = ("running", "interrupted")  # an interrupted one goes on when the study does
 _STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}
 
 
@@ -31,7 +33,7 @@ def summary(study: Study) -> Json:
         "study": str(search.folder),
         "metric": search.metric,
         "maximise": search.maximise,
-        "finished": len(trials) >= search.count and all(trial["state"] != "running" for trial in trials),
+        "finished": len(trials) >= search.count and not any(trial["state"] in UNDER_WAY for trial in trials),
         "count": search.count,
         "trials": trials,
         "best": max(done, key=lambda trial: (sign * trial["value"], -trial["number"]), default=None),
@@ -39,16 +41,18 @@ def summary(study: Study) -> Json:
 
 
 def _trial(search: Search, trial: FrozenTrial) -> Json:
-    steps = trial.intermediate_values
-    duration = trial.duration
+    steps, run = trial.intermediate_values, search.run(trial.number)
+    duration, state = trial.duration, _STATES[trial.state.name]
+    if state == "running" and run_state(run).state in ("stopped", "failed"):
+        state = "interrupted"
     return {
         "number": trial.number,
-        "state": _STATES[trial.state.name],
+        "state": state,
         "value": trial.value if trial.value is not None else steps[max(steps)] if steps else None,
         "step": trial.user_attrs.get("step", max(steps, default=None)),
         "values": search.values(trial.params),
         "seconds": None if duration is None else duration.total_seconds(),
-        "run": str(search.run(trial.number).path),
+        "run": str(run.path),
         "class": trial.user_attrs.get("class"),
         "message": trial.user_attrs.get("message"),
     }

@@ -227,6 +227,12 @@ def test_an_error_in_a_base_or_profile_names_its_file(tmp_path):
     assert "nodes" in errors["cluster.nods"].message
 
 
+def test_a_profile_alone_is_no_config(tmp_path):
+    with pytest.raises(ConfigErrors) as caught:
+        load_config(write(tmp_path / "gpu.json", {"backend": "local", "nodes": 2}))
+    assert str(caught.value) == 'gpu.json is the profile of a cluster: name it in a config, "cluster": "gpu.json"'
+
+
 def test_a_profile_replaces_the_cluster_and_set_refines_it(tmp_path):
     write(tmp_path / "site.json", {"backend": "local", "gpus_per_node": 4})
     write(tmp_path / "base.json", complete())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,6 +63,7 @@ def test_a_study_survives_a_killed_trial_and_an_interrupt(tmp_path: Path) -> Non
     finally:
         tuner.kill()
     assert [pid for run in runs for pid in processes_of_run(run.path)] == []
+    assert re.search(r"(?m)^ *1 +interrupted ", output.read_text())
 
     output = tmp_path / "second.log"
     tuner = start(config, output, *steps)

@@ -36,6 +36,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LaunchConfig:
     path = Path(os.path.abspath(path))
     loader = _Loader(path)
     loader.read(path, ())
+    if "backend" in loader.data and not loader.data.keys() & {"task", "model", "data", "training"}:
+        told = f'{path.name} is the profile of a cluster: name it in a config, "cluster": "{path.name}"'
+        raise ConfigErrors(path.name, [ConfigError("", told)])
     loader.override(overrides)
     loader.data.setdefault("output_dir", str(path.parent / "runs"))
     return loader.checked()
