@@ -4,8 +4,8 @@
 
 As one writes it by hand: no checks, no checkpoints, no logs; records are tokenised when their batch is made and packed
 into full sequences, so that the step has as many tokens as dsft's.
-JOB.json: data, tokenizer, model, sequence_length, micro_batch_size, micro_batches_per_rank, deepspeed. Rank 0 prints
-the time of its first step.
+JOB.json: data, tokenizer, model, dtype, sequence_length, micro_batch_size, micro_batches_per_rank, deepspeed. Rank 0
+prints the time of its first step.
 """
 
 import itertools
@@ -56,7 +56,7 @@ def main() -> None:
     settings = dict(job["model"])
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, job["dtype"]))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     # the script does its own accumulation in micro-batches, as DeepSpeed's config says

@@ -28,6 +28,7 @@ from common import (
     environment,
     llama,
     median_ratio,
+    quick_dtype,
     run_ranks,
     timed,
     write_data,
@@ -47,7 +48,11 @@ def make_config(folder: Path, ranks: int, hidden: int, layers: int, vocabulary: 
         "name": "startup",
         "output_dir": str(folder / "runs"),
         "task": {"type": "causal-lm"},
-        "model": {"config": llama(hidden, layers, vocabulary), "tokenizer": str(made["tokenizer"])},
+        "model": {
+            "config": llama(hidden, layers, vocabulary),
+            "tokenizer": str(made["tokenizer"]),
+            "dtype": quick_dtype(),
+        },
         "data": {
             "train": [{"path": str(made["data"]), "columns": {"prompt": "question", "completion": "answer"}}],
             "sequence_length": 512,
@@ -104,6 +109,7 @@ def bare_job(folder: Path, config: Path) -> Path:
         "data": values["data"]["train"][0]["path"],
         "tokenizer": values["model"]["tokenizer"],
         "model": values["model"]["config"],
+        "dtype": values["model"]["dtype"],
         "sequence_length": values["data"]["sequence_length"],
         "micro_batch_size": plan["batch"]["micro_batch_size"],
         "micro_batches_per_rank": plan["batch"]["micro_batches_per_rank"],
