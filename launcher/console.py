@@ -36,8 +36,8 @@ def print_json(value: Any) -> None:
 
 
 def printable(text: str) -> str:
-    """Without what would drive a terminal or break XML: control characters become U+FFFD, line ends stay."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """Without what would drive a terminal or break XML: control characters become U+FFFD; line ends and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def drop_output(stream: TextIO) -> None:

@@ -65,7 +65,7 @@ def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
         report |= {"class": "user", "errors": [*report["errors"], problem]}
     if (labels := getattr(task, "labels", None)) and labels.names:
         report["labels"] = list(labels.names)
-        report["warnings"] += _alike(labels.names)
+        report["warnings"] += [*_alike(labels.names), *_other_head(config, len(labels.names))]
     for part, sources in (("train", config.data.train), ("evaluation", config.data.evaluation)):
         for index, source in enumerate(sources):
             try:
@@ -207,15 +207,28 @@ def _stretches(sample: Sample, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     return [(tokenizer.show(sample.tokens[a:b].tolist()), bool(sample.targets[a])) for a, b in pairwise(edges)]
 
 
+def _other_head(config: LaunchConfig, labels: int) -> Iterable[str]:
+    values = _model_values(config)
+    there = len(values.get("id2label") or "01")  # two are not written down
+    if str(values.get("architectures")).endswith("Classification']") and there != labels:
+        yield f"model.path has a head for {there} labels: one for the {labels} of the data is made anew"
+
+
+def _model_values(config: LaunchConfig) -> dict[str, Any]:
+    """The model's config, where it is here. Raises UserError where it is no JSON."""
+    if not config.model.path:
+        return config.model.config or {}
+    path = Path(config.model.path) / "config.json"
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"model.path: {path} cannot be read: {error}") from None
+    return values
+
+
 def model_vocabulary(config: LaunchConfig) -> int | None:
     """`vocab_size` of the model's config, where it is here. Raises UserError where it is no JSON."""
-    values: Any = config.model.config or {}
-    if config.model.path:
-        path = Path(config.model.path) / "config.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError as error:
-            raise UserError(f"model.path: {path} cannot be read: {error}") from None
+    values = _model_values(config)
     size = (values.get("text_config") or values).get("vocab_size")
     return size if isinstance(size, int) else None
 

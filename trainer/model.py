@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import difflib
 import functools
@@ -91,6 +92,10 @@ def build_model(
         make = functools.partial(auto_class.from_config, structure, trust_remote_code=config.trust_remote_code)
         with named_errors(config):
             replaced = packing(make, packed)
+    anew: set[str] = set()
+    if config.path is not None:
+        with named_errors(config):
+            anew = _of_other_labels(config, auto_class, configure)
     # transformers keeps only a weak reference to this object, and partitions models while it lives
     partitioning = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config["zero_optimization"]["stage"] == 3 else None
     dtype = DTYPES[config.dtype]
@@ -102,14 +107,19 @@ def build_model(
             model = auto_class.from_config(model_config, dtype=dtype, attn_implementation=attention)
         else:
             with replaced:
-                model = auto_class.from_pretrained(
+                model, found = auto_class.from_pretrained(
                     config.path,
                     config=model_config,
                     dtype=dtype,
                     attn_implementation=attention,
                     trust_remote_code=config.trust_remote_code,
                     use_safetensors=True,  # never a pickle
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # and does nothing under ZeRO-3, where this does
+                    key_mapping={f"^{re.escape(name)}$": f"of_other_labels.{name}" for name in anew} or None,
                 )
+            if wrong := sorted({name for name, *_ in found["mismatched_keys"]} - anew):
+                raise UserError(f"model.path {config.path!r}: {wrong[0]} is of another size than its config.json says")
             if packed is not None:
                 share_scales(model, packed)
     resize_embeddings(model, config)
@@ -125,6 +135,23 @@ def build_model(
         print(f"model.compile: {compile_layers(model, config)}", flush=True)
     result: torch.nn.Module = model
     return result
+
+
+def _of_other_labels(config: ModelConfig, auto_class: Any, configure: Callable[[Any], None]) -> set[str]:
+    """Parameters of a head for another number of labels than the task has; it is made anew, as where there is none."""
+    wanted = load_model_config(config)
+    labels = getattr(wanted, "num_labels", None)
+    configure(wanted)
+    if labels is None or labels == wanted.num_labels:
+        return set()
+    found = copy.deepcopy(wanted)
+    found.num_labels = labels
+    shapes = []
+    for kind in (found, wanted):
+        with torch.device("meta"):
+            made = auto_class.from_config(kind, trust_remote_code=config.trust_remote_code)
+        shapes.append({name: parameter.shape for name, parameter in made.named_parameters()})
+    return {name for name, shape in shapes[0].items() if shape != shapes[1][name]}
 
 
 def load_model_config(config: ModelConfig) -> Any:
@@ -169,6 +196,12 @@ def named_errors(config: ModelConfig) -> Iterator[None]:
     except (ValueError, OSError, ImportError, KeyError, TypeError, StrictDataclassError) as error:
         origin = f"model.path {config.path!r}" if config.path else "model.config"
         raise UserError(f"{origin}: the model cannot be built: {error}") from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):  # as ZeRO-3 has it
+            raise
+        raise UserError(
+            f"model.path {config.path!r}: weights are of other sizes than config.json says: {error}"
+        ) from error
 
 
 def choose_trained(model: torch.nn.Module, config: ModelConfig, seed: int) -> None:

@@ -183,3 +183,25 @@ def test_runs_learn_alike_at_one_and_two_ranks_and_exports_work_without_dsft(fol
     answers = predictions_of(two.path, folder / "test.jsonl", tmp_path / "answers.jsonl")
     assert [answer["label"] for answer in answers] == [one["label"] for one in plain]
     assert [answer["probability"] for answer in answers] == pytest.approx([one["score"] for one in plain], rel=1e-4)
+
+
+@pytest.mark.matrix
+def test_batch_normalisation_does_not_tell_ranks_apart(folder: Path, tmp_path: Path) -> None:
+    """A ResNet keeps the statistics it comes with; those of batches would be others in each micro-batch and rank."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    shape = transformers.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic")
+    model = transformers.ResNetForImageClassification(shape).train()
+    with torch.no_grad():
+        for _ in range(30):  # some statistics
+            model(torch.randn(16, 3, 16, 16))
+    model.save_pretrained(tmp_path / "model")
+    changed = config_of(folder).model_dump(mode="json")
+    changed["model"] |= {"path": str(tmp_path / "model"), "config": None}
+    changed["deepspeed"]["zero_stage"] = 2  # what its initialisation counts ZeRO-3 has cut
+    config = LaunchConfig.model_validate(changed)
+    one, two = run_at(tmp_path / "one", config, 1, 12), run_at(tmp_path / "two", config, 2, 3)
+    same_runs(one, two)
+    assert last_scores(one)["accuracy"] > 0.8
