@@ -121,8 +121,6 @@ class Bench:
             steps=options.steps,
             on_long="truncate" if options.data == "documents" else "split",
         )
-        if options.data == "instructions":
-            del value["data"]["train"][0]["columns"]
         if options.profile and variant.side == "dsft":
             value["logging"]["profile"] = {"skip_steps": options.steps - 2, "steps": 1}
         if options.small:
@@ -277,7 +275,8 @@ def main() -> None:
     if options.small:
         options.model, options.sequence_length, options.global_batch_size, options.records = "small", 128, 4, 900
         options.steps, options.warm_up = 6, 1
-        options.data = "instructions" if options.data == "instructions" else "packed"
+        if options.data == "documents":
+            options.data = "packed"
         chosen = SMALL
     chosen = {
         name: variant

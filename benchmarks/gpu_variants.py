@@ -135,7 +135,7 @@ def config_of(
         "task": {"type": "causal-lm"},
         "model": origin | {"tokenizer": str(folder / "tokenizer")},
         "data": {
-            "train": [{"path": str(text), "columns": {"text": "text"}}],
+            "train": [{"path": str(text)}],
             "sequence_length": length,
             "on_long": on_long,
         },

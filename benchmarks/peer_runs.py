@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 import signal
 import statistics
 import subprocess
@@ -64,8 +65,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
 
     made = write_data(folder, 4000, vocabulary=2000)
     save_llama(folder / "model", llama(options.hidden, options.layers, options.vocabulary), options.dtype)
-    for path in made["tokenizer"].iterdir():
-        (folder / "model" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(made["tokenizer"], folder / "model", dirs_exist_ok=True)
     template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
     (folder / "model" / "chat_template.jinja").write_text(template)
     records = [json.loads(line) for line in made["data"].read_text().splitlines()]

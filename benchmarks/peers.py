@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 import statistics
 import tempfile
 from pathlib import Path
@@ -99,8 +100,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
         made["data"].write_text(options.data.read_text(encoding="utf-8"))
     model = folder / "model"
     save_llama(model, llama(options.hidden, options.layers, options.vocabulary), "bfloat16")
-    for path in made["tokenizer"].iterdir():
-        (model / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(made["tokenizer"], model, dirs_exist_ok=True)
     fast = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
     # records of equal length: as many tokens as a sequence has, of which half are learned
     half = options.sequence_length // 2

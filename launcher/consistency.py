@@ -16,14 +16,36 @@ from trainer.rundir import RunDirectory, read_json
 # speed, memory or what is watched, not the result ...
 _FIXED: dict[str, frozenset[str]] = {
     "task": frozenset(),
-    "model": frozenset({"attention", "gradient_checkpointing", "activation_offload", "compile", "kernels"})
-    | {"fused_loss", "sequence_parallel", "trust_remote_code"},
+    "model": frozenset(
+        {
+            "attention",
+            "gradient_checkpointing",
+            "activation_offload",
+            "compile",
+            "kernels",
+            "fused_loss",
+            "sequence_parallel",
+            "trust_remote_code",
+        }
+    ),
     "data": frozenset({"evaluation", "workers", "prepared", "allow_changed"}),
     "training": frozenset({"micro_batch_size", "deterministic", "on_nonfinite", "loss_spike", "max_rollbacks"}),
 }
 # ... and these may change from one launch to the next; `name` and `output_dir` say which run it is.
-FREE = {"name", "output_dir"}
-FREE |= {"deepspeed", "checkpoint", "evaluation", "export", "tune", "logging", "cluster", "resilience"}
+FREE = frozenset(
+    {
+        "name",
+        "output_dir",
+        "deepspeed",
+        "checkpoint",
+        "evaluation",
+        "export",
+        "tune",
+        "logging",
+        "cluster",
+        "resilience",
+    }
+)
 
 
 def refuse_changes(run: RunDirectory, config: dict[str, Any]) -> None:

@@ -40,8 +40,19 @@ _CLOCK_TRIES = 3
 _DISK_BYTES = 256 << 20
 _PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy")
 # Of a job's options, those that srun knows by the same name
-_SRUN = {"partition", "account", "qos", "constraint", "mem", "cpus-per-task", "gpus-per-node", "exclusive"}
-_SRUN |= {"nodelist", "exclude", "reservation"}
+_SRUN = (
+    "partition",
+    "account",
+    "qos",
+    "constraint",
+    "mem",
+    "cpus-per-task",
+    "gpus-per-node",
+    "exclusive",
+    "nodelist",
+    "exclude",
+    "reservation",
+)
 
 Json = dict[str, Any]
 

@@ -190,10 +190,10 @@ def varlen_attention(
         )  # [samples, heads, length, head size]
         return attended.transpose(1, 2).reshape(1, tokens, *attended.shape[1::2]), None
     if query.device.type == "cuda":
-        q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-        edges, longest = cu_seq_lens_q, max_length_q
         from trainer.varlen_kernel import TOLD_OF_GROUPS, varlen_attn
 
+        q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+        edges, longest = cu_seq_lens_q, max_length_q
         told: dict[str, Any] = {"enable_gqa": True} if grouped and TOLD_OF_GROUPS else {}
         output: Any = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scaling, window_size=window, **told)
         return output[None], None

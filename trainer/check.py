@@ -208,9 +208,11 @@ def _stretches(sample: Sample, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
 
 
 def _other_head(config: LaunchConfig, labels: int) -> Iterable[str]:
+    """That the model's own head, if it has one, is for another number of labels."""
     values = _model_values(config)
+    has_head = any(name.endswith("Classification") for name in values.get("architectures") or ())
     there = len(values.get("id2label") or "01")  # two are not written down
-    if str(values.get("architectures")).endswith("Classification']") and there != labels:
+    if has_head and there != labels:
         yield f"model.path has a head for {there} labels: one for the {labels} of the data is made anew"
 
 

@@ -86,23 +86,19 @@ def build_model(
 
     replaced: AbstractContextManager[None] = nullcontext()
     packed = config.adapter if config.adapter is not None and config.adapter.type == "qlora" else None
-    if packed is not None:
-        structure = load_model_config(config)
-        configure(structure)
-        make = functools.partial(auto_class.from_config, structure, trust_remote_code=config.trust_remote_code)
-        with named_errors(config):
-            replaced = packing(make, packed)
-    anew: set[str] = set()
-    if config.path is not None:
-        with named_errors(config):
-            anew = _of_other_labels(config, auto_class, configure)
+    make = functools.partial(auto_class.from_config, trust_remote_code=config.trust_remote_code)
+    with named_errors(config):
+        model_config = load_model_config(config)
+        labels = getattr(model_config, "num_labels", None)
+        configure(model_config)
+        if packed is not None:
+            replaced = packing(functools.partial(make, copy.deepcopy(model_config)), packed)
+        anew = _of_other_labels(model_config, labels, make) if config.path is not None else set()
     # transformers keeps only a weak reference to this object, and partitions models while it lives
     partitioning = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config["zero_optimization"]["stage"] == 3 else None
     dtype = DTYPES[config.dtype]
     torch.manual_seed(seed)
     with named_errors(config), returning_freed_memory():
-        model_config = load_model_config(config)
-        configure(model_config)
         if config.config is not None:
             model = auto_class.from_config(model_config, dtype=dtype, attn_implementation=attention)
         else:
@@ -137,20 +133,22 @@ def build_model(
     return result
 
 
-def _of_other_labels(config: ModelConfig, auto_class: Any, configure: Callable[[Any], None]) -> set[str]:
-    """Parameters of a head for another number of labels than the task has; it is made anew, as where there is none."""
-    wanted = load_model_config(config)
-    labels = getattr(wanted, "num_labels", None)
-    configure(wanted)
+def _of_other_labels(wanted: Any, labels: int | None, make: Callable[[Any], Any]) -> set[str]:
+    """Parameters of a head for another number of labels than the task has; it is made anew, as where there is none.
+
+    Args:
+        wanted: the transformers config as the task has set it.
+        labels: how many it had before; None: its models have none.
+        make: a model of a config.
+    """
     if labels is None or labels == wanted.num_labels:
         return set()
-    found = copy.deepcopy(wanted)
-    found.num_labels = labels
     shapes = []
-    for kind in (found, wanted):
+    for number in (labels, wanted.num_labels):
+        kind = copy.deepcopy(wanted)
+        kind.num_labels = number
         with torch.device("meta"):
-            made = auto_class.from_config(kind, trust_remote_code=config.trust_remote_code)
-        shapes.append({name: parameter.shape for name, parameter in made.named_parameters()})
+            shapes.append({name: parameter.shape for name, parameter in make(kind).named_parameters()})
     return {name for name, shape in shapes[0].items() if shape != shapes[1][name]}
 
 
