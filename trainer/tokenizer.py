@@ -346,14 +346,20 @@ def _transformers(origin: str, trust_remote_code: bool) -> Tokenizer:
             "name another in model.tokenizer"
         )
     begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    fast = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+    if fast is not None:
+        fast.no_truncation()
+        fast.no_padding()
 
-    def with_starts(texts: list[str]) -> list[tuple[list[int], list[int]]]:
-        if not tokenizer.is_fast:
-            raise DataError(f"{origin}: a slow tokenizer does not tell where its tokens begin, as `messages` needs")
-        found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        starts = [[start for start, _ in offsets] for offsets in found["offset_mapping"]]
-        return list(zip(found["input_ids"], starts, strict=True))
+    def refuse_starts(_: list[str]) -> list[tuple[list[int], list[int]]]:
+        raise DataError(f"{origin}: a slow tokenizer does not tell where its tokens begin, as `messages` needs")
 
+    slow: dict[str, Callable[..., Any]] = {
+        "_encode": lambda texts: list(tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else [],
+        "_encode_with_starts": refuse_starts,
+        "_decode": lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+        "_show": lambda ids: str(tokenizer.decode(ids)),
+    }
     return Tokenizer(
         origin,
         max(tokenizer.get_vocab().values()) + 1,
@@ -362,9 +368,7 @@ def _transformers(origin: str, trust_remote_code: bool) -> Tokenizer:
         tokenizer.pad_token_id,
         _default_template(getattr(tokenizer, "chat_template", None)),
         {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
-        lambda texts: list(tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else [],
-        with_starts,
-        lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-        lambda ids: str(tokenizer.decode(ids)),
-        lambda target: tokenizer.save_pretrained(target),
+        **(_calls(fast) if fast is not None else slow),
+        _save=lambda target: tokenizer.save_pretrained(target),
+        backend=fast,
     )

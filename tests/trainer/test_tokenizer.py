@@ -131,6 +131,16 @@ def test_a_model_folder_without_its_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(ModelConfig(path=str(tmp_path)))
 
 
+def test_a_tokenizer_that_transformers_makes_is_a_fast_one_as_well(tmp_path: Path) -> None:
+    """Of a folder without tokenizer.json, or of the hub."""
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "##s"]))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    tokenizer = load_tokenizer(ModelConfig(path=str(tmp_path)))
+    ((tokens, starts),) = tokenizer.encode_with_starts(["a goods"])
+    assert (tokens.tolist(), starts.tolist()) == ([5, 6, 7], [0, 2, 6])
+    assert tokenizer.backend.encode("a", "good").ids == [2, 5, 3, 6, 3]
+
+
 def test_of_no_texts_no_tokens_begin(tmp_path: Path) -> None:
     """As where every conversation of a window is bad."""
     (tmp_path / "vocab.json").write_text('{"a": 0, "<|endoftext|>": 1}')
