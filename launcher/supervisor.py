@@ -234,13 +234,14 @@ class Supervisor:
                     if self.run.stop_request(attempt) is None:
                         self.run.request_stop(attempt, signals.reason)
                 next_look = 0.0
-            if reason is None and time.monotonic() >= next_look:
+            if time.monotonic() >= next_look:
                 next_look = time.monotonic() + _FILE_POLL_SECONDS
-                request = self.run.stop_request(attempt)
-                if request is not None or signals.reason:
-                    reason = signals.reason or str((request or {}).get("reason", "cancel"))
-                    now = bool((request or {}).get("now")) or not self._has_stepped(attempt)
-                    deadline = time.monotonic() + (0.0 if now else self.resilience.stop_grace_seconds)
+                asked = signals.reason or self._asked(attempt)
+                if asked and (reason is None or reason in PLANNED_STOPS):
+                    grace = self.resilience.stop_grace_seconds if self._has_stepped(attempt) else 0.0
+                    reason, deadline = asked, time.monotonic() + grace
+                if asked and (self.run.stop_request(attempt) or {}).get("now"):  # perhaps only after a while
+                    deadline = 0.0
             time.sleep(_POLL_SECONDS)
         if reason is None and (request := self.run.stop_request(attempt)) is not None:
             reason = str(request.get("reason", "cancel"))  # the ranks were quicker than the next look

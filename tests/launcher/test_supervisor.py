@@ -173,16 +173,22 @@ def test_a_signal_before_the_first_step_stops_at_once(run: RunDirectory) -> None
     assert time.monotonic() - begin < 3
 
 
-def test_a_second_signal_kills_now(run: RunDirectory) -> None:
-    launch = Launch(run, "hang")
+@pytest.mark.parametrize("by_signal", [True, False])
+def test_whoever_does_not_want_to_wait_for_the_last_checkpoint(run: RunDirectory, by_signal: bool) -> None:
+    """By a second Ctrl-C, or by `dsft cancel --now` after `dsft cancel`."""
+    launch = Launch(run, "hang", {"stop_grace_seconds": 60})
     launch.pid_of("pid0")
     run.event_writer("rank0", 1).write("first_step", step=1)
-    launch.process.send_signal(signal.SIGINT)
-    wait_for(lambda: run.stop_request(1))
+    for now in (False, True):
+        if by_signal:
+            launch.process.send_signal(signal.SIGINT)
+        else:
+            run.request_stop(1, "cancel", now=now)
+        wait_for(lambda: run.stop_request(1))
+        time.sleep(0.0 if now else 1.0)  # the supervisor looks every half second
     begin = time.monotonic()
-    launch.process.send_signal(signal.SIGINT)
-    assert launch.end(10)[0] == 130
-    assert time.monotonic() - begin < 3
+    assert launch.end(30)[0] == (130 if by_signal else 143)
+    assert time.monotonic() - begin < 10
 
 
 def test_a_cancel_request_stops_the_run(run: RunDirectory) -> None:
