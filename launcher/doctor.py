@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from launcher.backends.links import address_towards
 from launcher.backends.node import LINK_VARIABLE
@@ -33,6 +33,7 @@ from slurm.hostlist import expand
 from slurm.job import Job, sbatch_options
 from trainer.config.schema import LaunchConfig, SlurmCluster
 from trainer.failures import UserError, node_name
+from trainer.rundir import Json
 
 _START_SECONDS = 60.0
 _ANSWER_SECONDS = 30.0
@@ -53,8 +54,6 @@ _SRUN = (
     "exclude",
     "reservation",
 )
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import os
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import launcher
 from launcher.console import gib
@@ -14,8 +13,7 @@ from launcher.doctor_nodes import Probes
 from launcher.doctor_probe import source_digest
 from trainer.config.schema import LaunchConfig
 from trainer.probe_plan import slow_links
-
-Json = dict[str, Any]
+from trainer.rundir import Json
 
 _IDLE_BYTES = 1 << 30
 _IDLE_PERCENT = 10

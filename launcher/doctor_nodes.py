@@ -12,19 +12,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO
 
 from launcher.backends.links import keep_alive
 from launcher.backends.node import INTERFACE_VARIABLE, LINK_VARIABLE
 from launcher.backends.ssh import end_processes, host_name, remote_script, start_on
 from trainer.config.schema import SshCluster
 from trainer.failures import NODE_VARIABLE
+from trainer.rundir import Json
 
 PROBE = "launcher.doctor_probe"
 _HELLO_SECONDS = 5.0
 _TAIL_CHARACTERS = 300
-
-Json = dict[str, Any]
 
 
 @dataclass

@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import launcher
 from launcher.backends.links import keep_alive
@@ -31,13 +30,12 @@ from launcher.environment import installed_version
 from launcher.facts import nvidia_smi
 from trainer.failures import EXIT_FAILED, node_name
 from trainer.processes import die_with_parent, host_identity, package_root
+from trainer.rundir import Json
 
 _CONNECT_SECONDS = 10.0
 _REACH_SECONDS = 3.0
 _SPEED_SECONDS = 3.0  # at most, for writing and for reading
 _CHUNK = 4 << 20
-
-Json = dict[str, Any]
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ from launcher.facts import find_gpus
 from launcher.registry import find_run
 from launcher.watch import duration
 from trainer.checkpoint_files import published
+from trainer.config.schema import LaunchConfig
 from trainer.failures import DataError, DsftError, UserError
 from trainer.processes import child_environment
 from trainer.rundir import EXPORT_ABOUT, LineReader, RunDirectory, read_json, write_json
@@ -157,16 +158,23 @@ def _use(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**config, "task": task, "model": chosen, "cluster": {"backend": "local"}}
 
 
-def sources(config: dict[str, Any], paths: Sequence[str], **given: Any) -> list[dict[str, Any]]:
+def sources(
+    config: dict[str, Any], paths: Sequence[str], columns: Sequence[str], column_names: Sequence[str] | None
+) -> list[dict[str, Any]]:
     """Data sources for files, read as the config's own data of the same kind is, else with its columns.
 
     Args:
         config: of the training.
         paths: files, folders, globs or URLs.
-        given: fields of a source from the command line; None and empty ones are left out.
+        columns: `--columns`, as in text=sentence.
+        column_names: `--column-names`.
+
+    Raises:
+        UserError: columns that are not written so.
     """
     data = config["data"]
     known = [*data.get("evaluation", ()), *data["train"]]
+    given = {"columns": columns_of(columns), "column_names": column_names}
     found = []
     for path in paths:
         like = next((source for source in known if Path(source["path"]).suffix == Path(path).suffix), None)
@@ -174,7 +182,7 @@ def sources(config: dict[str, Any], paths: Sequence[str], **given: Any) -> list[
         kept = fields if like is not None else fields[:2]
         source = {name: (like or known[0])[name] for name in kept if name in (like or known[0])}
         source |= {name: value for name, value in given.items() if value}
-        if given.get("columns"):
+        if columns:
             source.pop("template", None)
         where = path if "://" in path else str(Path(path).absolute())
         if source.get("format") == "parallel":  # lines without targets, which a prediction does not look at
@@ -184,7 +192,9 @@ def sources(config: dict[str, Any], paths: Sequence[str], **given: Any) -> list[
     return found
 
 
-def run_ranks(module: str, request: dict[str, Any], trained: Trained, processes: int, work: Path) -> RunDirectory:
+def run_ranks(
+    module: str, config: LaunchConfig, trained: Trained, batch_size: int | None, processes: int | None, work: Path
+) -> None:
     """Run a rank program to its end; it finds the request in `work/request.json`, and its log and failures go there.
 
     On a terminal it says how many lines the ranks have written to `work/part-*.jsonl` so far.
@@ -193,8 +203,10 @@ def run_ranks(module: str, request: dict[str, Any], trained: Trained, processes:
         DsftError: what the first failing rank says.
     """
     run = RunDirectory(work)
+    request = {"config": config.model_dump(mode="json"), "batch_size": batch_size or trained.batch_size}
     write_json(work / "request.json", request)
-    attempt, progress = LocalBackend(run, processes, trained.environment, module).start(1), _Progress(work)
+    backend = LocalBackend(run, processes or trained.processes, trained.environment, module)
+    attempt, progress = backend.start(1), _Progress(work)
     try:
         attempt.release()
         while (codes := attempt.poll()) is None:
@@ -205,7 +217,6 @@ def run_ranks(module: str, request: dict[str, Any], trained: Trained, processes:
         progress.close()
     if any(codes.values()):
         raise _failure(run)
-    return run
 
 
 class _Progress:
@@ -250,10 +261,3 @@ def columns_of(items: Sequence[str]) -> dict[str, str]:
     if any(not (name and equals and column) for name, equals, column in pairs):
         raise UserError(f"--columns {' '.join(items)}: expected TASK_COLUMN=FILE_COLUMN, as in text=sentence")
     return {name: column for name, _, column in pairs}
-
-
-def at_least_one(option: str, given: int | None, default: int) -> int:
-    """A count from the command line, or its default. Raises UserError."""
-    if given is not None and given < 1:
-        raise UserError(f"{option} {given}: expected 1 or more")
-    return given or default

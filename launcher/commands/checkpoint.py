@@ -158,18 +158,11 @@ def _save(target: RunDirectory, options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    """In a process of its own: torch is no part of the launcher."""
-    import subprocess
-    import sys
+    from launcher.options import run_module
 
-    from trainer.processes import child_environment
-
-    output = str(options.output.absolute())
-    command = [sys.executable, "-P", "-m", "trainer.deepspeed_import", str(options.checkpoint), options.model]
-    command += [output, options.dtype, *([options.tag] if options.tag else [])]
-    done = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, text=True)
-    if done.returncode == EXIT_DONE:
-        report = json.loads(done.stdout.splitlines()[-1])
+    words = [str(options.checkpoint), options.model, str(options.output.absolute()), options.dtype]
+    code, report = run_module("trainer.deepspeed_import", *words, *([options.tag] if options.tag else []))
+    if code == EXIT_DONE:
         line = f'{report["parameters"]} parameters in {report["path"]}; use it: "model": {{"path": "{report["path"]}"}}'
         print(json.dumps(report) if options.json else line)
-    return done.returncode
+    return code

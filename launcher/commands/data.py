@@ -8,10 +8,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.console import count, print_whole, printable
+from launcher.options import add_config
 from trainer.failures import EXIT_DONE, EXIT_USER, DsftError
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ _REPEATED = re.compile(r"(<[^<>\s]+>)(\s?\1){7,}")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG, --set, --samples, --json."""
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="a config file (JSON)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+    add_config(parser)
     parser.add_argument("--samples", type=int, default=2, metavar="N", help="records shown of each source (default: 2)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 

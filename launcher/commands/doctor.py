@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,10 +13,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="config file (JSON)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the config"
-    )
+    from launcher.options import add_config
+
+    add_config(parser)
     parser.add_argument("--on", metavar="NODES", default="", help="only these, separated by commas")
     parser.add_argument("--wait", type=int, default=60, metavar="SECONDS", help="for SLURM to give nodes (default: 60)")
     parser.add_argument("--json", action="store_true", help="print JSON")

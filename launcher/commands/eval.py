@@ -17,8 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the newest")
     which.add_argument("--export", type=Path, metavar="DIR", help="an exported folder instead of a checkpoint")
     parser.add_argument("--data", nargs="+", metavar="PATH", help="default: the run's evaluation data")
-    parser.add_argument("--task", metavar="TYPE", help="of a folder that dsft has not written")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="samples of a forward pass of a rank")
     add_ranks(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -36,9 +34,9 @@ def run(options: argparse.Namespace) -> int:
         trained = inference.find_trained(options.run, options.step, options.export, options.task, work)
         data = trained.config["data"]
         if options.data:
-            given = {"columns": inference.columns_of(options.columns), "column_names": options.column_names}
-            data = {**data, "evaluation": inference.sources(trained.config, options.data, **given)}
-            if any(source.get("format") == "parallel" for source in data["evaluation"]):
+            found = inference.sources(trained.config, options.data, options.columns, options.column_names)
+            data = {**data, "evaluation": found}
+            if any(source.get("format") == "parallel" for source in found):
                 raise UserError(
                     "--data: lines without targets cannot be scored; name both files: --set 'data.evaluation="
                     '[{"format": "parallel", "source_path": "...", "target_path": "..."}]\''
@@ -46,12 +44,7 @@ def run(options: argparse.Namespace) -> int:
         config = change_config({**trained.config, "data": data}, options.set, "--set")
         if not config.data.evaluation:
             raise UserError(f"{options.run} has no evaluation data: name some with --data")
-        request = {
-            "config": config.model_dump(mode="json"),
-            "batch_size": inference.at_least_one("--batch-size", options.batch_size, trained.batch_size),
-        }
-        processes = inference.at_least_one("--processes", options.processes, trained.processes)
-        inference.run_ranks("trainer.score", request, trained, processes, work)
+        inference.run_ranks("trainer.score", config, trained, options.batch_size, options.processes, work)
         result = {"step": trained.step, **read_json(work / "scores.json")}
     finally:
         shutil.rmtree(work, ignore_errors=True)

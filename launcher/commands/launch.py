@@ -30,10 +30,9 @@ REDACTED = "***"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="config file (JSON)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the config"
-    )
+    from launcher.options import add_config
+
+    add_config(parser)
     add_ways(parser)
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)  # of `launcher.detach`
     parser.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)  # of `launcher.trials`

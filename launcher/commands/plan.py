@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.console import count, gib, print_whole
+from launcher.options import add_config
 from trainer.failures import EXIT_DONE, EXIT_USER
 from trainer.planning.throughput import EFFICIENCY
 
@@ -23,10 +23,7 @@ BAR = 16  # with the longest name and note, 80 characters in all
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG, --set, --json."""
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="a config file (JSON)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: training.max_steps=100"
-    )
+    add_config(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument(
         "--nodes",

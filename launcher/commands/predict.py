@@ -18,19 +18,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="records, in any format dsft reads")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines: one for each record")
     parser.add_argument("--step", type=int, metavar="N", help="of a run's checkpoint; default: the newest")
-    parser.add_argument("--task", metavar="TYPE", help="of a folder that dsft has not written")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="samples of a forward pass of a rank")
     add_ranks(parser)
 
 
 def add_ranks(parser: argparse.ArgumentParser) -> None:
     """Declare how data is read, and how many ranks run."""
-    parser.add_argument("--processes", type=int, metavar="N", help="ranks; default: those of the run, or one a GPU")
+    from launcher.options import add_set, at_least_one
+
+    parser.add_argument("--task", metavar="TYPE", help="of a folder that dsft has not written")
+    parser.add_argument("--batch-size", type=at_least_one, metavar="N", help="samples of a forward pass of a rank")
+    ranks = "ranks; default: those of the run, or one a GPU"
+    parser.add_argument("--processes", type=at_least_one, metavar="N", help=ranks)
     parser.add_argument("--columns", nargs="+", default=[], metavar="TASK=FILE", help="as in text=sentence")
     parser.add_argument("--column-names", nargs="+", metavar="NAME", help="columns of a csv or tsv without a header")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the run's config"
-    )
+    add_set(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -46,23 +47,13 @@ def run(options: argparse.Namespace) -> int:
     work = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:
         trained = inference.find_trained(options.model, options.step, None, options.task, work)
-        found = inference.sources(
-            trained.config,
-            options.input,
-            columns=inference.columns_of(options.columns),
-            column_names=options.column_names,
-        )
+        found = inference.sources(trained.config, options.input, options.columns, options.column_names)
         data = {**trained.config["data"], "evaluation": found}
         config = change_config({**trained.config, "data": data}, options.set, "--set")
         if isinstance(config.task, WritingTask) and config.task.generation is None:  # none at evaluations
             task = config.task.model_copy(update={"generation": GenerationConfig()})
             config = config.model_copy(update={"task": task})
-        request = {
-            "config": config.model_dump(mode="json"),
-            "batch_size": inference.at_least_one("--batch-size", options.batch_size, trained.batch_size),
-        }
-        processes = inference.at_least_one("--processes", options.processes, trained.processes)
-        inference.run_ranks("trainer.predict", request, trained, processes, work)
+        inference.run_ranks("trainer.predict", config, trained, options.batch_size, options.processes, work)
         records, errors = _merge(sorted(work.glob("part-*.jsonl")), work / "output")
         os.replace(work / "output", output)
     finally:

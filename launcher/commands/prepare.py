@@ -8,8 +8,9 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="config file (JSON)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+    from launcher.options import add_config
+
+    add_config(parser)
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="default: data.prepared, else NAME.prepared in `output_dir`"
     )
@@ -18,17 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prepare in a process of its own: tokenizers are no part of the launcher."""
+    """Prepare."""
     import json
-    import subprocess
-    import sys
     import tempfile
 
+    from launcher.options import run_module
     from launcher.permissions import apply_umask
     from trainer.config.loading import load_config
     from trainer.config.tasks import PACKED_TASKS
     from trainer.failures import EXIT_DONE, UserError
-    from trainer.processes import child_environment
 
     config = load_config(options.config, options.set)
     if config.task.type not in PACKED_TASKS:
@@ -38,12 +37,10 @@ def run(options: argparse.Namespace) -> int:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(config.model_dump_json())
         file.flush()
-        command = [sys.executable, "-P", "-m", "trainer.prepare", file.name, str(Path(folder).absolute())]
-        command.append(str(max(options.processes, 0)))
-        done = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, text=True)
-    if done.returncode != EXIT_DONE:
-        return done.returncode
-    report = json.loads(done.stdout.splitlines()[-1])
+        words = (file.name, str(Path(folder).absolute()), str(max(options.processes, 0)))
+        code, report = run_module("trainer.prepare", *words)
+    if code != EXIT_DONE:
+        return code
     if options.json:
         print(json.dumps(report))
         return EXIT_DONE

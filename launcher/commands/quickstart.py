@@ -20,8 +20,10 @@ SAMPLE_CHARACTERS = range(80, 250)  # of a sample's prompt and completion: somet
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to, and overrides as in `dsft launch`."""
+    from launcher.options import add_set
+
     parser.add_argument("--output-dir", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in `dsft launch`")
+    add_set(parser)
 
 
 def run(options: argparse.Namespace) -> int:

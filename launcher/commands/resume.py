@@ -13,11 +13,10 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     from launcher.commands.launch import add_ways
+    from launcher.options import add_set
 
     parser.add_argument("run", metavar="RUN", help="run directory or name")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the config"
-    )
+    add_set(parser)
     parser.add_argument("--step", type=int, help="go back to the checkpoint of this step; later ones are set aside")
     add_ways(parser)
 

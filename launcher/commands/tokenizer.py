@@ -27,25 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train in a process of its own: reading data needs libraries which the launcher never imports."""
+    """Train."""
     import json
-    import subprocess
-    import sys
 
+    from launcher.options import run_module
     from trainer.failures import EXIT_DONE
-    from trainer.processes import child_environment
 
     # `=`: a value may begin with a dash
-    command = [sys.executable, "-P", "-m", "trainer.tokenizer_training"]
-    command += [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in ("vocab_size", "type", "format")]
-    command += [f"--output={options.output}", *(f"--column={name}" for name in options.column)]
-    command += [f"--symbol={text}" for text in options.symbol]
-    command += [] if options.records is None else [f"--records={options.records}"]
-    command += ["--input", *options.input]
-    done = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, text=True)
-    if done.returncode != EXIT_DONE:
-        return done.returncode
-    report = json.loads(done.stdout.splitlines()[-1])
+    words = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in ("vocab_size", "type", "format")]
+    words += [f"--output={options.output}", *(f"--column={name}" for name in options.column)]
+    words += [f"--symbol={text}" for text in options.symbol]
+    words += [] if options.records is None else [f"--records={options.records}"]
+    code, report = run_module("trainer.tokenizer_training", *words, "--input", *options.input)
+    if code != EXIT_DONE:
+        return code
     if options.json:
         print(json.dumps(report))
         return EXIT_DONE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,10 +15,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="config file (JSON) with a `tune` section")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the config"
-    )
+    from launcher.options import add_config
+
+    add_config(parser)
     parser.add_argument(
         "--watch", action="store_true", help="with tune.array: follow the jobs (Ctrl-C leaves them alone)"
     )

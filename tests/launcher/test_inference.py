@@ -50,6 +50,6 @@ def test_predictions_are_written_whether_evaluations_write_or_not(
     monkeypatch.setattr(
         inference, "find_trained", lambda *arguments: inference.Trained(tmp_path, config, 1, 1, 8, environment={})
     )
-    monkeypatch.setattr(inference, "run_ranks", lambda module, request, *rest: asked.update(request))
+    monkeypatch.setattr(inference, "run_ranks", lambda module, config, *rest: asked.update(config.model_dump()))
     assert main(["predict", "a", "--input", str(tmp_path / "q.jsonl"), "--output", str(tmp_path / "a.jsonl")]) == 0
-    assert asked["config"]["task"]["generation"]["max_new_tokens"] == (128 if generation is None else 5)
+    assert asked["task"]["generation"]["max_new_tokens"] == (128 if generation is None else 5)

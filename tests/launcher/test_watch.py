@@ -192,9 +192,8 @@ def test_a_launch_that_is_refused_leaves_the_terminal_as_it_was(
     config = Mock()
     config.resilience.notify = ()
     leader, follower = pty.openpty()
-    with os.fdopen(follower, "w") as terminal:
-        with pytest.raises(UserError):
-            launch._supervise(config, {"world_size": 1}, run, Mock(), Mock(), {}, terminal, None)
+    with os.fdopen(follower, "w") as terminal, pytest.raises(UserError):
+        launch._supervise(config, {"world_size": 1}, run, Mock(), Mock(), {}, terminal, None)
     output = shown(leader)
     assert output.count(b"\x1b[?25l") == output.count(b"\x1b[?25h") == 1  # the cursor
 
