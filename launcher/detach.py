@@ -24,10 +24,9 @@ def log_path(run: RunDirectory) -> Path:
 
 
 def detach(arguments: Sequence[str], run: RunDirectory, as_json: bool) -> int:
-    """Start `dsft launch ARGUMENTS` on its own and return once its ranks may start, or with its exit code if it ends
-    before, after showing what it said.
+    """Start `dsft launch ARGUMENTS` of `run`, whose folder is there, on its own and return once its ranks may start, or
+    with its exit code if it ends before, after showing what it said.
     """
-    run.path.mkdir(parents=True, exist_ok=True)
     reader, writer = os.pipe()
     with open(log_path(run), "ab") as log:
         begin = log.tell()

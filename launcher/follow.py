@@ -60,9 +60,8 @@ def _follow(run: RunDirectory, job_id: str, watch: Watch) -> int:
             return int(ends[-1].get("exit_code", EXIT_FAILED))
         if state.state == "finished":
             return EXIT_DONE
-        watch.say(
-            f"job {job_id} {'has ended' if job else 'is not known to SLURM any more'}: {state.reason or 'no word'}"
-        )
+        why = state.reason or f"see {run.path / 'job.log'}"
+        watch.say(f"job {job_id} {'has ended' if job else 'is not known to SLURM any more'}: {why}")
         return EXIT_TEMPORARY if job and job.state == "stopped" else EXIT_FAILED
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from trainer.failures import UserError
 from trainer.lease import LEASE_SECONDS, Holder, read_holder
 from trainer.rundir import RunDirectory, merged
 
@@ -63,6 +64,14 @@ def run_state(run: RunDirectory, events: Sequence[Mapping[str, Any]] | None = No
         case "none":
             return RunState("pending", "never started: its launch was refused, or goes on just now")
     return RunState("pending")
+
+
+def current_attempt(run: RunDirectory) -> int:
+    """The attempt that the launch of a running run has begun last. Raises UserError before its first."""
+    told = [event for event in run.merged_events() if event["event"] in ("launched", "attempt")]
+    if not told or told[-1]["event"] == "launched":  # earlier attempts are those of earlier launches
+        raise UserError(f"{run.path}: its first attempt is about to begin; try again then")
+    return int(told[-1]["attempt"])
 
 
 def _is_fresh(run: RunDirectory, holder: Holder) -> bool:

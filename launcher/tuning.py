@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.consistency import differences
+from launcher.permissions import make_run_directory
 from trainer.config.errors import ConfigErrors
 from trainer.config.loading import load_config, redacted
 from trainer.config.schema import LaunchConfig
@@ -212,7 +213,8 @@ def open_study(search: Search) -> Study:
         raise UserError(f"{folder} is a run, not a study: give the study another `name`")
     journal = folder / "study.journal"
     try:
-        (folder / "trials").mkdir(parents=True, exist_ok=True)
+        make_run_directory(folder, search.config.cluster)
+        (folder / "trials").mkdir(exist_ok=True)
         with _locked(journal):
             cut_torn_tail(journal)
         storage = JournalStorage(JournalFileBackend(str(journal), JournalFileOpenLock(str(journal))))

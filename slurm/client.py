@@ -53,9 +53,15 @@ def submit(script: Path, folder: Path, environment: Mapping[str, str] | None = N
     """Submit a job script with `folder` as its working directory; returns the job id.
 
     Raises SlurmError with SLURM's words if it refuses, SlurmUnavailable if it does not answer: the job may then have
-    been submitted all the same, and its name is the way to find out.
+    been submitted all the same.
     """
-    answer = _call(["sbatch", "--parsable", f"--chdir={folder}", str(script)], SUBMIT_SECONDS, environment)
+    try:
+        answer = _call(["sbatch", "--parsable", f"--chdir={folder}", str(script)], SUBMIT_SECONDS, environment)
+    except SlurmUnavailable as error:
+        raise SlurmUnavailable(
+            f"{error}. The job may be in the queue all the same: look for {folder} in `squeue --me --format='%i %Z'` "
+            "first, and leave the job there or end it by `scancel`"
+        ) from None
     return answer.strip().splitlines()[-1].split(";")[0]  # "id[;cluster]"
 
 

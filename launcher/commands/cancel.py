@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Leave the stop request where the ranks and the supervisor look; it does not wait for them."""
     from launcher.registry import find_run
-    from launcher.state import run_state
+    from launcher.state import current_attempt, run_state
     from trainer.failures import DsftError, UserError
 
     found = find_run(options.run)
@@ -37,11 +37,9 @@ def run(options: argparse.Namespace) -> int:
     if not running:
         raise UserError(f"{found.path}: nothing to cancel, the run is {state}")
     asked = 0
-    while (attempts := found.attempts()) and attempts[-1] != asked:  # the next one may begin in this very moment
-        asked = attempts[-1]
+    while (attempt := current_attempt(found)) != asked:  # the next one may begin in this very moment
+        asked = attempt
         found.request_stop(asked, "cancel", now=options.now)
-    if not asked:
-        raise UserError(f"{found.path}: its first attempt is about to begin; try again then")
     how = "it is being killed" if options.now else "it saves after its current step and ends"
     print(f"asked {found.name} to stop: {how}; `dsft resume {found.path}` continues it")
     return 0

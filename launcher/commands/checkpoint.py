@@ -147,11 +147,11 @@ def _refuse_while_running(target: RunDirectory) -> None:
 
 
 def _save(target: RunDirectory, options: argparse.Namespace) -> int:
-    from launcher.state import run_state
+    from launcher.state import current_attempt, run_state
 
     if run_state(target).state != "running":
         raise UserError(f"{target.path} is not running: nothing can be saved")
-    attempt = target.attempts()[-1]
+    attempt = current_attempt(target)
     write_json(target.save_request_path(attempt), {})
     _show(options, [{"attempt": attempt}], ["asked for: `dsft checkpoint list` shows it when it is written"], "")
     return EXIT_DONE

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import TextIO
 
     from launcher.gate import CheckProcess
     from launcher.supervisor import Result
     from trainer.config.schema import LaunchConfig, SlurmCluster
-    from trainer.failures import UserError
     from trainer.lease import Holder, Lease
     from trainer.rundir import RunDirectory
 
@@ -54,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     """Launch; returns the exit code (docs/architecture.md)."""
     from launcher.commands import plan as plan_command
     from launcher.facts import gather_facts
-    from launcher.permissions import apply_umask
+    from launcher.permissions import apply_umask, make_run_directory
     from launcher.plan import make_plan
     from launcher.preflight import preflight
     from trainer.config.loading import load_config, redacted
@@ -83,6 +82,8 @@ def run(options: argparse.Namespace) -> int:
     if options.detach and config.cluster.backend != "slurm":
         from launcher.detach import detach
 
+        with _writing(target):
+            make_run_directory(target.path, config.cluster)
         words = [str(options.config), *(word for value in options.set for word in ("--set", value))]
         return detach(words, target, options.json)
     ready_fd = getattr(options, "ready_fd", None)
@@ -113,18 +114,14 @@ def launch(
             return _submit(config, config.cluster, plan, target, as_json, watch)
     environment = _rank_environment(config, plan)
     resolved = redacted(config)
-    try:
+    with _writing(target):
         make_run_directory(target.path, config.cluster)
         lease = acquire(target.lock_dir, _tell_waiting)
-    except OSError as error:
-        raise _cannot_write(target, error) from error
     with lease:
         if _is_finished(target, resolved, as_json):  # by the launch that was waited for
             return EXIT_DONE
-        try:
+        with _writing(target):
             _write_records(target, resolved, plan)
-        except OSError as error:
-            raise _cannot_write(target, error) from error
         target.event_writer("launch").write("launched", started=_STARTED)
         gate = CheckProcess(target.config_path)
         try:
@@ -173,7 +170,7 @@ def _submit(
 
     if watch and (job_there := waiting_job(target)) is not None:
         return _follow(target, base_id(job_there), as_json)
-    try:
+    with _writing(target):
         make_run_directory(target.path, cluster)
         with one_at_a_time(target):
             refuse_second_job(target)
@@ -187,8 +184,6 @@ def _submit(
             job = job_of(target, config.name, cluster)
             job_id = submit(job, cluster)
             target.event_writer("submission").write("submitted", job_id=job_id, backend="slurm")
-    except OSError as error:
-        raise _cannot_write(target, error) from error
     value = {"run": str(target.path), "job_id": job_id, "script": str(job.script_path), "log": str(job.log_path)}
     text = f"submitted job {job_id}: {job.script_path}, output in {job.log_path}"
     if watch:
@@ -320,13 +315,18 @@ def _grace_check(config: LaunchConfig, target: RunDirectory) -> Callable[[], Non
     return check
 
 
-def _cannot_write(target: RunDirectory, error: OSError) -> UserError:
+@contextlib.contextmanager
+def _writing(target: RunDirectory) -> Iterator[None]:
+    """What cannot be written before a launch is the user's to change."""
     from trainer.failures import UserError
 
-    return UserError(
-        f"{error.filename or target.path}: {error.strerror or error}; the run directory must be writable: "
-        "change `output_dir`, or its permissions"
-    )
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or target.path}: {error.strerror or error}; the run directory must be writable: "
+            "change `output_dir`, or its permissions"
+        ) from error
 
 
 def _rank_environment(config: LaunchConfig, plan: dict[str, Any]) -> dict[str, str]:

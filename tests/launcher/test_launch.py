@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from test_permissions import other_group  # noqa: F401
 
 from launcher.detach import log_path, tell_ready
 from trainer.processes import kill_run, processes_of_run
@@ -200,17 +202,18 @@ def test_a_detached_launch_goes_on_alone_and_is_told_to_stop(folder: Path) -> No
         kill_run(run.path)
 
 
-def test_a_detached_launch_that_cannot_start_says_why(folder: Path) -> None:
+def test_a_detached_launch_that_cannot_start_says_why(folder: Path, other_group: str) -> None:  # noqa: F811
     config = config_file(folder, "cannot")
     settings = json.loads(config.read_text())
     settings["data"]["train"][0]["columns"]["prompt"] = "no_such_column"
-    settings["cluster"]["umask"] = "0077"
+    settings["cluster"] |= {"umask": "0077", "group": other_group}
     config.write_text(json.dumps(settings))
     code, _, errors = dsft(folder, "launch", str(config), "--detach")
     assert code == 2
     assert "no_such_column" in errors
     run = RunDirectory(folder / "runs" / "cannot")
-    assert [stat.S_IMODE(path.stat().st_mode) for path in (run.path, log_path(run))] == [0o700, 0o600]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (run.path, log_path(run))] == [0o2700, 0o600]
+    assert log_path(run).stat().st_gid == grp.getgrnam(other_group).gr_gid
 
 
 def test_a_detached_launch_outlives_whoever_started_it() -> None:

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import sentencepiece
 from pydantic import ValidationError
+from tune_inputs import write_inputs
 
 from launcher.permissions import make_run_directory
+from launcher.tuning import open_study, read_search
 from trainer.config.schema import LocalCluster
 from trainer.failures import UserError
 from trainer.rundir import RunDirectory
@@ -75,6 +77,13 @@ def test_everything_a_run_writes_has_its_umask_and_group(tmp_path: Path, other_g
     for path in [run.path, *run.path.rglob("*")]:
         mode, wanted = path.stat().st_mode, 0o2750 if path.is_dir() else 0o640
         assert (path.stat().st_gid, stat.S_IMODE(mode)) == (number, wanted), f"{path}: {stat.filemode(mode)}"
+
+
+def test_a_study_is_in_its_group_too(tmp_path: Path, other_group: str) -> None:
+    open_study(read_search(write_inputs(tmp_path), [f"cluster.group={other_group}"]))
+    made = [*(tmp_path / "runs/words").rglob("*")]
+    assert {path.name for path in made} >= {"study.journal", "study.json", "trials"}
+    assert {path.stat().st_gid for path in made} == {grp.getgrnam(other_group).gr_gid}
 
 
 @pytest.mark.usefixtures("usual_umask")

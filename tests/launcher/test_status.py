@@ -196,7 +196,7 @@ def test_what_cancel_takes_out_of_the_queue(
     queue: list[str], running: bool, called: list[str], slurm: Path, tmp_path: Path
 ) -> None:
     """And the run itself saves and stops where it runs."""
-    run = make_run(tmp_path, "a", job="7")
+    run = make_run(tmp_path, "a", (2, "attempt"), job="7")
     program(slurm, "squeue", "".join(f"echo '{line}'\n" for line in queue))
     program(slurm, "scancel", f'echo "$@" >> {tmp_path}/cancelled')
     with contextlib.ExitStack() as stack:
@@ -207,6 +207,20 @@ def test_what_cancel_takes_out_of_the_queue(
     cancelled = tmp_path / "cancelled"
     assert (cancelled.read_text().splitlines() if cancelled.exists() else []) == called
     assert (run.stop_request(1) is not None) == running
+
+
+def test_what_is_asked_of_a_launch_before_its_first_attempt_is_not_lost_in_an_earlier_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While hosts and nodes are examined, which can take minutes."""
+    run = make_run(tmp_path, "a", (2, "attempt"), (3, "stopped"))
+    run.new_attempt()
+    run.event_writer("launch").write("launched", started=4.0)
+    with acquire(run.lock_dir):
+        for command in (["cancel", str(run.path)], ["checkpoint", "save", str(run.path)]):
+            assert main(command) == 2
+            assert "its first attempt is about to begin" in capsys.readouterr().err
+    assert run.stop_request(1) is None
 
 
 def test_a_followed_run_ends_with_its_own_code_whatever_the_clocks_say(

@@ -99,6 +99,13 @@ def test_no_answer_is_not_absence(squeue: str, sacct: str, programs: Path, monke
         client.job("7")
 
 
+def test_a_job_may_be_there_although_nobody_answered(programs: Path) -> None:
+    said = "Batch job submission failed: Socket timed out on send/recv operation"
+    program(programs, "sbatch", f'echo "sbatch: error: {said}" >&2; exit 1')
+    with pytest.raises(client.SlurmUnavailable, match=f"{said}.*squeue --me"):
+        client.submit(programs / "job.sbatch", programs)
+
+
 @pytest.mark.parametrize("hold", ["exit 0", DOWN, 'echo "Requeue is disabled" >&2; exit 1'], ids=["held", "mute", "no"])
 def test_a_job_is_never_left_held(hold: str, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_RELEASE_PAUSE", 0.01)

@@ -12,12 +12,12 @@ from training_runs import launch, logs, make_run, make_workspace
 from trainer.rundir import RunDirectory
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workspace(tmp_path_factory.mktemp("workspace"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, workspace: Path) -> RunDirectory:
     """A run of two ranks that nothing has disturbed."""
     run = make_run(tmp_path_factory.mktemp("runs") / "whole", workspace, 2)

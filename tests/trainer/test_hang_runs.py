@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_runs import STEPS, figures, launch, make_run, make_workspace
+from training_runs import STEPS, figures, make_run
 
 from launcher import hangs
 from launcher.backends.local import LocalBackend
@@ -42,12 +42,9 @@ def verdict_of(run: RunDirectory, attempt: int, rank: int, step: int) -> dict[st
 
 
 def test_a_rank_asleep_and_a_suspended_one_are_named_and_made_good(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, finished: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hangs, "FLOOR_SECONDS", 12.0)  # found 2 s and a tenth later; the rest is for a busy machine
-    workspace = make_workspace(tmp_path)
-    undisturbed = make_run(tmp_path / "undisturbed", workspace, 2)
-    assert launch(undisturbed, 2) == 0
     run = make_run(tmp_path / "run", workspace, 2)
     try:
         result = supervise(run, "1:6:sleep 0:10:suspend")
@@ -56,7 +53,7 @@ def test_a_rank_asleep_and_a_suspended_one_are_named_and_made_good(
         kill_run(run.path)
     assert (result.verdict.outcome, result.attempts) == ("finished", 3)
     assert run.step_lines()[-1]["step"] == STEPS
-    assert figures(run) == figures(undisturbed)
+    assert figures(run) == figures(finished)
 
     last = [read(run.heartbeat_path(3, rank)) for rank in (0, 1)]
     assert [(beat.phase, beat.step) for beat in last if beat] == [("ended", STEPS)] * 2
