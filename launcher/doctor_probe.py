@@ -27,7 +27,7 @@ import launcher
 from launcher.backends.links import keep_alive
 from launcher.backends.node import LINK_VARIABLE, free_port, interfaces
 from launcher.environment import installed_version
-from launcher.facts import nvidia_smi
+from launcher.gpus import find_gpus, nvidia_smi
 from trainer.failures import EXIT_FAILED, node_name
 from trainer.processes import die_with_parent, host_identity, package_root
 from trainer.rundir import Json
@@ -120,9 +120,11 @@ def _writes(folder: Path, marker: str, node: str) -> str | None:
 
 
 def _gpus() -> list[Json] | None:
-    """The GPUs that nvidia-smi tells of, with bytes used and the share of time busy; None without nvidia-smi."""
+    """The GPUs that nvidia-smi tells of, with bytes used and the share of time busy (0 for AMD's, of which it does not
+    tell); None where none are found."""
     if shutil.which("nvidia-smi") is None:
-        return None
+        others = find_gpus(os.environ)
+        return [{"name": gpu.name, "memory": gpu.memory, "used": 0, "busy": 0} for gpu in others] or None
     found = []
     query = "--query-gpu=name,memory.total,memory.used,utilization.gpu"
     for line in nvidia_smi(query, "--format=csv,noheader,nounits"):

@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
 import socket
-import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launcher.gpus import Gpu, TorchBuild, find_gpus, refuse_missing_gpus, torch_build
 from trainer.config.generation import WritingTask
 from trainer.config.schema import LaunchConfig, ModelConfig
 from trainer.config.trained import AdapterConfig
 from trainer.failures import UserError
 from trainer.planning.model_facts import ModelFacts, model_facts
-
-NVIDIA_SMI_SECONDS = 10
-_NO_GPUS = ("", "-1", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES; the last is SLURM's, where a job has none
-_MIG = " MIG "  # in the names of parts of a GPU
-_MIG_MEMORY = "fb_memory_usage/total"
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU as nvidia-smi names it, or a MIG instance, a part of one ("NVIDIA A100-SXM4-40GB MIG 1g.5gb"); memory in
-    bytes."""
-
-    name: str
-    memory: int
 
 
 @dataclass(frozen=True)
@@ -49,6 +34,7 @@ class Facts:
         adapted_models: those of the same model with an adapter that takes less memory, by its type.
         multiplies_bfloat16: whether the CPU has instructions for that.
         liger: whether liger-kernel is installed.
+        torch: the torch that is installed here, as far as it tells.
     """
 
     host: str
@@ -61,6 +47,7 @@ class Facts:
     adapted_models: Mapping[str, ModelFacts] = field(default_factory=dict)
     multiplies_bfloat16: bool = True
     liger: bool = False
+    torch: TorchBuild | None = None
 
 
 def gather_facts(config: LaunchConfig) -> Facts:
@@ -74,7 +61,7 @@ def gather_facts(config: LaunchConfig) -> Facts:
     memory, available = host_memory()
     gpus = find_gpus(environment)
     if not gpus and config.cluster.backend == "local" and config.cluster.gpus_per_node is None:
-        _refuse_missing_gpus(environment)
+        refuse_missing_gpus(environment)
     return Facts(
         host=socket.gethostname().split(".")[0],
         gpus=gpus,
@@ -86,6 +73,7 @@ def gather_facts(config: LaunchConfig) -> Facts:
         adapted_models=adapted_facts(config),
         multiplies_bfloat16=multiplies_bfloat16(),
         liger=importlib.util.find_spec("liger_kernel") is not None,
+        torch=torch_build(),
     )
 
 
@@ -113,91 +101,6 @@ def adapted_facts(config: LaunchConfig) -> dict[str, ModelFacts]:
             adapter = (model.adapter or AdapterConfig()).model_copy(update={"type": kind})
             found[kind] = facts_of_model(config, model.model_copy(update={"adapter": adapter}))
     return found
-
-
-def find_gpus(environment: Mapping[str, str]) -> tuple[Gpu, ...]:
-    """The GPUs that nvidia-smi reports and the environment allows; none where there is no nvidia-smi, or no answer.
-
-    A process sees one MIG instance at most, and no whole GPU beside it (NVIDIA's MIG user guide, "CUDA Device
-    Enumeration").
-    """
-    if _cpu_is_meant(environment):
-        return ()
-    try:
-        found = _listed()
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    names = [key for key in found if key.isdigit()] if visible is None else visible.split(",")
-    chosen = []
-    for item in map(str.strip, names):  # CUDA stops at the first device that does not exist
-        gpu = next((gpu for key, gpu in found.items() if key == item or (len(item) > 4 and key.startswith(item))), None)
-        if gpu is None:
-            break
-        chosen.append(gpu)
-    part = next((gpu for gpu in chosen if _MIG in gpu.name), None)
-    return tuple(chosen) if part is None else (part,)
-
-
-def _cpu_is_meant(environment: Mapping[str, str]) -> bool:
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    return environment.get("DS_ACCELERATOR") == "cpu" or (visible is not None and visible.strip() in _NO_GPUS)
-
-
-def _refuse_missing_gpus(environment: Mapping[str, str]) -> None:
-    """Who names GPUs does not mean to train on the CPU."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and not _cpu_is_meant(environment):
-        raise UserError(
-            f"CUDA_VISIBLE_DEVICES is {visible!r}, but nvidia-smi shows no such GPU on this machine: `nvidia-smi -L` "
-            "lists what there is; unset the variable, or set cluster.gpus_per_node=0 to train on the CPU"
-        )
-
-
-def _listed() -> dict[str, Gpu]:
-    """The GPUs of this machine by index, and again by UUID; MIG instances by their UUIDs, the first of a GPU in its
-    stead."""
-    found: dict[str, Gpu] = {}
-    cut: dict[str, str] = {}
-    for line in nvidia_smi(
-        "--query-gpu=index,uuid,name,memory.total,mig.mode.current", "--format=csv,noheader,nounits"
-    ):
-        index, uuid, name, mebibytes, mig = (part.strip() for part in line.split(","))
-        if mig == "Enabled":
-            cut[uuid] = index
-        elif mebibytes.isdigit():
-            found[index] = found[uuid] = Gpu(name, int(mebibytes) << 20)
-    for whole, uuid, part in _instances() if cut else ():
-        found[uuid] = part
-        found.setdefault(cut[whole], part)
-        found.setdefault(whole, part)
-    return found
-
-
-def _instances() -> Iterator[tuple[str, str, Gpu]]:
-    """(UUID of the GPU, its own UUID, itself) of every MIG instance: one listing has the UUIDs, another the memory."""
-    from xml.etree import ElementTree
-
-    described = ElementTree.fromstring("\n".join(nvidia_smi("-q", "-x"))).iter("gpu")
-    sizes = {gpu.findtext("uuid"): [of.findtext(_MIG_MEMORY, "") for of in gpu.iter("mig_device")] for gpu in described}
-    name = whole = ""
-    for line in nvidia_smi("-L"):
-        if found := re.match(r"GPU \d+: (.*) \(UUID: (GPU-[^)]+)\)", line):
-            name, whole = found.groups()
-        elif found := re.match(r"\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: (MIG-[^)]+)\)", line):
-            profile, number, uuid = found.groups()
-            mebibytes = sizes[whole][int(number)].removesuffix(" MiB")
-            if mebibytes.isdigit():
-                yield whole, uuid, Gpu(f"{name}{_MIG}{profile}", int(mebibytes) << 20)
-
-
-def nvidia_smi(*options: str) -> list[str]:
-    """Lines that nvidia-smi prints; none where there is no such program."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    run = subprocess.run([program, *options], capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True)
-    return run.stdout.splitlines()
 
 
 def multiplies_bfloat16(cpuinfo: str | None = None) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.backends.local import LocalBackend
-from launcher.facts import find_gpus
+from launcher.gpus import find_gpus
 from launcher.registry import find_run
 from launcher.watch import duration
 from trainer.checkpoint_files import published

@@ -37,6 +37,7 @@ def preflight_problems(config: LaunchConfig, plan: Plan, facts: Facts) -> list[s
     return [
         *_output(config, plan, facts),
         *_disk(config, plan),
+        *_torch(plan, facts),
         *_fp8(config, plan),
         *_weights(config),
         *_positions(config, plan),
@@ -100,6 +101,15 @@ def _disk(config: LaunchConfig, plan: Plan) -> Iterator[str]:
         problem = local_disk.problem(Path(plan.nvme["path"]), plan.processes_per_node, needed)
         if problem:
             yield f"deepspeed.nvme_path: {problem}"
+
+
+def _torch(plan: Plan, facts: Facts) -> Iterator[str]:
+    """Of this machine; every rank looks at its own node's."""
+    if plan.backend == "local" and plan.device == "cuda" and facts.torch and facts.torch.gpus is None:
+        yield (
+            f"torch {facts.torch.version} is a build without CUDA, and {plan.device_name} is to be used: install one "
+            "that the driver supports (the first lines of `nvidia-smi` tell), or set cluster.gpus_per_node=0"
+        )
 
 
 def _fp8(config: LaunchConfig, plan: Plan) -> Iterator[str]:

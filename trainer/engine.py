@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from trainer.adafactor import Adafactor, Piece, make_piece
 from trainer.averaging import Average
+from trainer.devices import take_gpu
 from trainer.file_memory import FileMemory, share_gradients
 from trainer.parameters import Shard, persistent_buffers, whole_shape
 from trainer.unfreezing import FROM_STEP, Unfreezing
@@ -63,15 +64,13 @@ def init_distributed(device: str, timeout_seconds: float) -> torch.device:
     # A gloo group connects every rank with every other when it is made; a ring needs a handful of these connections.
     if int(os.environ.get("WORLD_SIZE", "1")) > _FULL_MESH_RANKS:
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if device == "cuda":
-        torch.cuda.set_device(local_rank)
+    own = take_gpu(int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device("cpu")
     deepspeed.init_distributed(
         dist_backend="nccl" if device == "cuda" else "gloo",
         timeout=datetime.timedelta(seconds=timeout_seconds),
         verbose=False,
     )
-    return torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    return own
 
 
 def in_files(memory: FileMemory | None) -> AbstractContextManager[None]:

@@ -99,15 +99,21 @@ def node_name() -> str:
     return os.environ.get(NODE_VARIABLE) or os.environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
 
 
+# In messages of plain RuntimeErrors: torch's allocator on CPUs; CUDA, cuBLAS and NCCL outside torch's allocator
+_MEMORY_IS_FULL = ("can't allocate memory", "error: out of memory", "'out of memory'", "STATUS_ALLOC_FAILED")
+_GPU_FAILED = ("uncorrectable ECC error", "busy or unavailable", "Invalid access of peer GPU memory over nvlink")
+
+
 def classify(error: BaseException) -> FailureClass:
     """The class of an exception raised in a rank, from its type (and, for torch's errors, its class name)."""
     if isinstance(error, DsftError):
         return error.failure_class
     names = {cls.__name__ for cls in type(error).__mro__}
-    if "OutOfMemoryError" in names or isinstance(error, MemoryError):
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    if "OutOfMemoryError" in names or isinstance(error, MemoryError) or any(words in said for words in _MEMORY_IS_FULL):
         return "out_of_memory"
-    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's CPU allocator
-        return "out_of_memory"
+    if any(words in said for words in _GPU_FAILED):
+        return "node"
     if "DistError" in names or isinstance(error, ConnectionError):  # of torch.distributed
         return "communication"
     # gloo raises a plain RuntimeError; its source path is the only mark it leaves

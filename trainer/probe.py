@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trainer.devices import take_gpu
 from trainer.probe_plan import rounds, slow_links
 from trainer.processes import die_with_parent
 
@@ -32,7 +33,7 @@ def main() -> int:
     die_with_parent(int(sys.argv[2]))
     rank, size, device = options["rank"], options["world_size"], options["device"]
     if device == "cuda":
-        torch.cuda.set_device(0)
+        take_gpu(0)
     store = dist.TCPStore(options["address"], options["port"], size, rank == 0, timeout=_TIMEOUT)  # type: ignore[attr-defined]
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)

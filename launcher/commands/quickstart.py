@@ -84,7 +84,8 @@ def prepare(folder: Path, config_path: Path) -> None:
 
 def suit(config: dict[str, Any]) -> None:
     """What this machine decides: every GPU, else two ranks on the CPU, in float32 if it cannot multiply bfloat16."""
-    from launcher.facts import find_gpus, multiplies_bfloat16
+    from launcher.facts import multiplies_bfloat16
+    from launcher.gpus import find_gpus
 
     if find_gpus(os.environ):
         return

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launcher.facts import Facts, Gpu, adapted_facts, facts_of_model
+from launcher.facts import Facts, adapted_facts, facts_of_model
+from launcher.gpus import Gpu
 from trainer.config.schema import LaunchConfig
 
 GIB = 1 << 30

@@ -1,11 +1,16 @@
 """What this machine has: cores, memory, the GPUs that ranks may use."""
 
+import importlib.metadata
 import os
+from dataclasses import replace
 
 import pytest
-from config_samples import runnable
+from config_samples import facts_of, runnable
 
-from launcher.facts import find_gpus, gather_facts, host_memory, multiplies_bfloat16, usable_cores
+from launcher.facts import gather_facts, host_memory, multiplies_bfloat16, usable_cores
+from launcher.gpus import Gpu, TorchBuild, amd_gpus, build_of, find_gpus, torch_build
+from launcher.plan import make_plan
+from launcher.preflight import preflight_problems
 from trainer.config.loading import load_config
 from trainer.failures import UserError
 
@@ -126,3 +131,61 @@ def test_gpus_that_are_named_and_not_here_are_no_cpu(tmp_path, nvidia_smi, monke
     assert gather_facts(load_config(path, ['cluster={"backend": "ssh", "hosts": ["a"]}'])).gpus == ()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "NoDevFiles")
     assert gather_facts(load_config(path)).gpus == ()
+
+
+def test_amd_gpus_are_those_with_memory_that_a_job_may_use(tmp_path):
+    def node(number, simd_count, *banks):
+        folder = tmp_path / str(number)
+        for index, (kind, size) in enumerate(banks):
+            (folder / f"mem_banks/{index}").mkdir(parents=True)
+            (folder / f"mem_banks/{index}/properties").write_text(f"heap_type {kind}\nsize_in_bytes {size << 20}\n")
+        lines = f"cpu_cores_count 0\nsimd_count {simd_count}\ngfx_target_version 90010\n"
+        (folder / "properties").write_text(lines)
+
+    node(0, 0, (0, 512))  # a CPU
+    node(10, 440, (1, 64), (2, 32))
+    node(9, 440, (1, 64))
+    node(2, 8, (0, 128))  # shares the host's memory
+    node(3, 440, (1, 64))
+    (tmp_path / "3/properties").unlink()
+    (tmp_path / "3/properties").mkdir()  # cannot be read, like one of another job
+
+    def memory(**environment):
+        return [gpu.memory >> 20 for gpu in amd_gpus(environment, tmp_path)]
+
+    assert memory() == [64, 96]
+    assert memory(ROCR_VISIBLE_DEVICES="1,0", HIP_VISIBLE_DEVICES="0") == [64]
+    assert memory(ROCR_VISIBLE_DEVICES="") == []
+    assert amd_gpus({}, tmp_path / "none") == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "build"),
+    [
+        ("__version__ = '2.9.0+cpu'\ncuda: Optional[str] = None\nhip: Optional[str] = None\n", ("2.9.0+cpu", None)),
+        ("__version__ = '2.9.0'\ncuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n", ("2.9.0", "cuda")),
+        ("__version__ = '2.9.0'\ndebug = False\ncuda = None\nhip = '7.0'\n", ("2.9.0", "hip")),
+        ("__version__ = made()\ncuda = None\nhip = None\n", None),
+        ("who knows\n", None),
+    ],
+)
+def test_what_torch_is_built_for_is_read_from_its_files(text, build):
+    assert build_of(text) == (build and TorchBuild(*build))
+
+
+def test_torch_built_without_cuda_is_refused_where_gpus_are_to_be_used(tmp_path):
+    found = torch_build()
+    assert found.version == importlib.metadata.version("torch")
+    gpu = Gpu("NVIDIA B", 80 << 30)
+    for overrides, build, refused in (
+        ([], TorchBuild("2.9.0+cpu", None), True),
+        ([], TorchBuild("2.9.0", "cuda"), False),
+        ([], None, False),
+        (["cluster.gpus_per_node=0"], TorchBuild("2.9.0+cpu", None), False),
+        (['cluster={"backend": "ssh", "hosts": ["a"], "gpus_per_node": 1}'], TorchBuild("2.9.0+cpu", None), False),
+    ):
+        config = load_config(runnable(tmp_path), ["cluster.processes_per_node=1", *overrides])
+        facts = replace(facts_of(config, (gpu,)), torch=build)
+        problems = preflight_problems(config, make_plan(config, facts), facts)
+        assert len(problems) == refused
+        assert all("torch 2.9.0+cpu is a build without CUDA" in problem for problem in problems)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from config_samples import facts_of
 
-from launcher.facts import Gpu
+from launcher.gpus import Gpu
 from launcher.plan import make_plan
 from trainer.config.loading import load_config
 

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from launcher.verdict import Snapshot, classify
+from trainer.devices import take_gpu
+from trainer.failures import UserError
+from trainer.failures import classify as class_of
 from trainer.health import UnfitNodeError, check_node, gpu_problems
 from trainer.rundir import RunDirectory, write_json
 
@@ -28,6 +31,36 @@ def test_gpus_are_counted_and_their_memory_is_asked_for() -> None:
     assert "00000000:5E:00.0 could not remap" in next(
         gpu_problems("0, 0\n1, 0\n", rows.replace("E:00.0, 0", "E:00.0, 1"), 2)
     )
+
+
+def test_a_gpu_that_torch_cannot_use_is_told_from_a_torch_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    if torch.version.cuda:
+        assert take_gpu(0) == torch.device("cuda", 0)
+        with pytest.raises(UnfitNodeError, match=r"sees \d+ GPU\(s\), a rank wants number 99"):
+            take_gpu(99)
+        return
+    with pytest.raises(UserError, match=r"is a build without CUDA.*cluster.gpus_per_node=0"):
+        take_gpu(0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(UnfitNodeError, match="cannot use GPU 0: Torch not compiled"):
+        take_gpu(0)
+
+
+@pytest.mark.parametrize(
+    ("said", "failure_class"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be", "out_of_memory"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "out_of_memory"),
+        ("CUDA error: uncorrectable ECC error encountered", "node"),
+        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", "node"),
+        ("CUDA error: device-side assert triggered", "unknown"),
+        ("The size of tensor a (3) must match the size of tensor b (4)", "unknown"),
+    ],
+)
+def test_errors_of_a_gpu_have_their_class(said: str, failure_class: str) -> None:
+    assert class_of(RuntimeError(said)) == failure_class
 
 
 def test_a_site_check_has_the_last_word_within_its_time() -> None:
