@@ -88,6 +88,7 @@ def test_each_source_is_taken_as_often_as_it_says(
         sources, world_sizes[1], size=3, epochs=epochs, state=state, limit=None if limit is None else limit - cut - 1
     )
     assert digests(rest) == digests(whole)[cut + 1 :]
+    assert [batch.progress for batch in rest[0]] == [batch.progress for batch in whole[0][cut + 1 :]]
 
 
 def test_an_exhausted_source_stops_and_one_that_repeats_goes_on(tmp_path: Path) -> None:

@@ -97,9 +97,7 @@ class SourceStream:
                 self.epoch, self.window, self.offset = self.epoch + 1, 0, 0
                 self._order, self._starts = self._epoch_order()
                 continue
-            if self._open is None:
-                self._open = self._prepare(self.epoch, self.window)
-            window = self._open
+            window = self._opened()
             if self.offset < len(window.sequences):
                 self._gave = True
                 self.offset += 1
@@ -123,12 +121,17 @@ class SourceStream:
         return round((self.epochs or 0.0) * self.source.records)
 
     def documents_done(self) -> float:
-        """Documents consumed so far, over all epochs; within a window in proportion to its sequences."""
+        """Documents consumed so far, over all epochs; within a window, which is then open, by its sequences."""
         done = float(self.epoch * self.source.records + self._starts[min(self.window, len(self._order))])
-        if self._open is not None and self.window < len(self._order):
-            size = self._starts[self.window + 1] - self._starts[self.window]
-            done += float(size) * self.offset / max(len(self._open.sequences), 1)
+        if self.offset and self.window < len(self._order):
+            size, sequences = self._starts[self.window + 1] - self._starts[self.window], len(self._opened().sequences)
+            done += float(size) * min(self.offset, sequences) / max(sequences, 1)
         return done
+
+    def _opened(self) -> Window:
+        if self._open is None:
+            self._open = self._prepare(self.epoch, self.window)
+        return self._open
 
     def _epoch_order(self) -> tuple[np.ndarray, np.ndarray]:
         """(windows of this epoch in order, documents before each of them); cut short in a last part of an epoch."""
