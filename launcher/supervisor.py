@@ -121,6 +121,8 @@ class Supervisor:
     exhausted: Callable[[], str | None] = lambda: None
     # The attempts made before a requeue, which count like this launch's own
     history: list[Attempt] = field(default_factory=list)
+    # (attempt, its verdict) -> whether the next ones are planned to take less memory, since this one ran out of it
+    relieve: Callable[[int, Verdict], bool] = lambda attempt, verdict: False
     membership: Membership | None = None  # where there is more than one node to choose from
     _nodes: int | None = None  # of the attempt before
     _slow: Straggler | None = None  # its node is to be left out
@@ -141,7 +143,7 @@ class Supervisor:
                     self.run.request_stop(attempt, late)
                 before = attempt
                 verdict, reason = self._attempt(attempt, signals, events)
-                self.history.append(Attempt(verdict, progress(self.run)))
+                self.history.append(Attempt(verdict, progress(self.run), self.relieve(attempt, verdict)))
                 action = decide(self.history, self.resilience.max_restarts, reason)
                 if self.membership is not None:
                     self.membership.accept(verdict.node if verdict.unfit else None, verdict.message)

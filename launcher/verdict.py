@@ -42,6 +42,7 @@ _EXIT_OF_STOP = {
 _NEVER_RETRIED: frozenset[FailureClass] = frozenset({"user", "data"})
 # The same again at the same step shows that a retry cannot help
 _DETERMINISTIC: frozenset[FailureClass] = frozenset({"unknown", "numeric", "out_of_memory"})
+_MEMORY_ADVICE = "lower training.micro_batch_size or data.sequence_length, or set deepspeed.offload_optimizer"
 _TEMPORARY: frozenset[FailureClass] = frozenset(
     {"communication", "node", "storage", "hang", "preemption", "time_limit"}
 )
@@ -243,10 +244,12 @@ def _signal_name(number: int) -> str:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A past attempt as `decide` sees it. `progress`: newest published checkpoint's step and last logged step."""
+    """A past attempt as `decide` sees it. `progress`: newest published checkpoint's step and last logged step;
+    `relieved`: those after it take less memory."""
 
     verdict: Verdict
     progress: tuple[int, int]
+    relieved: bool = False
 
 
 @dataclass(frozen=True)
@@ -289,8 +292,9 @@ def decide(history: Sequence[Attempt], max_restarts: int, stop_reason: str | Non
         return Action("stop", EXIT_USER, reason=f"a {verdict.failure_class} error is never retried")
     code = EXIT_TEMPORARY if verdict.failure_class in _TEMPORARY else EXIT_FAILED
     failures = [attempt for attempt in history if attempt.verdict.outcome == "failed"]
-    if verdict.failure_class in _DETERMINISTIC and len(failures) > 1 and _same(failures[-2].verdict, verdict):
-        return Action("stop", code, reason="the same failure twice at the same step")
+    if verdict.failure_class in _DETERMINISTIC and len(failures) > 1 and _same(*failures[-2:]):
+        advice = f": {_MEMORY_ADVICE}" if verdict.failure_class == "out_of_memory" else ""
+        return Action("stop", code, reason=f"the same failure twice at the same step{advice}")
     if len(failures) > max_restarts:
         return Action("stop", code, reason=f"resilience.max_restarts ({max_restarts}) is used up")
     stuck = _without_progress(failures)
@@ -300,7 +304,10 @@ def decide(history: Sequence[Attempt], max_restarts: int, stop_reason: str | Non
     return Action("retry", delay_seconds=delay, reason=f"restart {len(failures)} of {max_restarts}")
 
 
-def _same(one: Verdict, other: Verdict) -> bool:
+def _same(before: Attempt, last: Attempt) -> bool:
+    one, other = before.verdict, last.verdict
+    if one.failure_class == "out_of_memory":  # its message tells how much was free
+        return (one.failure_class, one.step) == (other.failure_class, other.step) and not before.relieved
     return (one.failure_class, one.message, one.step) == (other.failure_class, other.message, other.step)
 
 

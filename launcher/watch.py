@@ -234,6 +234,8 @@ def describe(event: Json) -> str | None:
             return f"warning: {event['message']}"
         case "resized":
             return f"{event['nodes']} of {event['planned_nodes']} nodes ({event['ranks']} ranks), the same global batch"
+        case "less_memory":
+            return f"a rank ran out of memory: on with {_less_memory(event)}, the same global batch"
         case "restart":
             return f"attempt {event['attempt']} has ended after a checkpoint: {event['reason']}"
         case "bad_node":
@@ -244,6 +246,12 @@ def describe(event: Json) -> str | None:
             what_next = "; trying again" if event.get("action") == "retry" else ""
             return f"failure: {describe_failure(event)}{what_next}"
     return None
+
+
+def _less_memory(event: Json) -> str:
+    if event["micro_batch_size"] == event["was"]:
+        return "recomputed activations"
+    return f"micro-batches of {event['micro_batch_size']} in place of {event['was']}"
 
 
 def describe_failure(failure: Json) -> str:

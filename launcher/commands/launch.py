@@ -54,8 +54,8 @@ def run(options: argparse.Namespace) -> int:
     from launcher.commands import plan as plan_command
     from launcher.facts import gather_facts
     from launcher.permissions import apply_umask, make_run_directory
-    from launcher.plan import make_plan
     from launcher.preflight import preflight
+    from launcher.relief import planned
     from trainer.config.loading import load_config, redacted
     from trainer.failures import EXIT_DONE
     from trainer.rundir import RunDirectory
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     if _is_finished(target, redacted(config), options.json):  # whatever has become of its data, its model or a disk
         return EXIT_DONE
     facts = gather_facts(config)
-    plan = make_plan(config, facts)
+    plan = planned(config, facts)
     preflight(config, plan, facts)
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -247,6 +247,7 @@ def _supervise(
     """The run itself, with its progress and its end told on `stream`."""
     from launcher.notify import Notifier
     from launcher.place import open_place
+    from launcher.relief import Relief
     from launcher.supervisor import Supervisor
     from launcher.watch import Watch
 
@@ -276,6 +277,7 @@ def _supervise(
         watch.say(f"run {target.path}: {plan['world_size']} rank(s), checking data and tokenizer")
         supervisor = Supervisor(target, place.backend, place.resilience, lease, gate, tick, released=released)
         supervisor.membership, supervisor.exhausted = place.membership, place.exhausted
+        supervisor.relieve = Relief(config, target, place.membership)
         if config.cluster.backend == "slurm":
             from launcher.backends.slurm import SlurmBackend
             from launcher.requeue import continue_job

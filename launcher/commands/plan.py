@@ -37,8 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Show the plan; exit code 2 where it could not be launched as it is."""
     from launcher.facts import gather_facts
     from launcher.place import sizes_of
-    from launcher.plan import make_plan
     from launcher.preflight import preflight_problems
+    from launcher.relief import planned
     from launcher.what_if import compare_nodes, show_nodes
     from trainer.config.loading import load_config
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         choices = compare_nodes(config, facts, arguments.nodes)
         print(json.dumps([choice.to_json() for choice in choices], indent=2)) if arguments.json else show_nodes(choices)
         return EXIT_DONE if any(choice.plan for choice in choices) else EXIT_USER
-    plan = make_plan(config, facts)
+    plan = planned(config, facts)
     problems = preflight_problems(config, plan, facts)
     sizes, shortfall = sizes_of(config, plan.to_json())
     if shortfall:

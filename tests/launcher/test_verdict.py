@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -213,6 +214,13 @@ def test_the_same_failure_at_the_same_step_is_not_tried_a_third_time() -> None:
     again = [failed("unknown", step=7), failed("unknown", step=7)]
     assert decide(again, max_restarts=9).kind == "stop"
     assert decide([failed("unknown", step=7), failed("unknown", step=9)], max_restarts=9).kind == "retry"
+
+
+def test_want_of_memory_is_tried_again_as_long_as_less_is_taken() -> None:
+    first, second = (failed("out_of_memory", message=f"{free} MiB are free", step=7) for free in (12, 14))
+    action = decide([first, second], max_restarts=9)
+    assert (action.kind, "training.micro_batch_size" in action.reason) == ("stop", True)
+    assert decide([replace(first, relieved=True), second], max_restarts=9).kind == "retry"
     assert decide([failed("node", step=7), failed("node", step=7)], max_restarts=9).kind == "retry"
 
 
