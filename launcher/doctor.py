@@ -22,11 +22,11 @@ from launcher.doctor_checks import (
     disk_problems,
     essential_problems,
     gpu_problems,
+    needed_paths,
     network_problems,
     reach_problems,
     version_problems,
 )
-from launcher.doctor_checks import needed_paths as paths_of
 from launcher.doctor_nodes import PROBE, Probes, probes, ssh_probes
 from launcher.facts import existing_parent
 from slurm.hostlist import expand
@@ -90,7 +90,7 @@ def examine(config: LaunchConfig, only: Sequence[str], queue_seconds: int, tell:
             if not names:
                 raise UserError("no node answers:\n" + "\n".join(f"  {n}: {why}" for n, why in found.absent.items()))
             tell(f"{len(names)} node(s) answer")
-            common = {"folder": str(folder), "marker": marker, "paths": paths_of(config), "packages": _PACKAGES}
+            common = {"folder": str(folder), "marker": marker, "paths": needed_paths(config), "packages": _PACKAGES}
             requests = {name: {"do": "facts", "node": name, **common} for name in names}
             facts = found.ask(requests, _ANSWER_SECONDS)
             problems += essential_problems(found, facts, str(folder), nonce)

@@ -25,17 +25,16 @@ class Answer:
     unknown: Mapping[Path, str] = field(default_factory=dict)
 
 
-def ask(job_ids: Mapping[Path, str], told: Collection[Path] = (), seconds: float | None = None) -> Answer:
+def ask(job_ids: Mapping[Path, str], told: Collection[Path] = ()) -> Answer:
     """The job of each run in `job_ids` (path -> job id): one call of squeue, and at most one of sacct.
 
     The accounting is not asked for runs in `told`, whose own ledger says how they ended.
     """
     if not job_ids:
         return Answer()
-    seconds = seconds or STATUS_SECONDS
     wanted = sorted(set(job_ids.values()))
     try:
-        found = client.queued(wanted, seconds)
+        found = client.queued(wanted, STATUS_SECONDS)
     except DsftError as error:
         return Answer(unknown=dict.fromkeys(job_ids, str(error)))
     unknown: dict[Path, str] = {}
@@ -43,7 +42,7 @@ def ask(job_ids: Mapping[Path, str], told: Collection[Path] = (), seconds: float
     missing = [path for path, number in job_ids.items() if path not in told and number not in in_queue]
     if missing:
         try:
-            found |= client.accounted(sorted({job_ids[path] for path in missing}), seconds)
+            found |= client.accounted(sorted({job_ids[path] for path in missing}), STATUS_SECONDS)
         except DsftError as error:
             unknown = dict.fromkeys(missing, str(error))
     by_id: dict[str, list[client.Job]] = {}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import io
 import math
 import os
 import shutil
@@ -17,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from launcher.backends.slurm import in_allocation
-from launcher.commands import cancel
+from launcher.commands.cancel import cancel
 from launcher.detach import log_path
 from launcher.state import run_state
 from launcher.supervisor import StopSignals
@@ -226,8 +224,8 @@ class Tuner:
             self._next_ask = time.monotonic() + _ASK_SECONDS
             for running in self.running:
                 # not submitted yet, or over already: the next try or the watcher tells
-                with contextlib.suppress(DsftError), contextlib.redirect_stdout(io.StringIO()):
-                    cancel.run(argparse.Namespace(run=str(running.run.path), now=self.signals.count > 1))
+                with contextlib.suppress(DsftError):
+                    cancel(running.run, now=self.signals.count > 1)
         elif self.is_task and self.signals.reason == "terminate":
             return  # SLURM has told the launch as well
         elif self._told < min(self.signals.count, 2):

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 _STARTED = time.time()  # as good as the process's start, which `exec` in a script puts before all of that script
 _GRACE_SECONDS = 60.0  # between two looks at how long steps and checkpoints take
-# What `trainer.config.loading.redacted` leaves of a secret
-REDACTED = "***"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_ways(parser: argparse.ArgumentParser) -> None:
     """Declare how to launch."""
+    parser.set_defaults(ready_fd=None, parent_pid=None, nodes=None)  # the last: a dry run is `dsft plan`
     parser.add_argument("--dry-run", action="store_true", help="show what would run; create nothing")
     parser.add_argument("--json", action="store_true", help="print JSON: the plan of a dry run, else the final report")
     parser.add_argument(
@@ -60,10 +59,10 @@ def run(options: argparse.Namespace) -> int:
     from trainer.failures import EXIT_DONE
     from trainer.rundir import RunDirectory
 
-    if (parent := getattr(options, "parent_pid", None)) is not None:
+    if options.parent_pid is not None:
         from trainer.processes import die_with_parent
 
-        die_with_parent(parent)
+        die_with_parent(options.parent_pid)
     if options.profile:
         options.set = ["logging.profile={}", *options.set]
     if options.dry_run:
@@ -86,8 +85,7 @@ def run(options: argparse.Namespace) -> int:
             make_run_directory(target.path, config.cluster)
         words = [str(options.config), *(word for value in options.set for word in ("--set", value))]
         return detach(words, target, options.json)
-    ready_fd = getattr(options, "ready_fd", None)
-    return launch(config, plan.to_json() | {"gpus": gpus}, target, options.json, options.watch, ready_fd)
+    return launch(config, plan.to_json() | {"gpus": gpus}, target, options.json, options.watch, options.ready_fd)
 
 
 def launch(
@@ -335,6 +333,7 @@ def _rank_environment(config: LaunchConfig, plan: dict[str, Any]) -> dict[str, s
     """Variables of every rank: the plan's, over them the user's own, over them the config's."""
     from trainer.agent import UMASK_VARIABLE
     from trainer.binding import BIND_VARIABLE
+    from trainer.config.loading import REDACTED
     from trainer.failures import UserError
 
     variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(plan["threads_per_rank"]))}

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.set)
     facts = gather_facts(config)
-    if getattr(arguments, "nodes", None):  # a dry run of `launch` has none
+    if arguments.nodes:
         choices = compare_nodes(config, facts, arguments.nodes)
         print(json.dumps([choice.to_json() for choice in choices], indent=2)) if arguments.json else show_nodes(choices)
         return EXIT_DONE if any(choice.plan for choice in choices) else EXIT_USER

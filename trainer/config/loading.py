@@ -58,12 +58,15 @@ def config_hash(config: LaunchConfig) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+REDACTED = "***"  # in place of a secret
+
+
 def redacted(config: LaunchConfig) -> dict[str, Any]:
-    """The config as JSON, with the values of environment variables that look like secrets replaced by ``"***"``."""
+    """The config as JSON, with REDACTED for the values of environment variables that look like secrets."""
     data: dict[str, Any] = config.model_dump(mode="json")
     environment = data["cluster"].get("environment", {})
     data["cluster"]["environment"] = {
-        name: "***" if is_secret((name,)) else value for name, value in environment.items()
+        name: REDACTED if is_secret((name,)) else value for name, value in environment.items()
     }
     return data
 
