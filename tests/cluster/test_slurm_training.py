@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import Cluster
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tune_inputs import write_words
 
 from trainer.rundir import RunDirectory
 
@@ -20,19 +20,11 @@ pytestmark = [pytest.mark.faults, pytest.mark.cluster, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 120  # of about 0.1 s: others look on, and the time limit comes, before they are done
-WORDS = [f"w{index}" for index in range(60)]
 
 
 def write_inputs(folder: Path) -> Path:
-    """A word-level tokenizer, arithmetic over words, and a config; returns the config's path."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", "</s>", *WORDS])}, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["</s>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    with open(folder / "train.jsonl", "w") as file:
-        for index in range(300):
-            words = [WORDS[(index * 7 + step * (index % 5 + 1)) % 60] for step in range(8 + index % 13)]
-            print(json.dumps({"prompt": " ".join(words[:4]), "completion": " ".join(words[4:])}), file=file)
+    """Words, and a config; returns the config's path."""
+    write_words(folder)
     config: dict[str, Any] = {
         "name": "words",
         "task": {"type": "causal-lm"},

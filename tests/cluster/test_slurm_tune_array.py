@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 from conftest import Cluster
+from tune_inputs import KEY, write_inputs
 
 from launcher.jobs import job_id
 from launcher.state import run_state
 from trainer.lease import read_holder
 from trainer.rundir import RunDirectory, read_lines
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "launcher"))
-from tune_inputs import KEY, write_inputs
 
 pytestmark = [pytest.mark.cluster, pytest.mark.matrix, pytest.mark.timeout(900)]
 

@@ -4,19 +4,16 @@ ends as an undisturbed run does, to the last bit."""
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import Cluster
 from launched import DSFT, set_variables
+from tune_inputs import KEY, write_inputs
 
 from launcher.jobs import job_id
 from trainer.lease import read_holder
 from trainer.rundir import RunDirectory, read_lines
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "launcher"))
-from tune_inputs import KEY, write_inputs
 
 pytestmark = [pytest.mark.cluster, pytest.mark.matrix, pytest.mark.faults, pytest.mark.timeout(900)]
 

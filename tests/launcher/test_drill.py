@@ -6,15 +6,13 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_launch import config_file, dsft, folder, start, wait_for  # noqa: F401
+from test_notify import server  # noqa: F401
 from test_supervisor import Launch, agent_of
 
 from launcher.drill import inject
@@ -26,31 +24,11 @@ from trainer.rundir import RunDirectory, write_json
 pytestmark = pytest.mark.faults
 
 
-@pytest.fixture
-def receiver() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The URL of a real HTTP server, and what was posted to it."""
-    posted: list[dict[str, Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            posted.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, format: str, *arguments: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/secret-of-the-site", posted
-    server.shutdown()
-
-
 def test_a_rank_killed_by_a_drill(
     folder: Path,  # noqa: F811
-    receiver: tuple[str, list[dict[str, Any]]],
+    server: tuple[str, list[dict[str, Any]]],  # noqa: F811
 ) -> None:
-    url, posted = receiver
+    url, posted = server
     program = "import os, sys; open(sys.argv[1], 'a').write(os.environ['DSFT_EVENT'] + sys.stdin.read() + '\\n')"
     config = config_file(folder, "drilled", max_steps=30)
     value = json.loads(config.read_text())
@@ -63,7 +41,7 @@ def test_a_rank_killed_by_a_drill(
     }
     write_json(config, value)
     began = time.time()
-    process = start(folder, "launch", str(config), "--json", SITE_HOOK=url)
+    process = start(folder, "launch", str(config), "--json", SITE_HOOK=f"{url}/ok/secret-of-the-site")
     run = RunDirectory(folder / "runs" / "drilled")
     wait_for(run.metrics_path.exists)
     arguments = ("drill", str(run.path), "--fault", "kill-rank", "--rank", "1", "--after-step", "8")

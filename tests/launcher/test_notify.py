@@ -32,7 +32,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 @pytest.fixture
 def server() -> Iterator[tuple[str, list[Json]]]:
-    """Answers /ok with 204, /slow after a second, all else with 500; and what was posted to /ok."""
+    """Answers /ok... with 204, /slow after a second, all else with 500; and what was posted to the former."""
     posted: list[Json] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -40,10 +40,10 @@ def server() -> Iterator[tuple[str, list[Json]]]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.path == "/slow":
                 time.sleep(1.0)
-            if self.path == "/ok":
+            if self.path.startswith("/ok"):
                 assert self.headers["Content-Type"] == "application/json"
                 posted.append(json.loads(body))
-            self.send_response(204 if self.path == "/ok" else 500)
+            self.send_response(204 if self.path.startswith("/ok") else 500)
             self.end_headers()
 
         def log_message(self, format: str, *arguments: Any) -> None:

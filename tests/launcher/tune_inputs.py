@@ -1,4 +1,4 @@
-"""A study of words that takes seconds a trial, for tests of `dsft tune`."""
+"""Words to learn from, and a study of them that takes seconds a trial, for tests of `dsft tune`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 KEY = "training.optimizer.learning_rate"
 
 
-def write_inputs(folder: Path, **tune: Any) -> Path:
-    """A word-level tokenizer, arithmetic over words, and a config; returns the config's path."""
+def write_words(folder: Path) -> None:
+    """A word-level tokenizer, and arithmetic over words."""
     words = [f"w{index}" for index in range(60)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", "</s>", *words])}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -22,6 +22,11 @@ def write_inputs(folder: Path, **tune: Any) -> Path:
         for index in range(300):
             drawn = [words[(index * 7 + step * (index % 5 + 1)) % 60] for step in range(8 + index % 13)]
             print(json.dumps({"prompt": " ".join(drawn[:4]), "completion": " ".join(drawn[4:])}), file=file)
+
+
+def write_inputs(folder: Path, **tune: Any) -> Path:
+    """Words, and a config of a study of them; returns the config's path."""
+    write_words(folder)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = {
         "name": "words",

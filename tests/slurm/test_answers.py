@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from slurm_programs import program, program_folder
 
 from slurm import client
 from slurm.hostlist import expand
@@ -55,17 +56,9 @@ def test_states(text: str, state: str) -> None:
     assert job_state(text) == state
 
 
-def program(folder: Path, name: str, text: str) -> None:
-    """Put a program in the place of one of SLURM's."""
-    path = folder / name
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-
-
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    return tmp_path
+    return program_folder(tmp_path, monkeypatch)
 
 
 NOT_THERE = 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1'
