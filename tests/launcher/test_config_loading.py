@@ -101,6 +101,7 @@ def test_every_error_at_once(tmp_path):
         *(("name", name, "expected 1 to 100 letters") for name in ("../up", "$(id)", "", "a/b", ".hidden", "x" * 200)),
         ("training.micro_batch_size", 1.5, 'expected a positive integer or "auto"'),
         ("training.max_grad_norm", "1", "expected a number of at least 0"),
+        ("task.generation", {"length_penalty": "1"}, "expected a number"),
         ("data.packing", "yes", "expected true or false"),
         ("data.train", [], "expected at least 1"),
         ("data.train", {}, "expected a list, each an object with path"),
@@ -170,6 +171,7 @@ def test_contradictions(tmp_path):
         ('{"name": "a",\n "task": {,}}', "line 2, column 11"),
         ('{"name": "a",\n "name": "b"}', 'the key "name" appears twice'),
         ('{"name": NaN}', "NaN is not a JSON number"),
+        ('{"model": {"config": {"rope_theta": 1e999}}}', "1e999 is larger than any number"),
         ("[1]", "found a list of 1; expected an object"),
         ("", "line 1, column 1"),
     ],
@@ -214,8 +216,11 @@ def test_extends_in_a_circle_or_broken(tmp_path):
     # what a missing base would have brought is not called missing; what is wrong here still is
     write(tmp_path / "c.json", {"extends": "nowhere.json", "trainin": {}})
     errors = errors_of(tmp_path / "c.json")
-    assert set(errors) == {"", "trainin"}
-    assert errors[""].file == "nowhere.json"
+    assert set(errors) == {"extends", "trainin"}
+    assert errors["extends"].file == "nowhere.json"
+    assert (
+        'or an object: {"backend"' in errors_of(write(tmp_path / "d.json", changed(cluster="slurm")))["cluster"].message
+    )
 
 
 def test_an_error_in_a_base_or_profile_names_its_file(tmp_path):
@@ -266,10 +271,20 @@ def test_set(tmp_path):
 
 def test_wrong_set(tmp_path):
     path = runnable(tmp_path)
-    errors = errors_of(path, "training.max_steps", "data.train.3.path=x", "name.x=1", "training.optimzer.eps=1")
+    wrong = (
+        "training.max_steps",
+        "data.train.3.path=x",
+        "name.x=1",
+        "training.optimzer.eps=1",
+        "0=1",
+        "extends=a.json",
+    )
+    errors = errors_of(path, *wrong)
     assert "expected key=value" in errors[""].message
     assert "has 1 items" in errors["data.train.3.path"].message
     assert "nothing can be set in it" in errors["name.x"].message
+    assert "unknown key" in errors["0"].message
+    assert "write it into the config" in errors["extends"].message
     assert "did you mean `training.optimizer`" in errors["training.optimzer"].message
     assert {error.file for error in errors.values() if error.path} == {"--set"}
 

@@ -106,7 +106,7 @@ def expected(annotation: Any, metadata: Sequence[Any] = (), description: str | N
     if origin is tuple:
         items = get_args(annotation)
         if len(items) == 2 and items[1] is Ellipsis:
-            return f"a list, each {expected(items[0])}"
+            return "a list" if items[0] is Any else f"a list, each {expected(items[0])}"
         return f"a list of {len(items)}, each {expected(items[0])}"
     if origin is dict:
         return "an object"
@@ -119,7 +119,7 @@ def expected(annotation: Any, metadata: Sequence[Any] = (), description: str | N
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         keys = [name for name, field in annotation.model_fields.items() if field.is_required()]
         return f"an object with {', '.join(keys)}" if keys else "an object"
-    return "another value"
+    return "any value" if annotation is Any else "another value"
 
 
 def _number(kind: str, metadata: Sequence[Any]) -> str:

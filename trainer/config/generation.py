@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.config.section import Flag, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from trainer.config.section import Finite, Flag, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 TextMetric = Literal["bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match", "final_answer"]
 
@@ -17,7 +17,7 @@ class GenerationConfig(Section):
 
     max_new_tokens: PositiveInt = 128
     num_beams: PositiveInt = 1
-    length_penalty: float = Field(1.0, description="Of beam search: above 0 prefers long texts")
+    length_penalty: Finite = Field(1.0, description="Of beam search: above 0 prefers long texts")
     do_sample: Flag = Field(False, description="Draw tokens; the same ones at any number of ranks")
     temperature: PositiveFloat = 1.0
     top_k: NonNegativeInt = Field(0, description="Draw from the so many likeliest tokens; 0: from all")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -106,7 +107,7 @@ class _Loader:
 
     def read(self, path: Path, chain: tuple[Path, ...]) -> None:
         """Merge a file, after the one it extends."""
-        layer = self._parse(path)
+        layer = self._parse(path, "extends" if chain else "")
         if layer is None:
             self.incomplete = True
             return
@@ -127,7 +128,8 @@ class _Loader:
         """Apply ``a.b.c=value`` items, in order."""
         for item in overrides:
             name, equals, text = item.partition("=")
-            keys: Keys = tuple(int(part) if part.isdecimal() else part for part in name.strip().split("."))
+            first, *others = name.strip().split(".")
+            keys: Keys = (first, *(int(part) if part.isdecimal() else part for part in others))
             if not equals or "" in keys:
                 shown = item if not equals else f"{name}=..."  # the value may be a secret
                 self.errors.append(ConfigError("", f"--set {shown}: expected key=value, as in training.max_steps=100"))
@@ -142,6 +144,8 @@ class _Loader:
 
     def _set(self, keys: Keys, value: Any, written: Keys) -> str | None:
         """Set one value, creating objects on the way; returns what is wrong with the path, if something is."""
+        if keys[0] == "extends":
+            return "only a file can extend another: write it into the config"
         if keys == ("cluster",) and isinstance(value, str):
             self._merge_layer({"cluster": value}, "--set", self.path.parent)
             return None
@@ -177,7 +181,7 @@ class _Loader:
         if isinstance(layer.get("cluster"), str):
             profile = Path(_absolute(layer["cluster"], folder))
             self.data.pop("cluster", None)  # a profile stands for the whole section
-            cluster = self._parse(profile)
+            cluster = self._parse(profile, "cluster")
             del layer["cluster"]
             if cluster is None:
                 self.incomplete = True
@@ -214,12 +218,14 @@ class _Loader:
                 return origin, (*written, *keys[length:])
         return str(self.path), keys
 
-    def _parse(self, path: Path) -> dict[str, Any] | None:
-        """A file's JSON object, or None after noting why there is none."""
+    def _parse(self, path: Path, named_by: str) -> dict[str, Any] | None:
+        """A file's JSON object, or None after noting why there is none. ``named_by``: the key that names the file."""
         try:
             value = _loads(path.read_bytes().decode("utf-8-sig"))
         except FileNotFoundError:
             message = "no such file"
+            if named_by == "cluster":
+                message += '; expected the path of a profile, or an object: {"backend": "slurm", ...}'
         except OSError as error:
             message = f"cannot be read: {error.strerror}"
         except UnicodeDecodeError as error:
@@ -232,7 +238,7 @@ class _Loader:
             if isinstance(value, dict):
                 return value
             message = f"found {found(value)}; expected an object: {{...}}"
-        self.errors.append(ConfigError("", message, self._short(str(path))))
+        self.errors.append(ConfigError(named_by, message, self._short(str(path))))
         return None
 
     def _short(self, origin: str) -> str:
@@ -256,7 +262,7 @@ def _not_text(value: Any, at: Keys) -> Iterator[tuple[Keys, str]]:
 
 
 def _loads(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -270,6 +276,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text} is larger than any number can be")
+    return value
 
 
 # -- paths -------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from trainer.config.generation import CodeExecutionConfig, SummarizationTask, TranslationTask, WritingTask
-from trainer.config.section import Flag, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from trainer.config.section import Finite, Flag, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 # Tasks without texts
 UNTOKENIZED_TASKS = frozenset({"image-classification"})
@@ -117,7 +117,7 @@ class QuestionAnsweringTask(Section):
     max_question_tokens: PositiveInt = Field(64, description="Longer questions are cut")
     max_answer_tokens: PositiveInt = Field(30, description="Longer spans are never predicted")
     n_best: PositiveInt = Field(20, description="Spans of a window that are looked at")
-    no_answer_threshold: float = Field(
+    no_answer_threshold: Finite = Field(
         0.0, description='Predict "no answer" where its score exceeds the best span\'s by more than this'
     )
 

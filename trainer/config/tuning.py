@@ -7,11 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.config.section import Flag, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from trainer.config.section import Finite, Flag, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 # A trial's own, or what its score depends on: scores of trials would not be comparable
 _FIXED = ("name", "output_dir", "extends", "tune", "cluster", "evaluation", "data.evaluation")
-Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 class Range(Section):
