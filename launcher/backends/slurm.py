@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,10 @@ _OF_JOBS_TASKS = {
     *(f"SLURM_{word}_PER_TASK" for word in ("CPUS", "GPUS", "TRES")),
     *(f"SLURM_NTASKS_PER_{word}" for word in ("CORE", "GPU", "NODE", "SOCKET", "TRES")),
 }
+# sbatch tries a job out in these words, be it that no node could ever carry it or that some are away at present
+_NO_NODES = "Requested node configuration is not available"
+# Why jobs wait (JOB REASON CODES of squeue's manual page) that are larger or longer than they may be
+_FOR_EVER = re.compile(r"Partition(Config|NodeLimit|TimeLimit)|BadConstraints|\w+PerJob(Limit)?")
 _IMAGE_SECONDS = 1800.0  # for nodes to come that pull and unpack an image first
 _PROBE_SECONDS = 15.0  # for a node that was lost to start a process
 
@@ -68,7 +73,8 @@ def job_of(run: RunDirectory, name: str, cluster: SlurmCluster) -> Job:
 def submit(job: Job, cluster: SlurmCluster) -> str:
     """Write the job script into the run directory, have SLURM try it out, and submit it; returns the job id.
 
-    Raises UserError for what cannot work, SlurmUnavailable if SLURM does not answer.
+    Raises UserError for what cannot work, SlurmUnavailable if SLURM does not answer. What has to wait for nodes that
+    are away at present is submitted, with a warning.
     """
     script = render(job, cluster)
     node_task(cluster, job.run_dir)  # refuses what cannot be put into a container
@@ -77,8 +83,36 @@ def submit(job: Job, cluster: SlurmCluster) -> str:
     job.run_dir.mkdir(parents=True, exist_ok=True)
     job.script_path.write_text(script)
     environment = client.submission_environment([*RESERVED, *sbatch_options(job, cluster)])
-    client.try_out(job.script_path, job.run_dir, environment)
-    return client.submit(job.script_path, job.run_dir, environment)
+    try:
+        client.try_out(job.script_path, job.run_dir, environment)
+        doubt = ""
+    except client.SlurmError as error:
+        if _NO_NODES not in str(error):
+            raise
+        doubt = str(error)
+    job_id = client.submit(job.script_path, job.run_dir, environment)
+    reason = _waiting_for(job_id)
+    if _FOR_EVER.fullmatch(reason):
+        client.cancel(job_id)
+        raise UserError(
+            f"SLURM takes this job but would never start it ({reason}): ask for less of nodes, time, CPUs, memory or "
+            "GPUs in `cluster`, or for another partition; `scontrol show partition` shows limits. It is cancelled"
+        )
+    if doubt:
+        print(
+            f"warning: job {job_id} waits for nodes that are down, drained or reserved at present ({reason or doubt}); "
+            "`sinfo -R` and `scontrol show reservation` tell more",
+            file=sys.stderr,
+        )
+    return job_id
+
+
+def _waiting_for(job_id: str) -> str:
+    """SLURM's reason why a job waits; empty if it does not, or nobody knows."""
+    with contextlib.suppress(DsftError):
+        for job in client.queued([job_id]).values():
+            return job.reason if job.state == "pending" and job.reason != "None" else ""
+    return ""
 
 
 def resilience_in_job(resilience: ResilienceConfig, cluster: SlurmCluster) -> ResilienceConfig:

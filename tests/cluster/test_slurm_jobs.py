@@ -240,15 +240,35 @@ def test_a_failed_rank_ends_the_others_on_all_nodes(cluster: Cluster, tmp_path: 
         cluster.wait(lambda gone=gone: cluster(*gone) == "", f"nothing left on {node}")  # type: ignore[misc]
 
 
-def test_what_cannot_run_is_refused_before_it_is_submitted(cluster: Cluster, tmp_path: Path) -> None:
+def test_what_cannot_run_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    """Also what sbatch takes, and lets wait for ever."""
     run = RunDirectory(tmp_path / "run")
-    with pytest.raises(UserError, match="SLURM refuses"):
+    with pytest.raises(UserError, match="would never start it"):
         start(run, nodes=4)
+    cluster.run("scontrol", "create", "partition=brief", "nodes=ALL", "maxtime=5")
+    with pytest.raises(UserError, match=r"would never start it \(Partition"):
+        start(run, partition="brief", time="10")
+    cluster.run("scontrol", "delete", "partition=brief")
+    with pytest.raises(UserError, match="SLURM refuses"):
+        start(run, memory="64G")
     with pytest.raises(UserError, match=r"SLURM refuses: .*partition"):
         start(run, partition="nowhere")
     with pytest.raises(UserError, match="MY_TOKEN"):
         start(run, pass_environment=["MY_TOKEN"])
     assert cluster.run("squeue", "--noheader").stdout == ""
+
+
+def test_a_job_may_wait_for_nodes_that_are_away(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`sbatch --test-only` refuses it, in the words that it has for what can never run."""
+    cluster.run("scontrol", "update", "nodename=n1", "state=drain", "reason=repair")
+    try:
+        job = start(RunDirectory(tmp_path / "run"))
+        assert f"job {job} waits for nodes that are down, drained or reserved" in capsys.readouterr().err
+        assert cluster.state(job) == "PENDING"
+    finally:
+        cluster.run("scontrol", "update", "nodename=n1", "state=resume")
 
 
 def test_options_reach_slurm(cluster: Cluster, tmp_path: Path) -> None:
