@@ -53,7 +53,8 @@ def cached(kind: str, identity: str, suffix: str, write: Callable[[IO[bytes]], N
                 finally:
                     unfinished.unlink(missing_ok=True)
     except OSError as error:
-        if error.errno not in _NO_ROOM and not str(error.filename).startswith(str(target.parent)):
+        place = Path(str(error.filename))
+        if error.errno not in _NO_ROOM and place not in target.parents and target.parent not in place.parents:
             raise  # of what was to be cached, not of the cache
         raise StorageError(
             f"{target.parent} cannot be written: {error.strerror or error}; dsft keeps its copies of data there: "
