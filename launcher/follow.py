@@ -14,8 +14,10 @@ from trainer.failures import EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY
 from trainer.rundir import Json, RunDirectory
 
 _TICK_SECONDS = 0.2
-_ASK_SECONDS = 5.0  # between two questions to SLURM while it is its turn, and while the run is at it
-_ASK_RUNNING_SECONDS = 30.0
+# Between two questions to SLURM: at first, and when nothing has changed for a while, for which a controller has to be
+# spared; that the run has begun shows in its ledger
+_ASK_SECONDS, _ASK_LATER_SECONDS = 5.0, 30.0
+_A_WHILE_SECONDS = 60.0
 
 
 def follow(run: RunDirectory, job_id: str, stream: TextIO) -> int:
@@ -38,6 +40,7 @@ def follow(run: RunDirectory, job_id: str, stream: TextIO) -> int:
 
 def _follow(run: RunDirectory, job_id: str, watch: Watch) -> int:
     said = ""
+    seen, changed = "", 0.0
     next_ask = 0.0
     before = len(_ends(ledger(run)))  # those of earlier jobs: by number, since clocks of other machines may be off
     while True:
@@ -47,7 +50,10 @@ def _follow(run: RunDirectory, job_id: str, watch: Watch) -> int:
             continue
         events = ledger(run)
         state = run_state(run, events)
-        next_ask = time.monotonic() + (_ASK_RUNNING_SECONDS if state.state == "running" else _ASK_SECONDS)
+        if state.state != seen:
+            seen, changed = state.state, time.monotonic()
+        waits = state.state == "running" or time.monotonic() - changed > _A_WHILE_SECONDS
+        next_ask = time.monotonic() + (_ASK_LATER_SECONDS if waits else _ASK_SECONDS)
         answer = jobs.ask({run.path: job_id})
         job = answer.jobs.get(run.path)
         if (text := answer.unknown.get(run.path) or (_words(job) if job else "")) and text != said:
