@@ -49,6 +49,7 @@ def init_distributed(device: str, timeout_seconds: float) -> torch.device:
     """Join the job's process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read by DeepSpeed at import
+        os.environ["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", "1")  # else it asks numactl, many times a step
     import deepspeed
     import deepspeed.ops
     from deepspeed.runtime import compiler

@@ -288,7 +288,11 @@ class Trainer:
         """Dropout masks depend on (seed, step, micro-batch) alone: the same at any world size and after a resume."""
         slices = [self.rank % self.sharing] if self.sharing > 1 else []
         seeds = np.random.SeedSequence([self.config.training.seed, self.step, micro_batch, *slices])
-        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        seed = int(seeds.generate_state(1, np.uint64)[0] >> np.uint64(1))
+        # not torch.manual_seed: for each kind of device that is not there it looks at the source files of all callers
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def request(self) -> int:
         """What rank 0 asks of all ranks after this step; 0 on the others."""
