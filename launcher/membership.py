@@ -98,7 +98,8 @@ class Membership:
                 for line in metrics.read():
                     if "loss" in line:
                         progress.add(line)
-                there = self.nodes.candidates() if pool.away else []
+                # also nodes that were not lost: one that was being drained, and is not any more
+                there = self.nodes.candidates() if pool.away or present < max(pool.sizes) else []
                 returning = pool.returning(there)
                 found = self.nodes.answering(returning) if returning else []
                 if over.is_set():

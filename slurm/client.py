@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -173,6 +174,17 @@ def accounted(job_ids: Sequence[str], seconds: float | None = None) -> dict[str,
         job_id, state, nodes, start = line.split("|")
         found[job_id] = Job(job_id, job_state(state), state, node_list=nodes, start=start)
     return found
+
+
+def duration(text: str) -> float:
+    """A time as SLURM prints it: ``2:03``, ``1-02:03:04``; infinity for ``UNLIMITED``, or where it is not known."""
+    if not re.fullmatch(r"[\d:-]+", text):
+        return math.inf
+    days, _, clock = text.rpartition("-")
+    total = 0
+    for part in clock.split(":"):
+        total = 60 * total + int(part)
+    return 86400 * int(days or 0) + total
 
 
 def node_states(node_list: str, seconds: float | None = None) -> dict[str, str]:

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,9 +250,9 @@ class SlurmBackend(LinkedBackend):
         return answered(steps, _PROBE_SECONDS)
 
     def seconds_left(self) -> float:
-        """Until the ranks are told that the time limit is near."""
-        end = os.environ.get("SLURM_JOB_END_TIME", "")
-        return float(end) - self.cluster.grace_seconds - time.time() if end.isdecimal() else math.inf
+        """Until the ranks are told that the time limit is near; it may have been moved since the job began."""
+        job = client.job(client.own_id())
+        return math.inf if job is None else client.duration(job.time_left) - self.cluster.grace_seconds
 
     def _usable(self, allocated: list[str]) -> list[str]:
         """SLURM takes nodes that are down out of a running job, and marks those that do not answer."""

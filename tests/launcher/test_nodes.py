@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from config_samples import runnable
 
+import launcher.membership as membership_module
 from launcher.backends.ssh import SshBackend
 from launcher.facts import gather_facts
 from launcher.membership import Membership
@@ -18,7 +20,7 @@ from trainer.config.loading import load_config
 from trainer.config.model import DeepSpeedConfig
 from trainer.config.schema import SlurmCluster, SshCluster
 from trainer.failures import UserError
-from trainer.rundir import RunDirectory
+from trainer.rundir import RunDirectory, append_line
 
 FOUR = ["a", "b", "c", "d"]
 DAY = 24 * 3600.0
@@ -127,11 +129,33 @@ def test_a_restart_with_more_nodes_has_to_gain_twice_what_it_costs() -> None:
 def test_a_slow_node_is_left_out_only_where_that_pays(
     tmp_path: Path, spares: int, least: int, ratio: float, better: bool
 ) -> None:
-    run = RunDirectory(tmp_path)
+    membership = membership_of(RunDirectory(tmp_path), spares, least)
+    membership.take(4 - spares)
+    assert membership.does_better_without("b", ratio) is better
+
+
+def membership_of(run: RunDirectory, spares: int, least: int) -> Membership:
     cluster = SshCluster(backend="ssh", hosts=FOUR, spare_nodes=spares, min_nodes=min(least, 4 - spares))
     plans = {nodes: {"nodes": nodes, "batch": {"micro_batches_per_rank": 12 // nodes}} for nodes in (3, 4)}
     plans = {nodes: plan for nodes, plan in plans.items() if cluster.fewest_nodes <= nodes <= cluster.nodes}
     backend = SshBackend(run, cluster, 1, {}, "127.0.0.1", pool=NodePool(sorted(plans)))
-    membership = Membership(run, backend, plans)
-    membership.take(cluster.nodes)
-    assert membership.does_better_without("b", ratio) is better
+    return Membership(run, backend, plans)
+
+
+def test_a_node_that_was_away_without_being_lost_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that an admin has drained, and gives back."""
+    monkeypatch.setattr(membership_module, "_LOOK_SECONDS", 0.05)
+    run = RunDirectory(tmp_path)
+    membership = membership_of(run, 0, 3)
+    membership.take(3)
+    run.event_writer("rank0").write("first_step", attempt=1)
+    membership.begin(1)
+    try:
+        deadline, step = time.monotonic() + 20, 0
+        while not membership.wants_more and time.monotonic() < deadline:
+            step += 1
+            append_line(run.metrics_path, {"step": step, "loss": 1.0, "step_seconds": 1.0, "total_steps": 10**6})
+            time.sleep(0.05)
+        assert membership.wants_more
+    finally:
+        membership.end()

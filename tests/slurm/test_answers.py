@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,13 @@ def test_what_is_no_node_list(text: str) -> None:
 )
 def test_states(text: str, state: str) -> None:
     assert job_state(text) == state
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("0:07", 7), ("59:37", 3577), ("1-02:03:04", 93784), ("UNLIMITED", math.inf), ("", math.inf)]
+)
+def test_times(text: str, seconds: float) -> None:
+    assert client.duration(text) == seconds
 
 
 @pytest.fixture
