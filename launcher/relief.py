@@ -31,9 +31,12 @@ def planned(config: LaunchConfig, facts: Facts) -> Plan:
     told = [event for event in events if event["event"] == EVENT and event["device"] == plan.device_name]
     if not told or config.training.micro_batch_size != "auto":
         return plan
-    size = min(int(told[-1]["micro_batch_size"]), plan.batch.micro_batch_size)
-    less = _pinned(config, plan, size, plan.recompute or bool(told[-1]["recompute"]))
-    found = make_plan(less, facts)
+    return _with_less(config, facts, plan, told[-1])
+
+
+def _with_less(config: LaunchConfig, facts: Facts, plan: Plan, less: Mapping[str, Any]) -> Plan:
+    size = min(int(less["micro_batch_size"]), plan.batch.micro_batch_size)
+    found = make_plan(_pinned(config, plan, size, plan.recompute or bool(less["recompute"])), facts)
     batch = replace(found.batch, reason="auto: more has run out of memory")
     return replace(found, batch=batch, config_hash=plan.config_hash)
 
@@ -59,20 +62,20 @@ class Relief:
     run: RunDirectory
     membership: Membership | None
 
-    def __call__(self, attempt: int, verdict: Verdict) -> bool:
-        """Plan the next attempts with less memory if this one ended for want of it; whether that could be done."""
+    def __call__(self, verdict: Verdict) -> dict[str, Any] | None:
+        """Plan the next attempts with less memory if one ended for want of it; the event to write of it, or None."""
         plan = read_json(self.run.plan_path) or {}
         less = next_smaller(self.config, plan, verdict)
         if less is None:
-            return False
-        self.run.event_writer("supervisor").write(EVENT, attempt=attempt, device=plan["device_name"], **less)
-        kept = {key: plan[key] for key in ("gpus",) if key in plan}
-        plans = plans_of(self.config, planned(self.config, gather_facts(self.config)).to_json() | kept)
+            return None
+        facts = gather_facts(self.config)
+        new = _with_less(self.config, facts, make_plan(self.config, facts), less).to_json()
+        plans = plans_of(self.config, new | {key: plan[key] for key in ("gpus",) if key in plan})
         if self.membership is not None:
             self.membership.plans = plans
         nodes = int(plan["nodes"])
         retried(lambda: write_json(self.run.plan_path, plans.get(nodes, plan), indent=2), "plan.json")
-        return True
+        return {"event": EVENT, "device": plan["device_name"], **less}
 
 
 def next_smaller(config: LaunchConfig, plan: Mapping[str, Any], verdict: Verdict) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 from launcher.gate import CheckProcess
 from launcher.hangs import with_stack
@@ -121,8 +121,8 @@ class Supervisor:
     exhausted: Callable[[], str | None] = lambda: None
     # The attempts made before a requeue, which count like this launch's own
     history: list[Attempt] = field(default_factory=list)
-    # (attempt, its verdict) -> whether the next ones are planned to take less memory, since this one ran out of it
-    relieve: Callable[[int, Verdict], bool] = lambda attempt, verdict: False
+    # Verdict on an attempt -> the event to write if the next ones were planned to take less memory than it had, or None
+    relieve: Callable[[Verdict], dict[str, Any] | None] = lambda verdict: None
     membership: Membership | None = None  # where there is more than one node to choose from
     _nodes: int | None = None  # of the attempt before
     _slow: Straggler | None = None  # its node is to be left out
@@ -143,13 +143,16 @@ class Supervisor:
                     self.run.request_stop(attempt, late)
                 before = attempt
                 verdict, reason = self._attempt(attempt, signals, events)
-                self.history.append(Attempt(verdict, progress(self.run), self.relieve(attempt, verdict)))
+                less = self.relieve(verdict)
+                self.history.append(Attempt(verdict, progress(self.run), less is not None))
                 action = decide(self.history, self.resilience.max_restarts, reason)
                 if self.membership is not None:
                     self.membership.accept(verdict.node if verdict.unfit else None, verdict.message)
                 if action.kind == "retry" and (why := self.exhausted()) is not None:
                     action = Action("stop", EXIT_TEMPORARY, reason=why, requeue=True)
                 self._record(attempt, verdict, action, events)
+                if less is not None:
+                    events.write(attempt=attempt, **less)
                 self.tick()
                 if action.kind != "retry":
                     return Result(verdict, action, len(self.history))
