@@ -168,6 +168,9 @@ def test_csv_by_the_letter(tmp_path: Path) -> None:
     assert named.read([0, 1]) == [({"n": "1", "text": 'say "so"'}, None), ({"n": "2", "text": '"open'}, None)]
     (tmp_path / "d.csv").write_bytes(b"\xef\xbb\xbf\r\na,b\r\n1,2\r\n")
     assert open_path(tmp_path / "d.csv").read([0]) == [({"a": "1", "b": "2"}, None)]
+    (tmp_path / "e.csv").write_bytes(b'a,b\n"1\n\r",2\nx\ry,2\n')
+    with pytest.raises(DataError, match="line 4: a carriage return alone"):
+        open_path(tmp_path / "e.csv")
 
 
 def test_a_long_field_of_csv_is_read_by_whoever_finds_the_index_made(

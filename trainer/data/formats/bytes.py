@@ -304,11 +304,16 @@ def _rows(path: Path, dialect: dict[str, Any]) -> Iterator[int]:
             yield (line.removeprefix(_BOM) if first else line).decode("latin-1")
 
     with path.open("rb") as file:
-        start = 0
-        for row in csv.reader(lines(file), **dialect):
-            if any(row):
-                yield start
-            start = position
+        start, line = 0, 1
+        reader = csv.reader(lines(file), **dialect)
+        try:
+            for row in reader:
+                if any(row):
+                    yield start
+                start, line = position, reader.line_num + 1
+        except csv.Error as error:
+            stray = "a carriage return alone, outside of quotes; if it is to end a line: `tr '\\r' '\\n' < FILE`"
+            raise csv.Error(f"line {line}: {stray if 'new-line' in str(error) else error}") from None
 
 
 def _csv_parser(
