@@ -115,7 +115,7 @@ def supervise(path: str, settings: dict[str, Any]) -> int:
 
     run = RunDirectory(Path(path))
     run.event_writer("launch").write("launched", started=STARTED)
-    resilience = ResilienceConfig(**{"max_restarts": 2, "stop_grace_seconds": 5.0} | settings)
+    resilience = ResilienceConfig(**{"max_restarts": 2, "stop_grace_seconds": 60.0} | settings)
     backend = LocalBackend(run, 2, {"PYTHONPATH": str(Path(__file__).parent)}, worker_module="supervised")
     try:
         with acquire(run.lock_dir, lease_seconds=2.0, renew_seconds=0.3) as lease:

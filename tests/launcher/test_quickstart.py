@@ -9,6 +9,7 @@ import sentencepiece
 
 from launcher.quickstart import (
     HELD_OUT_EVERY,
+    Pair,
     build_corpus,
     functions,
     standard_library_pairs,
@@ -58,8 +59,13 @@ def test_functions_are_cut_after_their_docstrings() -> None:
     }
 
 
-def test_this_library_gives_the_same_real_pairs_each_time() -> None:
-    train, held_out = standard_library_pairs()
+@pytest.fixture(scope="module")
+def pairs() -> tuple[list[Pair], list[Pair]]:
+    return standard_library_pairs()
+
+
+def test_this_library_gives_the_same_real_pairs_each_time(pairs: tuple[list[Pair], list[Pair]]) -> None:
+    train, held_out = pairs
     assert (train, held_out) == standard_library_pairs()
     assert len(train) > 2000
     assert len(held_out) > 50
@@ -115,8 +121,10 @@ def test_corpus_and_tokenizer_fit_the_starter_config(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in data.iterdir()} == before, "what is there is kept"
 
 
-def test_tokenizer_training_is_deterministic_and_keeps_any_text(tmp_path: Path) -> None:
-    train, _ = standard_library_pairs()
+def test_tokenizer_training_is_deterministic_and_keeps_any_text(
+    pairs: tuple[list[Pair], list[Pair]], tmp_path: Path
+) -> None:
+    train, _ = pairs
     for name in ("a.model", "b.model"):
         train_sentencepiece((pair.prompt + pair.completion for pair in train[:400]), 600, tmp_path / name)
     assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
