@@ -67,6 +67,7 @@ def refuse_changes(run: RunDirectory, config: dict[str, Any]) -> None:
             f"{run.path} has begun to train something else:\n"
             + "\n".join(changes)
             + "\nGive the new run another `name`, or undo the change to continue the old one"
+            + f"; a new one can start from its weights: `model.path` {run.export_dir}" * run.export_dir.is_dir()
         )
 
 

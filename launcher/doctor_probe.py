@@ -53,7 +53,8 @@ def main() -> int:
         link = socket.create_connection((address, int(port)), timeout=_CONNECT_SECONDS)
     except OSError as error:
         where = f"{address}, port {port}"
-        print(f"{node_name()} cannot open a TCP connection to the launcher ({where}): {error}", file=sys.stderr)
+        jump = "; if it came through a jump host or NAT, set `cluster.address`" if client == address else ""
+        print(f"{node_name()} cannot open a TCP connection to the launcher ({where}): {error}{jump}", file=sys.stderr)
         return EXIT_FAILED
     link.settimeout(None)
     keep_alive(link)

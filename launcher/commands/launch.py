@@ -158,6 +158,7 @@ def _submit(
     `watch`: follow it then, or the run's job that is in the queue already.
     """
     from launcher.backends.slurm import job_of, submit
+    from launcher.consistency import differences
     from launcher.gate import checked
     from launcher.grace import grace_problem
     from launcher.jobs import base_id, one_at_a_time, refuse_second_job, waiting_job
@@ -165,8 +166,16 @@ def _submit(
     from trainer.config.loading import redacted
     from trainer.failures import EXIT_DONE
     from trainer.lease import acquire
+    from trainer.rundir import read_json
 
     if watch and (job_there := waiting_job(target)) is not None:
+        before = read_json(target.config_path)
+        if others := [path.strip(".") for path, _, _ in differences("", before, redacted(config))]:
+            print(
+                f"warning: job {base_id(job_there)} was submitted with other values of {', '.join(others)}; for those "
+                f"of now, `dsft cancel {target.path}` and launch again",
+                file=sys.stderr,
+            )
         return _follow(target, base_id(job_there), as_json)
     with _writing(target):
         make_run_directory(target.path, cluster)

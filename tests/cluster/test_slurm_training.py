@@ -81,11 +81,14 @@ def test_three_nodes_interrupted_end_where_one_machine_does(cluster: Cluster, tm
 
     cluster.wait(lambda: len(run.step_lines()) >= 3, "three steps", seconds=120)
     # somebody else looks on for a while
-    other = follow(cluster, tmp_path / "other.log", *dsft, "resume", "--watch", str(run.path), **variables)
+    command = ["resume", "--watch", str(run.path), "--set", "cluster.time=2:00:00"]
+    other = follow(cluster, tmp_path / "other.log", *dsft, *command, **variables)
     cluster.wait(lambda: "running on n[1-3]" in (tmp_path / "other.log").read_text(), "another view")
     other.send_signal(signal.SIGINT)
     assert other.wait(30) == 0
-    assert f"job {job} goes on without this terminal" in (tmp_path / "other.log").read_text()
+    said = (tmp_path / "other.log").read_text()
+    assert f"job {job} goes on without this terminal" in said
+    assert f"job {job} was submitted with other values of cluster.time; for those of now" in said
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     # meanwhile the same on this machine, undisturbed
     alone = RunDirectory(tmp_path / "alone" / "words")

@@ -132,6 +132,11 @@ def test_a_model_folder_without_whole_weights(tmp_path: Path, config: dict[str, 
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
     (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index))
     assert "lacks weights of model-00001-of-00001.safetensors" in refused(tmp_path, config)
+    (tmp_path / "model/attempts").mkdir()
+    for folder in ("model", "model/checkpoints", "model/checkpoints/step-00000005"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        config["model"]["path"] = f"./{folder}"
+        assert f"is of a run of dsft; name its model, {tmp_path}/model/export" in refused(tmp_path, config)
 
 
 def test_no_tokenizer(tmp_path: Path, config: dict[str, Any]) -> None:

@@ -109,3 +109,11 @@ def test_a_run_whose_config_is_valid_no_more_is_still_compared(run: RunDirectory
     write_json(run.config_path, old)
     with pytest.raises(UserError, match=r"model\.gone: the run has 1, the config None"):
         refuse_changes(run, newer)
+
+
+def test_a_finished_run_is_a_start_for_another(run: RunDirectory) -> None:
+    config = json.loads(run.config_path.read_text())
+    config["training"]["max_steps"] = 16
+    run.export_dir.mkdir()
+    with pytest.raises(UserError, match=f"can start from its weights: `model.path` {run.export_dir}$"):
+        refuse_changes(run, config)

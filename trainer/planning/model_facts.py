@@ -116,6 +116,11 @@ def model_facts(
             f"{model.path} is not in the Hugging Face cache of this machine; `hf download {model.path}` puts it there"
         )
         return ModelFacts("unknown", note=note)
+    if (run := _run_of(folder)) is not None:
+        raise UserError(
+            f"model.path: {folder} is of a run of dsft; name its model, {run / 'export'}, or that of an earlier step: "
+            f"`dsft export {run} --step N --output DIR`"
+        )
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -135,6 +140,13 @@ def model_facts(
     # names in a file may carry another prefix than the model's own
     facts = replace(facts, source="safetensors")
     return _counted(facts, shapes, model.freeze, model.train_only, model.adapter, new_head, model.dtype, strict=False)
+
+
+def _run_of(folder: Path) -> Path | None:
+    """The run whose directory, or a checkpoint in it, a folder is."""
+    run = folder.parent if folder.name == "checkpoints" else folder
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else run
+    return run if (run / "attempts").is_dir() else None
 
 
 def facts_of_config(
