@@ -36,11 +36,18 @@ def known_runs() -> list[RunDirectory]:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a broken entry hides one run, not all
             entry = read_json(path)
             entries.append((float(entry["time"]), str(entry["path"])))
-    found = []
+    found: dict[tuple[int, int], RunDirectory] = {}  # by what it is: links may lead to it under other names
     for run in (RunDirectory(Path(path)) for _, path in sorted(entries, reverse=True)):
         with contextlib.suppress(OSError):  # in a folder that others may not enter
-            found += [run] if run.exists() else []
-    return found
+            if run.exists():
+                there = run.path.stat()
+                found.setdefault((there.st_dev, there.st_ino), run)
+    return list(found.values())
+
+
+def label(path: Path) -> str:
+    """A run's name; of a trial with its study's, since all of them are called after numbers."""
+    return "/".join(path.parts[-3:]) if path.parent.name == "trials" else path.name
 
 
 def find_run(text: str) -> RunDirectory:
@@ -48,21 +55,23 @@ def find_run(text: str) -> RunDirectory:
 
     Raises UserError, with what is known, if there is none.
     """
-    candidate = RunDirectory(Path(text))
-    if candidate.exists():
-        return candidate
-    if os.sep not in text:
-        for folder in _output_dirs():
-            candidate = RunDirectory(folder / text)
-            if candidate.exists():
-                return candidate
-        for run in known_runs():
-            if run.name == text:
-                return run
-    names = list(dict.fromkeys(run.name for run in known_runs()))  # the newest launch first
+    places = [Path(text), *(folder / text for folder in _output_dirs() if os.sep not in text)]
+    for place in places:
+        if RunDirectory(place).exists():
+            return RunDirectory(place)
+    for run in (known := known_runs()):
+        if text in (run.name, label(run.path)):
+            return run
+    for place in (*places, *(run.path.parents[1] for run in known if label(run.path).startswith(f"{text}/trials/"))):
+        if (place / "study.journal").exists():
+            raise UserError(
+                f"{place} is a study: `dsft tune` with its config shows and continues it; its trials are runs, "
+                f"{place / 'trials' / '0000'} and so on"
+            )
+    names = list(dict.fromkeys(label(run.path) for run in known))  # the newest launch first
     close = difflib.get_close_matches(text, names, n=3)
-    known = f"; did you mean {' or '.join(close)}?" if close else f"; known runs: {', '.join(names[:5])}" * bool(names)
-    raise UserError(f"no run {text!r}: give a run directory (it holds config.json) or the name of a run{known}")
+    others = f"; did you mean {' or '.join(close)}?" if close else f"; known runs: {', '.join(names[:5])}" * bool(names)
+    raise UserError(f"no run {text!r}: give a run directory (it holds config.json) or the name of a run{others}")
 
 
 def _output_dirs() -> list[Path]:

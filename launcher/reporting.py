@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.goodput import Span, account, timeline
+from launcher.registry import label
 from launcher.state import DIED, RunState, job_id, ledger, run_state
 from launcher.watch import Progress, duration, epochs_of, number
 from trainer.failures import DsftError
@@ -148,7 +149,7 @@ def time_line(run: RunDirectory, state: str, events: Sequence[Json]) -> list[Spa
 def render_status(value: Json) -> str:
     """A line about a run."""
     total = f"/{value['total_steps']}" if value["total_steps"] else ""
-    parts = [f"{value['name']}: {value['state']}", f"step {value['step']}{total}"]
+    parts = [f"{label(Path(value['run']))}: {value['state']}", f"step {value['step']}{total}"]
     if value["loss"] is not None:
         parts.append(f"loss {number(value['loss'])}")
     if value["eta_seconds"] is not None:

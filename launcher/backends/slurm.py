@@ -86,6 +86,8 @@ def submit(job: Job, cluster: SlurmCluster) -> str:
         client.try_out(job.script_path, job.run_dir, environment)
         doubt = ""
     except client.SlurmError as error:
+        if "Invalid job array" in str(error):
+            raise UserError(f"{error}: longer than this cluster's MaxArraySize (`scontrol show config`)") from None
         if _NO_NODES not in str(error):
             raise
         doubt = str(error)

@@ -182,6 +182,23 @@ def test_runs_that_are_gone_are_forgotten(run: RunDirectory) -> None:
     assert known_runs() == []
 
 
+def test_links_make_no_second_run_and_trials_are_told_apart(
+    run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link").symlink_to(run.path.parent)
+    trial = RunDirectory(tmp_path / "study" / "trials" / "0001")
+    trial.path.mkdir(parents=True)
+    write_json(trial.config_path, {})
+    (tmp_path / "study" / "study.journal").touch()
+    for known in (run, trial, RunDirectory(tmp_path / "link" / run.name)):
+        register(known)
+    assert main(["status"]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["a", "study/trials/0001"]
+    assert find_run("study/trials/0001").path == trial.path
+    with pytest.raises(UserError, match=r"study is a study: .*its trials are runs, study/trials/0000"):
+        find_run("study")
+
+
 def test_what_was_begun_may_not_change_what_was_not_may(run: RunDirectory) -> None:
     longer = {"training": {"max_steps": 9}, "data": {"seed": 1, "evaluation": []}}
     refuse_changes(run, longer)  # nothing was trained yet
