@@ -24,9 +24,10 @@ from trainer.data.packing import pack
 from trainer.data.prepared import prepared_documents
 from trainer.data.sample import Sample
 from trainer.data.sources import open_source
-from trainer.failures import EXIT_DONE, EXIT_USER, DsftError, UserError
+from trainer.failures import EXIT_DONE, EXIT_USER, DsftError
 from trainer.hub import offline_if_unreachable
 from trainer.planning.mixture import source_epochs
+from trainer.planning.model_facts import read_config
 from trainer.tasks import Task, get_task, task_tokenizer
 from trainer.tokenizer import Tokenizer
 
@@ -209,28 +210,16 @@ def _stretches(sample: Sample, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
 
 def _other_head(config: LaunchConfig, labels: int) -> Iterable[str]:
     """That the model's own head, if it has one, is for another number of labels."""
-    values = _model_values(config)
+    values = read_config(config.model) or {}
     has_head = any(name.endswith("Classification") for name in values.get("architectures") or ())
     there = len(values.get("id2label") or "01")  # two are not written down
     if has_head and there != labels:
         yield f"model.path has a head for {there} labels: one for the {labels} of the data is made anew"
 
 
-def _model_values(config: LaunchConfig) -> dict[str, Any]:
-    """The model's config, where it is here. Raises UserError where it is no JSON."""
-    if not config.model.path:
-        return config.model.config or {}
-    path = Path(config.model.path) / "config.json"
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"model.path: {path} cannot be read: {error}") from None
-    return values
-
-
 def model_vocabulary(config: LaunchConfig) -> int | None:
-    """`vocab_size` of the model's config, where it is here. Raises UserError where it is no JSON."""
-    values = _model_values(config)
+    """`vocab_size` of the model's config, where it is here. Raises UserError where it cannot be read."""
+    values = read_config(config.model) or {}
     size = (values.get("text_config") or values).get("vocab_size")
     return size if isinstance(size, int) else None
 

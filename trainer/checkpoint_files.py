@@ -5,6 +5,7 @@ The layout of a checkpoint is in `trainer.checkpoint`, which writes and loads th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -94,11 +95,8 @@ def published(run: RunDirectory, step: int | None = None) -> Path:
 
 def checksum(path: Path) -> str:
     """XXH3-128 of a file, hexadecimal."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def damage(folder: Path, share: Callable[[int], bool] = lambda _: True) -> str | None:

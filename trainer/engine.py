@@ -13,12 +13,12 @@ import datetime
 import logging
 import math
 import os
-import unittest.mock
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,7 @@ def init_distributed(device: str, timeout_seconds: float) -> torch.device:
     from deepspeed.runtime import compiler
 
     # Muon, which ZeRO imports to see whether it is used, has torch.compile import its compiler: a second of every start
-    with unittest.mock.patch.object(compiler, "compile", return_value=compiler.dummy_decorator):
+    with patch.object(compiler, "compile", return_value=compiler.dummy_decorator):
         import deepspeed.runtime.zero.muon.original_muon
     # DeepSpeed logs what a user cannot act on; its warnings and errors stay.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -253,17 +253,15 @@ class Engine:
     def shards(self) -> Iterator[Shard]:
         """This rank's slices of every parameter, in the model's order."""
         self._ensure_moments()
-        for name, parameter in self._parameters():
+        for name, parameter in self.model.named_parameters():
             if self.stage == 3:
                 yield self._zero3_shard(name, parameter)
-            else:
-                shard = self._fragment_shard(name, parameter)
-                if shard is not None:
-                    yield shard
+            elif shard := self._fragment_shard(name, parameter):
+                yield shard
 
     def parameters(self) -> list[tuple[str, tuple[int, ...], bool]]:
         """(name, whole shape, trained) of every parameter of the model; tied ones once."""
-        return [(name, whole_shape(p), p.requires_grad) for name, p in self._parameters()]
+        return [(name, whole_shape(p), p.requires_grad) for name, p in self.model.named_parameters()]
 
     def buffers(self) -> list[tuple[str, torch.Tensor]]:
         """(name, tensor) of the model's persistent buffers; ZeRO leaves them whole on every rank."""
@@ -271,7 +269,7 @@ class Engine:
 
     def frozen_itemsize(self) -> int:
         """Bytes of one element of the weights that are not trained."""
-        return next((p.element_size() for _, p in self._parameters() if not p.requires_grad), 0)
+        return next((p.element_size() for p in self.model.parameters() if not p.requires_grad), 0)
 
     def trained_itemsize(self) -> int:
         """Bytes that a checkpoint holds for each element of the weights that are trained."""
@@ -337,9 +335,6 @@ class Engine:
     def _zero(self) -> Any:
         return self._engine.optimizer
 
-    def _parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        yield from self.model.named_parameters()
-
     def _flat_groups(self) -> list[torch.Tensor]:
         zero = self._zero
         for attribute in (
@@ -355,14 +350,13 @@ class Engine:
         """Tell Adafactor what its flat tensors hold (ZeRO-3)."""
         found: dict[int, list[Piece]] = {}
         flats = self._flat_groups()
-        for name, parameter in self._parameters():
+        for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 shape = whole_shape(parameter)
                 offset, length = self._cut(math.prod(shape))
                 group, start, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
-                piece = make_piece(name, shape, start, offset, length, flats[group].device)
-                found.setdefault(group, []).append(piece)
-                self._pieces[name] = piece
+                self._pieces[name] = make_piece(name, shape, start, offset, length, flats[group].device)
+                found.setdefault(group, []).append(self._pieces[name])
         for group, pieces in found.items():
             optimizer.lay_out(flats[group], pieces)
 
@@ -384,13 +378,12 @@ class Engine:
         return offset, min(piece, numel - offset)
 
     def _zero3_shard(self, name: str, parameter: Any) -> Shard:
-        offset, length = self._cut(int(parameter.ds_numel))
-        if parameter.requires_grad:
-            group, start, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
-            tensors = self._views(name, group, start, length)
-        else:
-            tensors = {"frozen": parameter.ds_tensor.data.view(-1)[:length]}
-        return Shard(name, int(parameter.ds_numel), offset, length, tensors)
+        numel = int(parameter.ds_numel)
+        offset, length = self._cut(numel)
+        if not parameter.requires_grad:
+            return Shard(name, numel, offset, length, {"frozen": parameter.ds_tensor.data.view(-1)[:length]})
+        group, start, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        return Shard(name, numel, offset, length, self._views(name, group, start, length))
 
     def _fragment_shard(self, name: str, parameter: Any) -> Shard | None:
         numel = parameter.numel()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -139,24 +140,13 @@ class FileMemory:
 
         with ExitStack() as stack:
             if self.parameters:
-                stack.enter_context(_replaced(partitioned, "_partition_param", cut_into_file))
-                stack.enter_context(_replaced(zero3, "_create_param_groups_fp16_flat_cpu_memory", flat_weights))
+                stack.enter_context(patch.object(partitioned, "_partition_param", cut_into_file))
+                stack.enter_context(patch.object(zero3, "_create_param_groups_fp16_flat_cpu_memory", flat_weights))
             if self.optimizer:
-                stack.enter_context(_replaced(zero3, "_create_fp32_partitions", flat_masters))
+                stack.enter_context(patch.object(zero3, "_create_fp32_partitions", flat_masters))
                 # makes a copy of the gradients: `share_gradients` does without
-                stack.enter_context(_replaced(zero3, "initialize_optimizer_states", lambda zero: None))
+                stack.enter_context(patch.object(zero3, "initialize_optimizer_states", lambda zero: None))
             yield
-
-
-@contextmanager
-def _replaced(owner: type, name: str, value: Callable[..., Any]) -> Iterator[None]:
-    """Inside, a class has another method."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 class _Moving(list[torch.Tensor]):

@@ -17,7 +17,7 @@ from trainer.failures import UserError, classify
 from trainer.loss import IGNORED, LabelledPositions, cross_entropy_sum, filled_up
 from trainer.parameters import whole_shape
 from trainer.sequence_parallel import SequenceParallel
-from trainer.tasks.base import Predictions
+from trainer.tasks.base import Objective
 
 # Tokens. Matrix kernels like multiples of 8, and the CPU's keep a compiled one and its workspace for every shape they
 # meet: without coarser steps memory grows with every batch.
@@ -103,7 +103,7 @@ def collate(
     )
 
 
-class LanguageModelLoss:
+class LanguageModelLoss(Objective):
     """Runs a causal language model on micro-batches and sums the loss of their target tokens.
 
     With ``parallel`` the ranks of a group are given the same micro-batch, and each sums the loss of its part of it.
@@ -146,14 +146,6 @@ class LanguageModelLoss:
             output = forward(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **bounds)
         loss = output.logits if self._fused else cross_entropy_sum(output.logits, batch.labels)
         return loss, batch.padded_tokens
-
-    def predict(self, engine: Engine, sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, Predictions]:
-        """(sum of the loss over target tokens, what `answer` gives)."""
-        return self(engine.forward, sequences)[0], self.answer(engine, sequences)
-
-    def answer(self, engine: Engine, sequences: Sequence[PackedSequence]) -> Predictions:
-        """Nothing that a task could answer from."""
-        return []
 
     def check(self, engine: Engine) -> None:
         """That the ranks of a group compute together what one computes alone, and that tokens see what they may."""

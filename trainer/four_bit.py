@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -139,7 +140,7 @@ class _Product(torch.autograd.Function):
         return gradients[0] @ ctx.layer.whole(), None
 
 
-def packing(make: Callable[[], Any], adapter: AdapterConfig) -> AbstractContextManager[None]:
+def packing(make: Callable[[], Any], adapter: AdapterConfig) -> AbstractContextManager[Any]:
     """A context in which a model is made with `Linear4bit` where the adapter has its targets.
 
     ``make`` makes the same model, once and before, on the meta device: layers are known by the order in which they are
@@ -174,8 +175,7 @@ def packing(make: Callable[[], Any], adapter: AdapterConfig) -> AbstractContextM
     return _each_linear(replace)
 
 
-@contextmanager
-def _each_linear(instead: Callable[..., bool]) -> Iterator[None]:
+def _each_linear(instead: Callable[..., bool]) -> AbstractContextManager[Any]:
     """Inside, ``instead`` is called for each torch.nn.Linear that is made; False: it is made as usual."""
     usual = torch.nn.Linear.__init__
 
@@ -183,11 +183,7 @@ def _each_linear(instead: Callable[..., bool]) -> Iterator[None]:
         if type(self) is not torch.nn.Linear or not instead(self, *arguments, **options):
             usual(self, *arguments, **options)
 
-    torch.nn.Linear.__init__ = init  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.nn.Linear.__init__ = usual  # type: ignore[method-assign]
+    return patch.object(torch.nn.Linear, "__init__", init)
 
 
 def packed_layers(model: torch.nn.Module) -> dict[str, Linear4bit]:

@@ -84,7 +84,7 @@ def build_model(
     """
     from transformers.integrations import HfDeepSpeedConfig
 
-    replaced: AbstractContextManager[None] = nullcontext()
+    replaced: AbstractContextManager[Any] = nullcontext()
     packed = config.adapter if config.adapter is not None and config.adapter.type == "qlora" else None
     make = functools.partial(auto_class.from_config, trust_remote_code=config.trust_remote_code)
     with named_errors(config):

@@ -11,13 +11,13 @@ import torch
 
 from trainer.data.sample import PackedSequence, Sample
 from trainer.engine import Engine
-from trainer.tasks.base import Predictions
+from trainer.tasks.base import Objective, Predictions
 from trainer.tasks.encoder import HeadTask
 
 _PAD_TO = 8  # tokens; matrix kernels like it, and CPU kernels are kept for every shape that they meet
 
 
-class EncoderObjective:
+class EncoderObjective(Objective):
     """The loss and the predictions of a `HeadTask` on a model.
 
     Args:
@@ -26,8 +26,6 @@ class EncoderObjective:
         pad_id: token that fills rows up; the attention mask hides it, so any will do.
         device: of the model.
     """
-
-    head_parameters = 0
 
     def __init__(self, model: Any, task: HeadTask, pad_id: int | None, device: torch.device) -> None:
         self._task, self._pad_id, self._device = task, pad_id or 0, device
@@ -50,9 +48,6 @@ class EncoderObjective:
         samples = [sample for sequence in sequences for sample in sequence.samples]
         found = self._task.read_answers(engine.forward(**self.collate(samples)[0]), samples)
         return [(sample.origin or (0, 0, 0), item) for sample, item in zip(samples, found, strict=True)]
-
-    def check(self, engine: Engine) -> None:
-        """Nothing: samples do not share sequences."""
 
     def collate(self, samples: Sequence[Sample]) -> tuple[dict[str, torch.Tensor], int]:
         """(inputs of the model; tokens of padding); rows of padding for no samples.

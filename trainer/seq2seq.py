@@ -15,7 +15,7 @@ from trainer.generation import Generator
 from trainer.loss import IGNORED, LabelledPositions, cross_entropy_sum, filled_up
 from trainer.objective import padded
 from trainer.parameters import whole_shape
-from trainer.tasks.base import Predictions
+from trainer.tasks.base import Objective, Predictions
 
 if TYPE_CHECKING:
     from trainer.tasks.seq2seq import SequenceToSequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _NONE = np.zeros(1, dtype=np.int32)
 
 
-class SequenceToSequenceObjective:
+class SequenceToSequenceObjective(Objective):
     """The loss over target tokens and the texts that a model generates.
 
     Args:
@@ -61,19 +61,12 @@ class SequenceToSequenceObjective:
         filled = ids.size + labels.size - sum(len(sample.tokens) for sample in samples)
         return cross_entropy_sum(output.logits, self._tensor(flat)), filled
 
-    def predict(self, engine: Engine, sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, Predictions]:
-        """(sum of the loss over target tokens, what was generated from each source)."""
-        return self(engine.forward, sequences)[0], self.answer(engine, sequences)
-
     def answer(self, engine: Engine, sequences: Sequence[PackedSequence]) -> Predictions:
         """What was generated from each source, as the task writes it down."""
         if self._generator is None:
             return []
         samples = [sample for sequence in sequences for sample in sequence.samples]
         return self._generator.answers(engine, samples, lambda s: s.tokens[~s.targets], self._task.written)
-
-    def check(self, engine: Engine) -> None:
-        """Nothing: samples do not share sequences."""
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)

@@ -15,7 +15,7 @@ from trainer.generation import Generator, Prompt
 from trainer.loss import LabelledPositions, cross_entropy_sum, filled_up
 from trainer.objective import EncoderObjective, padded
 from trainer.parameters import whole_shape
-from trainer.tasks.base import Predictions
+from trainer.tasks.base import Objective, Predictions
 
 if TYPE_CHECKING:
     from trainer.tasks.image_classification import ImageClassification
@@ -38,7 +38,7 @@ class ImageObjective(EncoderObjective):
         return {"pixel_values": torch.from_numpy(pixels).to(self._device, self._dtype, non_blocking=True)}, 0
 
 
-class ImageTextObjective:
+class ImageTextObjective(Objective):
     """The loss over target tokens and the texts that a model generates from prompts with images.
 
     Every forward pass takes at least one image, a blank one in a row without targets where samples bring none: under
@@ -66,19 +66,12 @@ class ImageTextObjective:
         loss = cross_entropy_sum(output.logits, torch.from_numpy(labels).to(self._device))
         return loss, inputs["input_ids"].numel() - sum(len(sample.tokens) for sample in samples)
 
-    def predict(self, engine: Engine, sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, Predictions]:
-        """(sum of the loss over target tokens, what was generated from each prompt)."""
-        return self(engine.forward, sequences)[0], self.answer(engine, sequences)
-
     def answer(self, engine: Engine, sequences: Sequence[PackedSequence]) -> Predictions:
         """What was generated from each prompt, as the task writes it down."""
         if self._generator is None:
             return []
         samples, written = self._samples(sequences), self._task.written
         return self._generator.answers(engine, samples, lambda s: s.tokens[: s.reference["length"]], written)
-
-    def check(self, engine: Engine) -> None:
-        """Nothing: samples do not share sequences."""
 
     def _samples(self, sequences: Sequence[PackedSequence]) -> list[Sample]:
         """Samples with pixels: those of predict come without."""

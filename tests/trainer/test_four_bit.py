@@ -120,7 +120,8 @@ def test_configs_that_qlora_does_not_go_with() -> None:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model.eval()(input_ids=torch.arange(2, 14)[None]).logits
+        # there is no dropout; in evaluation bitsandbytes works in bf16 on CPUs that have it, and not in all shapes
+        found: torch.Tensor = model.train()(input_ids=torch.arange(2, 14)[None]).logits
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from trainer.config.schema import DataSource
+from trainer.data.formats.base import Outcome
 from trainer.data.images import resolved
 from trainer.data.sample import Sample
 from trainer.data.sources import Source, lacks_names
@@ -87,21 +88,14 @@ class SourceEncoder:
 
         wanted = numbers[positions].tolist()
         for position, number, (record, problem) in zip(positions, wanted, self.source.read(wanted), strict=True):
-            if record is not None and (plain := self._plain_record(record)) is not None:
-                records.append(plain)
-                kept.append(position)
-                continue
+            made = None
             if record is not None:
-                problem = self._column_problem(record, number)
-            if record is None or problem is not None:
+                made, problem = self._checked(record, number)
+            if made is None:
                 bad(position, problem or "")
-                continue
-            made = self._task_record(record)
-            if self._task.paths:
-                folder = self.source.folder(number)
-                made |= {name: resolved(made[name], folder) for name in self._task.paths & made.keys()}
-            records.append(made)
-            kept.append(position)
+            else:
+                records.append(made)
+                kept.append(position)
         pieces = {}
         for position, sample in zip(kept, self._task.encode(records) if records else [], strict=True):
             if isinstance(sample, str):
@@ -112,9 +106,19 @@ class SourceEncoder:
             if self._task.predicts:
                 fitted = [replace(one, origin=(self._index, number, piece)) for piece, one in enumerate(fitted)]
             pieces[position] = fitted
-            if found:
-                outcomes += [(position, outcome) for outcome in found]
+            outcomes += [(position, outcome) for outcome in found]
         return pieces, outcomes
+
+    def _checked(self, record: dict[str, Any], number: int) -> Outcome:
+        """The task's columns of a record, or what is wrong with it."""
+        if (plain := self._plain_record(record)) is not None:
+            return plain, None
+        if problem := self._column_problem(record, number):
+            return None, problem
+        made = self._task_record(record)
+        for name in self._task.paths & made.keys():
+            made[name] = resolved(made[name], self.source.folder(number))
+        return made, None
 
     def _plain_record(self, record: dict[str, Any]) -> dict[str, Any] | None:
         """The task's columns where all are ASCII text, as in most records; None: it has to be looked at."""

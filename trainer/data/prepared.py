@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,7 @@ class Writer:
         self._folder, self._index = folder, index
         self._batches = 0
         self._writer: Any = None
-        self._file: Any = None
+        self._file = folder
         self.starts = [0]
         self.files: list[tuple[str, int]] = []  # (name, bytes)
 
@@ -75,7 +75,7 @@ class Writer:
         import pyarrow as pa
 
         if self._batches % SHARD_BATCHES == 0:
-            self._close_shard()
+            self.close()
             self._file = self._folder / f"source{self._index}-{self._batches // SHARD_BATCHES:05}.arrow"
             self._writer = pa.ipc.new_file(str(self._file), _schema())
         pieces, outcomes = encoded
@@ -105,9 +105,7 @@ class Writer:
         self.starts.append(self.starts[-1] + count)
 
     def close(self) -> None:
-        self._close_shard()
-
-    def _close_shard(self) -> None:
+        """The file under way is whole."""
         if self._writer is not None:
             self._writer.close()
             self.files.append((self._file.name, self._file.stat().st_size))
@@ -171,10 +169,10 @@ class PreparedDocuments:
     """Stands in for a source's encoder: the same samples and outcomes, read instead of made."""
 
     def __init__(self, folder: Path, source: dict[str, Any]) -> None:
-        self._folder, self._source = folder, source
+        self._folder, self._files = folder, source["files"]
         self._starts = np.array(source["starts"], dtype=np.int64)
-        self._shards: dict[str, Any] = {}
-        self._open: OrderedDict[int, tuple[Any, ...]] = OrderedDict()
+        self._shard = cache(self._open_shard)
+        self._batch = lru_cache(_OPEN)(self._open_batch)
 
     def encode(self, numbers: np.ndarray, positions: Iterable[int]) -> Encoded:
         """As SourceEncoder.encode. Tokens are views of the mapped file."""
@@ -192,26 +190,20 @@ class PreparedDocuments:
             pieces[position] = [Sample(tokens[start:end], targets[start:end]) for start, end in pairwise(cuts)]
         return pieces, outcomes
 
-    def _batch(self, number: int) -> tuple[Any, ...]:
-        """(lengths, outcomes, where each row's tokens begin, tokens, targets) of a record batch."""
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
+    def _open_shard(self, number: int) -> Any:
         import pyarrow as pa
 
-        name = self._source["files"][number // SHARD_BATCHES][0]
-        if name not in self._shards:
-            self._shards[name] = pa.ipc.open_file(pa.memory_map(str(self._folder / name)))
-        batch = self._shards[name].get_batch(number % SHARD_BATCHES)
+        return pa.ipc.open_file(pa.memory_map(str(self._folder / self._files[number][0])))
+
+    def _open_batch(self, number: int) -> tuple[Any, ...]:
+        """(lengths, outcomes, where each row's tokens begin, tokens, targets) of a record batch."""
+        batch = self._shard(number // SHARD_BATCHES).get_batch(number % SHARD_BATCHES)
         rows = batch.column("tokens")
         tokens = rows.values.to_numpy(zero_copy_only=True)
         bits = np.frombuffer(batch.column("targets")[0].as_buffer(), dtype=np.uint8)
         targets = np.unpackbits(bits, count=len(tokens)).view(bool)
         lengths, told = batch.column("lengths").to_pylist(), batch.column("outcomes").to_pylist()
-        self._open[number] = (lengths, told, rows.offsets.to_pylist(), tokens, targets)
-        if len(self._open) > _OPEN:
-            self._open.popitem(last=False)
-        return self._open[number]
+        return lengths, told, rows.offsets.to_pylist(), tokens, targets
 
 
 def prepared_documents(config: LaunchConfig, sources: Sequence[Source]) -> list[PreparedDocuments]:

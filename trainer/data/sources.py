@@ -65,12 +65,12 @@ class Source:
 
     def where(self, number: int) -> str:
         """File and line of a record."""
-        index = int(np.searchsorted(self._first, number, side="right")) - 1
-        return self.files[index].where(number - int(self._first[index]))
+        index, inside = self._place(number)
+        return self.files[index].where(inside)
 
     def folder(self, number: int) -> Path:
         """Where the file of a record lies: paths in records are relative to it."""
-        return Path(self.files[int(np.searchsorted(self._first, number, side="right")) - 1].name).parent
+        return Path(self.files[self._place(number)[0]].name).parent
 
     def windows(self, documents: int, size: int) -> np.ndarray:
         """Window boundaries, int64 [windows + 1]: at most so many documents and (but for one huge one) bytes each."""
@@ -81,9 +81,14 @@ class Source:
             bounds.append(min(first + documents, max(by_size, first + 1), self.records))
         return np.array(bounds, dtype=np.int64)
 
-    def _position(self, number: int) -> int:
+    def _place(self, number: int) -> tuple[int, int]:
+        """(index of a record's file, its number in there)."""
         index = int(np.searchsorted(self._first, number, side="right")) - 1
-        return int(self._bytes[index]) + self.files[index].position(number - int(self._first[index]))
+        return index, number - int(self._first[index])
+
+    def _position(self, number: int) -> int:
+        index, inside = self._place(number)
+        return int(self._bytes[index]) + self.files[index].position(inside)
 
     def _find(self, position: int) -> int:
         index = min(int(np.searchsorted(self._bytes, position, side="right")) - 1, len(self.files) - 1)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -140,22 +142,15 @@ class BatchStream:
         yield from _in_background(self._batches)
 
     def _batches(self) -> Generator[GlobalBatch, None, None]:
-        if self._workers is None:
-            yield from self._made()
-            return
-        with self._workers as workers:
-            for index, stream in enumerate(self._streams):
-                stream.encode = partial(workers.encode, index)
-            yield from self._made()
-
-    def _made(self) -> Iterator[GlobalBatch]:
-        made = 0
-        while self._limit is None or made < self._limit:
-            references = self._draw()
-            if not references:
-                return
-            yield self._share(references)
-            made += 1
+        with self._workers or nullcontext() as workers:
+            if workers:
+                for index, stream in enumerate(self._streams):
+                    stream.encode = partial(workers.encode, index)
+            for _ in itertools.count() if self._limit is None else range(self._limit):
+                references = self._draw()
+                if not references:
+                    return
+                yield self._share(references)
 
     def _draw(self) -> list[tuple[SourceStream, Window, int]]:
         """The sequences of the next global batch: fewer than G at the end of the data, none after it."""
@@ -374,11 +369,11 @@ def build_evaluation_stream(
     world_size: int,
     micro_batch_size: int,
     gather: Gather,
-    sources: tuple[DataSource, ...] | None = None,
+    sources: tuple[DataSource, ...],
 ) -> BatchStream:
-    """One pass over the evaluation data (or other ``sources``), in the order of the files."""
+    """One pass over sources of the evaluation data, in the order of the files."""
     return BatchStream(
-        config.data.evaluation if sources is None else sources,
+        sources,
         task,
         replace(_options(config, rank, world_size), shuffle=False, epochs=1.0),
         global_batch_size=micro_batch_size * world_size,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -16,16 +15,12 @@ from trainer.data.sources import Source
 from trainer.failures import DataError
 
 Gather = Callable[[np.ndarray], list[np.ndarray]]
+# Encodes documents of a source: (numbers [documents], positions in them) -> what `SourceEncoder.encode` gives
+Encode = Callable[[np.ndarray, Iterable[int]], Encoded]
 
 WINDOW_BYTES = 8 << 20  # bounds memory, and the time to the first batch, where documents are long
 
 _OUTCOME, _ERROR = -1, -2  # rows of the exchange that are no piece of a document
-
-
-class Encode(Protocol):
-    """Encodes documents of a source: (numbers [documents], positions in them) -> what `SourceEncoder.encode` gives."""
-
-    def __call__(self, numbers: np.ndarray, positions: Iterable[int]) -> Encoded: ...
 
 
 @dataclass(frozen=True)
@@ -97,16 +92,13 @@ class SourceStream:
                 self.epoch, self.window, self.offset = self.epoch + 1, 0, 0
                 self._order, self._starts = self._epoch_order()
                 continue
-            window = self._opened()
-            if self.offset < len(window.sequences):
+            window, number = self._opened(), self.offset
+            self.offset += 1
+            if self.offset >= len(window.sequences):  # the state then points at the next window's start
+                self.window, self.offset, self._open = self.window + 1, 0, None
+            if number < len(window.sequences):  # else it has nothing to learn
                 self._gave = True
-                self.offset += 1
-                if self.offset == len(window.sequences):  # the state then points at the next window's start
-                    number = self.offset - 1
-                    self.window, self.offset, self._open = self.window + 1, 0, None
-                    return window, number
-                return window, self.offset - 1
-            self.window, self.offset, self._open = self.window + 1, 0, None  # a window without anything to learn
+                return window, number
 
     def ended(self) -> bool:
         """Whether it is known to give nothing any more."""

@@ -25,6 +25,7 @@ class Family:
     qk_norm: Literal["", "head", "all"] = ""
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     gated: bool = True
+    joined: bool = False  # queries, keys and values are one matrix, gate and up another
 
 
 def parameter_shapes(config: Json) -> Iterator[tuple[str, Shape]]:
@@ -94,20 +95,16 @@ def sizes_of(config: Json, family: Family | None) -> dict[str, Any]:
 # -- layouts -----------------------------------------------------------------------------------------------------------
 
 
-def _linear(name: str, rows: int, columns: int, bias: bool) -> Iterator[tuple[str, Shape]]:
-    yield f"{name}.weight", (rows, columns)
+def _module(name: str, *shape: int, bias: bool = False) -> Iterator[tuple[str, Shape]]:
+    """A linear layer or a norm."""
+    yield f"{name}.weight", shape
     if bias:
-        yield f"{name}.bias", (rows,)
-
-
-def _norm(name: str, size: int, bias: bool = False) -> Iterator[tuple[str, Shape]]:
-    yield f"{name}.weight", (size,)
-    if bias:
-        yield f"{name}.bias", (size,)
+        yield f"{name}.bias", shape[:1]
 
 
 def _llama(c: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
-    """Llama and those that differ from it by biases, norms on queries and keys, and norms around sublayers."""
+    """Llama and those that differ from it by biases, norms on queries and keys, norms around sublayers, and matrices
+    that are one."""
     family: Family = c["family"]
     hidden, inner, head = c["hidden_size"], c["intermediate_size"], c["head_dim"]
     queries, keys = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
@@ -116,36 +113,23 @@ def _llama(c: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
     yield "model.embed_tokens.weight", (c["vocab_size"], hidden)
     for i in range(c["num_hidden_layers"]):
         layer = f"model.layers.{i}"
-        yield from _linear(f"{layer}.self_attn.q_proj", queries, hidden, qkv_bias)
-        yield from _linear(f"{layer}.self_attn.k_proj", keys, hidden, qkv_bias)
-        yield from _linear(f"{layer}.self_attn.v_proj", keys, hidden, qkv_bias)
-        yield from _linear(f"{layer}.self_attn.o_proj", hidden, queries, o_bias)
+        if family.joined:
+            yield from _module(f"{layer}.self_attn.qkv_proj", queries + 2 * keys, hidden)
+            yield from _module(f"{layer}.mlp.gate_up_proj", 2 * inner, hidden)
+        else:
+            yield from _module(f"{layer}.self_attn.q_proj", queries, hidden, bias=qkv_bias)
+            yield from _module(f"{layer}.self_attn.k_proj", keys, hidden, bias=qkv_bias)
+            yield from _module(f"{layer}.self_attn.v_proj", keys, hidden, bias=qkv_bias)
+            yield from _module(f"{layer}.mlp.gate_proj", inner, hidden, bias=mlp_bias)
+            yield from _module(f"{layer}.mlp.up_proj", inner, hidden, bias=mlp_bias)
+        yield from _module(f"{layer}.self_attn.o_proj", hidden, queries, bias=o_bias)
+        yield from _module(f"{layer}.mlp.down_proj", hidden, inner, bias=mlp_bias)
         if family.qk_norm:
-            yield from _norm(f"{layer}.self_attn.q_norm", head if family.qk_norm == "head" else queries)
-            yield from _norm(f"{layer}.self_attn.k_norm", head if family.qk_norm == "head" else keys)
-        yield from _linear(f"{layer}.mlp.gate_proj", inner, hidden, mlp_bias)
-        yield from _linear(f"{layer}.mlp.up_proj", inner, hidden, mlp_bias)
-        yield from _linear(f"{layer}.mlp.down_proj", hidden, inner, mlp_bias)
+            yield from _module(f"{layer}.self_attn.q_norm", head if family.qk_norm == "head" else queries)
+            yield from _module(f"{layer}.self_attn.k_norm", head if family.qk_norm == "head" else keys)
         for norm in family.norms:
-            yield from _norm(f"{layer}.{norm}", hidden)
-    yield from _norm("model.norm", hidden)
-    if not c["tie_word_embeddings"]:
-        yield "lm_head.weight", (c["vocab_size"], hidden)
-
-
-def _phi3(c: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
-    hidden, inner, head = c["hidden_size"], c["intermediate_size"], c["head_dim"]
-    queries, keys = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
-    yield "model.embed_tokens.weight", (c["vocab_size"], hidden)
-    for i in range(c["num_hidden_layers"]):
-        layer = f"model.layers.{i}"
-        yield f"{layer}.self_attn.o_proj.weight", (hidden, queries)
-        yield f"{layer}.self_attn.qkv_proj.weight", (queries + 2 * keys, hidden)
-        yield f"{layer}.mlp.gate_up_proj.weight", (2 * inner, hidden)
-        yield f"{layer}.mlp.down_proj.weight", (hidden, inner)
-        yield f"{layer}.input_layernorm.weight", (hidden,)
-        yield f"{layer}.post_attention_layernorm.weight", (hidden,)
-    yield "model.norm.weight", (hidden,)
+            yield from _module(f"{layer}.{norm}", hidden)
+    yield from _module("model.norm", hidden)
     if not c["tie_word_embeddings"]:
         yield "lm_head.weight", (c["vocab_size"], hidden)
 
@@ -156,18 +140,18 @@ def _gpt2(c: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
     yield "transformer.wpe.weight", (c["max_position_embeddings"], hidden)
     for i in range(c["num_hidden_layers"]):
         layer = f"transformer.h.{i}"
-        yield from _norm(f"{layer}.ln_1", hidden, True)
+        yield from _module(f"{layer}.ln_1", hidden, bias=True)
         # Conv1D keeps its matrices transposed
         yield f"{layer}.attn.c_attn.weight", (hidden, 3 * hidden)
         yield f"{layer}.attn.c_attn.bias", (3 * hidden,)
         yield f"{layer}.attn.c_proj.weight", (hidden, hidden)
         yield f"{layer}.attn.c_proj.bias", (hidden,)
-        yield from _norm(f"{layer}.ln_2", hidden, True)
+        yield from _module(f"{layer}.ln_2", hidden, bias=True)
         yield f"{layer}.mlp.c_fc.weight", (hidden, inner)
         yield f"{layer}.mlp.c_fc.bias", (inner,)
         yield f"{layer}.mlp.c_proj.weight", (inner, hidden)
         yield f"{layer}.mlp.c_proj.bias", (hidden,)
-    yield from _norm("transformer.ln_f", hidden, True)
+    yield from _module("transformer.ln_f", hidden, bias=True)
     if not c["tie_word_embeddings"]:
         yield "lm_head.weight", (c["vocab_size"], hidden)
 
@@ -177,13 +161,13 @@ def _gpt_neox(c: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
     yield "gpt_neox.embed_in.weight", (c["vocab_size"], hidden)
     for i in range(c["num_hidden_layers"]):
         layer = f"gpt_neox.layers.{i}"
-        yield from _norm(f"{layer}.input_layernorm", hidden, True)
-        yield from _norm(f"{layer}.post_attention_layernorm", hidden, True)
-        yield from _linear(f"{layer}.attention.query_key_value", 3 * hidden, hidden, bias)
-        yield from _linear(f"{layer}.attention.dense", hidden, hidden, bias)
-        yield from _linear(f"{layer}.mlp.dense_h_to_4h", inner, hidden, True)
-        yield from _linear(f"{layer}.mlp.dense_4h_to_h", hidden, inner, True)
-    yield from _norm("gpt_neox.final_layer_norm", hidden, True)
+        yield from _module(f"{layer}.input_layernorm", hidden, bias=True)
+        yield from _module(f"{layer}.post_attention_layernorm", hidden, bias=True)
+        yield from _module(f"{layer}.attention.query_key_value", 3 * hidden, hidden, bias=bias)
+        yield from _module(f"{layer}.attention.dense", hidden, hidden, bias=bias)
+        yield from _module(f"{layer}.mlp.dense_h_to_4h", inner, hidden, bias=True)
+        yield from _module(f"{layer}.mlp.dense_4h_to_h", hidden, inner, bias=True)
+    yield from _module("gpt_neox.final_layer_norm", hidden, bias=True)
     if not c["tie_word_embeddings"]:
         yield "lm_head.weight", (c["vocab_size"], hidden)
 
@@ -239,7 +223,7 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(_llama, _defaults(50304, 4096, 11008, 32, 32, None, 2048), norms=_OLMO2_NORMS, qk_norm="all"),
     "smollm3": Family(_llama, _defaults(128256, 2048, 11008, 36, 16, 4, 32768, tied=True), bias_keys=_BOTH),
     "granite": Family(_llama, _defaults(32000, 4096, 11008, 32, 32, None, 2048), bias_keys=_BOTH),
-    "phi3": Family(_phi3, _defaults(32064, 3072, 8192, 32, 32, None, 4096)),
+    "phi3": Family(_llama, _defaults(32064, 3072, 8192, 32, 32, None, 4096), joined=True, bias_keys=()),
     "gpt2": Family(_gpt2, _defaults(50257, 768, None, 12, 12, None, 1024, tied=True), gated=False),
     "gpt_neox": Family(_gpt_neox, _defaults(50432, 6144, 24576, 44, 64, None, 2048, attention_bias=True), gated=False),
 }

@@ -8,13 +8,12 @@ import json
 import math
 import os
 import re
-import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.config.schema import ModelConfig
 from trainer.config.trained import AdapterConfig
@@ -105,34 +104,18 @@ def model_facts(
         UserError: the folder or its config.json cannot be read, a size in it is wrong, or `freeze`, an adapter or one
             of ``patterns`` matches nothing.
     """
-    if model.config is not None:
-        return facts_of_config(
-            model.config, model.freeze, model.train_only, model.adapter, patterns, new_head, head_sizes, model.dtype
-        )
-    assert model.path is not None
-    folder = model_folder(model.path)
-    if folder is None:
+    config = read_config(model)
+    if config is None:
         note = (
             f"{model.path} is not in the Hugging Face cache of this machine; `hf download {model.path}` puts it there"
         )
         return ModelFacts("unknown", note=note)
-    if (run := _run_of(folder)) is not None:
-        raise UserError(
-            f"model.path: {folder} is of a run of dsft; name its model, {run / 'export'}, or that of an earlier step: "
-            f"`dsft export {run} --step N --output DIR`"
-        )
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"model.path: {folder} has no config.json; expected a Hugging Face model folder") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"model.path: {path} is not a JSON object; expected a Hugging Face model config")
     facts = facts_of_config(
         config, model.freeze, model.train_only, model.adapter, patterns, new_head, head_sizes, model.dtype
     )
+    folder = model.path and model_folder(model.path)
+    if not folder:
+        return facts
     shapes = {} if facts.parameters is not None else safetensors_shapes(folder)
     facts = replace(facts, pinned=next(folder.glob("*.safetensors"), None) is not None)
     if not shapes:
@@ -293,17 +276,43 @@ def model_folder(path: str) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
+def read_config(model: ModelConfig) -> dict[str, Any] | None:
+    """The Hugging Face config of the config's `model` section; None where it is the hub's, and not cached.
+
+    Raises:
+        UserError: the folder or its config.json cannot be read.
+    """
+    if model.path is None:
+        return model.config
+    folder = model_folder(model.path)
+    if folder is None:
+        return None
+    if (run := _run_of(folder)) is not None:
+        raise UserError(
+            f"model.path: {folder} is of a run of dsft; name its model, {run / 'export'}, or that of an earlier step: "
+            f"`dsft export {run} --step N --output DIR`"
+        )
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"model.path: {folder} has no config.json; expected a Hugging Face model folder") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"model.path: {path} is not a JSON object; expected a Hugging Face model config")
+    return config
+
+
 def safetensors_shapes(folder: Path) -> dict[str, Shape]:
-    """Names and shapes from the headers of a folder's safetensors files (8 bytes of length, then JSON); no weights."""
+    """Names and shapes from the headers of a folder's safetensors files; no weights."""
+    from safetensors import SafetensorError, safe_open
+
     shapes: dict[str, Shape] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                if length > 100_000_000:  # the limit of the format
-                    raise ValueError("its header is too long")
-                header = json.loads(file.read(length))
-        except (OSError, ValueError, struct.error) as error:
+            with safe_open(path, framework="numpy") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
             raise UserError(f"model.path: {path} is not a whole safetensors file: {error}") from error
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     return shapes

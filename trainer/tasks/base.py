@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.config.schema import LaunchConfig
 from trainer.data.sample import Origin, PackedSequence, Sample
@@ -19,23 +19,25 @@ if TYPE_CHECKING:
 Predictions = list[tuple[Origin, Any]]
 
 
-class Objective(Protocol):
+class Objective:
     """From the samples of a micro-batch to a loss, and to predictions.
 
     Attributes:
         head_parameters: elements of weights that run only where there is a label.
     """
 
-    head_parameters: int
+    head_parameters = 0
 
     def __call__(self, forward: Callable[..., Any], sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, int]:
         """(sum of the loss over targets, fp32 scalar; tokens of padding).
 
         Without sequences (a rank with less work than the others) the loss is 0 and still reaches every parameter.
         """
+        raise NotImplementedError
 
     def predict(self, engine: Engine, sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, Predictions]:
         """(sum of the loss over targets, what `Task.scores` needs of each sample); every rank must make the call."""
+        return self(engine.forward, sequences)[0], self.answer(engine, sequences)
 
     def answer(self, engine: Engine, sequences: Sequence[PackedSequence]) -> Predictions:
         """What `Task.answer` needs of each sample (at least one), which may have no labels: for `dsft predict`.
@@ -43,9 +45,10 @@ class Objective(Protocol):
         The engine is then a whole model on each rank (`trainer.inference.Replica`: world_size 1), and ranks make calls
         of their own: nothing in here may wait for other ranks.
         """
+        return []
 
     def check(self, engine: Engine) -> None:
-        """Prove on the model what training relies on. Every rank must make the call. Raises UserError."""
+        """Prove on the model what training relies on, if anything. Every rank must make the call. Raises UserError."""
 
 
 class BaseTask:

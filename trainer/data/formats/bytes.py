@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import mmap
@@ -194,11 +195,8 @@ def _load_index(stored: Path, path: Path) -> np.ndarray:
 
 def _digest(path: Path) -> bytes:
     """128 bits of everything in a file (XXH3), at the speed of the disk."""
-    state = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            state.update(block)
-    return state.digest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).digest()
 
 
 def _text(data: bytes) -> str:

@@ -223,14 +223,12 @@ def open_dataset(config: DataSource) -> BatchedFile:
     found = found.with_format("arrow")
     size = int(found.data.nbytes)
     step = max(min(_ROWS, _LARGEST_BATCH * len(found) // max(size, 1)), 1)
-    starts = list(range(0, len(found), step))
-    rows = [min(step, len(found) - start) for start in starts]
-    return BatchedFile(
-        name, rows, size, lambda batch: found[starts[batch] : starts[batch] + step], _content_of(found, starts)
-    )
+    rows = [min(step, len(found) - start) for start in range(0, len(found), step)]
+    load = lambda batch: found[batch * step : (batch + 1) * step]  # noqa: E731
+    return BatchedFile(name, rows, size, load, _content_of(found))
 
 
-def _content_of(dataset: Any, starts: list[int]) -> str:
+def _content_of(dataset: Any) -> str:
     """Of its number of rows and 16 rows: the library's own fingerprint changes with each saving."""
     state = xxhash.xxh3_128(f"{len(dataset)} {dataset.column_names}".encode())
     for number in np.linspace(0, len(dataset) - 1, 16).astype(np.int64).tolist() if len(dataset) else []:
