@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -90,21 +91,23 @@ def _ask(option: str) -> str:
 
 def _site_check(command: Sequence[str], seconds: float) -> Iterator[str]:
     """The site's own program, without a shell; its output goes to the agent's log."""
-    try:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
-    except OSError as error:
-        yield f"cluster.health_check cannot be run: {command[0]}: {error.strerror}"
-        return
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        yield f"cluster.health_check did not end within {seconds:.0f} s"
-        return
-    print(output, end="", flush=True)
-    if process.returncode != 0:
-        last = output.strip().splitlines()[-1:] or ["no output"]
-        yield f"cluster.health_check ended with exit code {process.returncode}: {last[0][:300]}"
+    # to a file: what the program leaves running in the background would hold a pipe open
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        try:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        except OSError as error:
+            yield f"cluster.health_check cannot be run: {command[0]}: {error.strerror}"
+            return
+        code: int | None = None
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            yield f"cluster.health_check did not end within {seconds:.0f} s"
+        output.seek(0)
+        text = output.read()
+    print(text, end="", flush=True)
+    if code:
+        last = text.strip().splitlines()[-1:] or ["no output"]
+        yield f"cluster.health_check ended with exit code {code}: {last[0][:300]}"
