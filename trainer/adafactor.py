@@ -78,15 +78,14 @@ class Adafactor(torch.optim.Optimizer):
                 if flat.grad is not None:
                     state = self.state[flat]
                     state.setdefault("step", torch.zeros((), dtype=torch.float32)).add_(1)
-                    self._update(flat, self._pieces[flat], float(state["step"]), group["lr"], group["weight_decay"])
+                    self._update(flat, flat.grad, float(state["step"]), group["lr"], group["weight_decay"])
 
-    def _update(self, flat: torch.Tensor, pieces: Sequence[Piece], step: float, lr: float, decay: float) -> None:
+    def _update(self, flat: torch.Tensor, gradients: torch.Tensor, step: float, lr: float, decay: float) -> None:
         eps = torch.finfo(flat.dtype).eps
         new = step**_BETA2_DECAY
-        held: list[tuple[Piece, torch.Tensor, torch.Tensor]] = [
-            (piece, flat.narrow(0, piece.start, piece.length), flat.grad.narrow(0, piece.start, piece.length))
-            for piece in pieces
-            if flat.grad is not None
+        held = [
+            (piece, flat.narrow(0, piece.start, piece.length), gradients.narrow(0, piece.start, piece.length))
+            for piece in self._pieces[flat]
         ]
         squares = [torch.stack([_square(weights) for _, weights, _ in held])]
         for piece, _, gradient in held:

@@ -238,22 +238,19 @@ class Saver:
         """Publish a checkpoint; ``save`` writes this rank's file."""
         start = time.monotonic()
         folder = self._checkpoints / folder_name(step)
-        rank, world_size = self._engine.rank, self._engine.world_size
         try:
             self._write_own(folder, save)
-            if rank == 0:
+            if self._engine.rank == 0:
                 size = self._publish(folder, step, state)
                 self.seconds = time.monotonic() - start
                 self._tell("checkpoint", step=step, seconds=self.seconds, bytes=size)
-        except (
-            Exception
-        ) as error:  # told, and passed on to the training loop; the run and older checkpoints are unharmed
+        except Exception as error:  # told, and passed on to the training loop; older checkpoints are unharmed
             self.error = f"checkpoint of step {step} not written: {type(error).__name__}: {error}"
-            self._clean_up(folder, rank, world_size)
+            self._clean_up(folder)
             with suppress(OSError):
                 self._tell("checkpoint_failed", step=step, message=self.error)
             return
-        if rank == 0:
+        if self._engine.rank == 0:
             with suppress(OSError):  # tried again after the next save
                 self.at_point("retain")
                 for leftover in folder.glob("report-*"):
@@ -317,8 +314,9 @@ class Saver:
             files.update(json.loads(path.read_text())["files"])
         return files
 
-    def _clean_up(self, folder: Path, rank: int, world_size: int) -> None:
+    def _clean_up(self, folder: Path) -> None:
         """Give back the space of a failed save, and let rank 0 know, without needing a block of the disk."""
+        rank, world_size = self._engine.rank, self._engine.world_size
         if (folder / "manifest.json").exists():
             return
         with suppress(OSError):
@@ -327,17 +325,13 @@ class Saver:
         with suppress(OSError):
             (folder / _report(rank)).with_suffix(".failed").touch()
         if rank == 0:
-            self._wait_for_others(folder, world_size)
+            deadline = time.monotonic() + _CLEAN_UP_SECONDS
+            waiting = [folder / _report(other) for other in range(1, world_size)]
+            while waiting and folder.is_dir() and time.monotonic() < deadline:
+                waiting = [path for path in waiting if not (path.is_file() or path.with_suffix(".failed").exists())]
+                time.sleep(0.02)
             with suppress(OSError):
                 shutil.rmtree(folder)
-
-    def _wait_for_others(self, folder: Path, world_size: int) -> None:
-        deadline = time.monotonic() + _CLEAN_UP_SECONDS
-        reports = [folder / _report(rank) for rank in range(1, world_size)]
-        while folder.is_dir() and time.monotonic() < deadline:
-            if all(report.is_file() or report.with_suffix(".failed").exists() for report in reports):
-                return
-            time.sleep(0.02)
 
 
 def _report(rank: int) -> str:

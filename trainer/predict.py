@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from trainer.config.schema import DataSource, LaunchConfig
-from trainer.data.encoding import LONG_SKIPPED, SourceEncoder
+from trainer.data.encoding import BAD, LONG_SKIPPED, SourceEncoder
 from trainer.data.sample import PackedSequence, Sample
 from trainer.data.sources import Source, open_source
 from trainer.failures import UserError
@@ -80,7 +80,7 @@ class Reader:
             number = int(numbers[position])
             if outcome == LONG_SKIPPED:
                 why[number] = f"{self.source.where(number)}: more than data.sequence_length ({self._length}) tokens"
-            elif outcome == 0:
+            elif outcome == BAD:
                 why[number] = next(bad)
         for number in map(int, numbers):
             if number not in samples:

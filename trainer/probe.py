@@ -104,8 +104,7 @@ def _all_reduce(buffer: torch.Tensor) -> float:
             values[0].item()
             seconds = torch.tensor([time.monotonic() - started], device=buffer.device)
             dist.all_reduce(seconds, op=dist.ReduceOp.MAX)  # so that all ranks go on alike
-            speed = 2 * (world - 1) / world * count / float(seconds.item())
-        best = speed
+            best = max(best, 2 * (world - 1) / world * count / float(seconds.item()))
     return best
 
 

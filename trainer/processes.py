@@ -113,15 +113,13 @@ def processes_of_run(run_dir: Path) -> list[int]:
 def kill_all(pids: Iterable[int]) -> None:
     """SIGKILL each process that is still there."""
     for pid in pids:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
-def kill_run(run_dir: Path, seconds: float = 5.0) -> list[int]:
-    """Kill every process of the run on this host, again until none is left; returns those that outlive `seconds`."""
-    deadline = time.monotonic() + seconds
+def kill_run(run_dir: Path) -> list[int]:
+    """Kill every process of the run on this host, again until none is left; returns those that outlive 5 s of that."""
+    deadline = time.monotonic() + 5.0
     while (left := processes_of_run(run_dir)) and time.monotonic() < deadline:
         kill_all(left)
         time.sleep(0.02)

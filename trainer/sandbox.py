@@ -43,7 +43,7 @@ def run_program(source: str, limits: CodeExecutionConfig) -> Outcome:
     folder = tempfile.mkdtemp(prefix="dsft-program-", dir="/tmp")  # where the program's root directory is put together
     request = {"source": source, "token": secrets.token_hex(16), "folder": folder, **limits.model_dump(mode="json")}
     try:
-        process = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-I", "-S", str(_GUARD)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -51,18 +51,14 @@ def run_program(source: str, limits: CodeExecutionConfig) -> Outcome:
             start_new_session=True,
             cwd=folder,
             env={"LANG": "C.UTF-8"},
-        )
-        try:
-            output, _ = process.communicate(json.dumps(request).encode(), limits.timeout_seconds + _START_SECONDS)
-        except subprocess.TimeoutExpired:
-            return Outcome("timeout", f"longer than {limits.timeout_seconds} s")
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            for stream in (process.stdin, process.stdout):
-                if stream:
-                    stream.close()
+        ) as process:
+            try:
+                output, _ = process.communicate(json.dumps(request).encode(), limits.timeout_seconds + _START_SECONDS)
+            except subprocess.TimeoutExpired:
+                return Outcome("timeout", f"longer than {limits.timeout_seconds} s")
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
     finally:
         os.rmdir(folder)
     try:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from trainer.failures import UserError
 
+_TOLERATED = 0.02  # share of the time
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -64,10 +66,8 @@ def plan_batches(global_batch: int, world_size: int, micro_batch_size: int, reas
     )
 
 
-def choose_micro_batch(
-    global_batch: int, world_size: int, largest: int, tolerance: float = 0.02, equal: bool = False
-) -> int:
-    """The largest micro-batch of at most ``largest`` sequences among those that waste least (within ``tolerance``).
+def choose_micro_batch(global_batch: int, world_size: int, largest: int, equal: bool = False) -> int:
+    """The largest micro-batch of at most ``largest`` sequences among those that waste least, within 2 %.
 
     With ``equal`` among those that cut a global batch into equal parts, if there are any: compiled layers want shapes
     to stay the same.
@@ -77,7 +77,7 @@ def choose_micro_batch(
         candidates = [size for size in candidates if global_batch % (world_size * size) == 0] or candidates
     waste = {size: cut(global_batch, world_size, size)[2] for size in candidates}
     least = min(waste.values())
-    return max(size for size in candidates if waste[size] <= least + tolerance)
+    return max(size for size in candidates if waste[size] <= least + _TOLERATED)
 
 
 def _suggestions(global_batch: int, world_size: int, micro_batch_size: int, waste: float) -> tuple[str, ...]:
