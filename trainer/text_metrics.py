@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from trainer.config.generation import WritingTask
@@ -29,20 +30,15 @@ def text_scores(
         if name in ("bleu", "chrf", "ter"):
             scores[name], signatures[name] = _sacrebleu(name, texts, references, task.bleu_tokenizer)
         elif name == "exact_match":
-            scores[name] = _share(t.strip() in {r.strip() for r in of} for t, of in zip(texts, references, strict=True))
+            scores[name] = fmean(t.strip() in {r.strip() for r in of} for t, of in zip(texts, references, strict=True))
         elif name == "final_answer":
-            scores[name] = _share(
+            scores[name] = fmean(
                 final_answer(task.answer_pattern, text) in {final_answer(task.answer_pattern, r) for r in of} - {None}
                 for text, of in zip(texts, references, strict=True)
             )
     if rouge:
         scores |= _rouge(rouge, texts, references, task.rouge_stemmer)
     return scores, signatures
-
-
-def _share(found: Any) -> float:
-    values = [bool(value) for value in found]
-    return sum(values) / len(values)
 
 
 def _sacrebleu(name: str, texts: Sequence[str], references: References, tokenizer: str) -> tuple[float, str]:

@@ -12,9 +12,6 @@ from trainer.config.errors import is_secret_name
 from trainer.config.hostfile import with_hostfile
 from trainer.config.section import Flag, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
-_MIN_NODES = (
-    "Without a spare for a lost node, go on with as few as this, same global batch; default: all it was planned for"
-)
 # user@name; never an option, and safe as the name of a folder
 _HOST = r"^([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.:%-]*$"
 
@@ -48,6 +45,26 @@ class ClusterSection(Section):
     )
     health_check_seconds: PositiveFloat = Field(60.0, description="After which a node that has not answered is unfit")
     group: str | None = Field(None, description="The group that run directories belong to, with all that is in them")
+
+
+class _Nodes(ClusterSection):
+    """What backends of several nodes know."""
+
+    min_nodes: PositiveInt | None = Field(
+        None,
+        description="Without a spare for a lost node, go on with as few as this, same global batch; default: all it "
+        "was planned for",
+    )
+    gpu_model: str | None = Field(
+        None, description='Of the nodes, as nvidia-smi names it ("H100"): the plan then knows their memory and speed'
+    )
+    network_gigabits: PositiveFloat | None = Field(
+        None,
+        description="Gbit/s of a node to the others, one direction, all adapters together: for the plan's step time",
+    )
+    pass_environment: tuple[str, ...] = Field(
+        (), description="Names of variables taken from the launching shell, such as tokens; never written down"
+    )
 
 
 class LocalCluster(ClusterSection):
@@ -85,21 +102,13 @@ class SlurmContainer(Section):
         return self
 
 
-class SlurmCluster(ClusterSection):
+class SlurmCluster(_Nodes):
     """A SLURM allocation. Options are called as in sbatch; further ones go into `sbatch`."""
 
     backend: Literal["slurm"]
     nodes: PositiveInt = 1
     spare_nodes: NonNegativeInt = Field(0, description="Asked for in addition, taken when a node fails")
-    min_nodes: PositiveInt | None = Field(None, description=_MIN_NODES)
     gpus_per_node: NonNegativeInt = 0
-    gpu_model: str | None = Field(
-        None, description='Of the nodes, as nvidia-smi names it ("H100"): the plan then knows their memory and speed'
-    )
-    network_gigabits: PositiveFloat | None = Field(
-        None,
-        description="Gbit/s of a node to the others, one direction, all adapters together: for the plan's step time",
-    )
     processes_per_node: PositiveInt | None = Field(None, description="Default: `gpus_per_node`, else 1")
     cpus_per_task: PositiveInt | None = Field(None, description="CPUs of a node; there is one SLURM task a node")
     partition: str | None = None
@@ -135,9 +144,6 @@ class SlurmCluster(ClusterSection):
     setup: tuple[str, ...] = Field(
         (), description='Shell lines run first, "module load cuda"; the environment they leave reaches every node'
     )
-    pass_environment: tuple[str, ...] = Field(
-        (), description="Names of variables taken from the launching shell, such as tokens; never written down"
-    )
     doctor: Flag = Field(
         False, description="Examine the nodes before the first attempt; those that have problems are used last"
     )
@@ -167,7 +173,7 @@ class SlurmCluster(ClusterSection):
         return self
 
 
-class SshCluster(ClusterSection):
+class SshCluster(_Nodes):
     """Hosts reached by plain ssh, without passwords. See docs/ssh.md."""
 
     backend: Literal["ssh"]
@@ -178,16 +184,8 @@ class SshCluster(ClusterSection):
         None, description="Instead of `hosts`: a file with a line `name slots=8` for each, as DeepSpeed and Open MPI"
     )
     spare_nodes: NonNegativeInt = Field(0, description="So many of the hosts are taken only when others are lost")
-    min_nodes: PositiveInt | None = Field(None, description=_MIN_NODES)
     processes_per_node: PositiveInt | None = Field(None, description="Default: slots, else `gpus_per_node`, else 1")
     gpus_per_node: NonNegativeInt | None = Field(None, description="0: train on CPUs")
-    gpu_model: str | None = Field(
-        None, description='Of the nodes, as nvidia-smi names it ("H100"): the plan then knows their memory and speed'
-    )
-    network_gigabits: PositiveFloat | None = Field(
-        None,
-        description="Gbit/s of a node to the others, one direction, all adapters together: for the plan's step time",
-    )
     address: str | None = Field(
         None, description="Of the launching machine, as hosts reach it; default: what ssh connects from"
     )
@@ -196,9 +194,6 @@ class SshCluster(ClusterSection):
     ssh_options: tuple[str, ...] = Field((), description='Arguments of ssh: ["-p", "2222", "-o", "User=train"]')
     connect_seconds: PositiveInt = Field(10, description="For ssh to connect")
     setup: tuple[str, ...] = Field((), description='Lines of bash run first on each host, "module load cuda"')
-    pass_environment: tuple[str, ...] = Field(
-        (), description="Names of variables taken from the launching shell, such as tokens; never written down"
-    )
 
     @property
     def nodes(self) -> int:

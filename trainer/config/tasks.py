@@ -46,22 +46,46 @@ class PooledHeadConfig(HeadConfig):
     )
 
 
-class TextClassificationTask(Section):
+class _Classes(Section):
+    """What tasks share that tell classes (of words: tags) apart."""
+
+    labels: tuple[str, ...] | None = Field(
+        None, description="Names of the classes in the order of their ids; default: what the training data holds"
+    )
+    label_smoothing: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _distinct(self) -> _Classes:
+        if self.labels is not None and len(self.labels) < 2:
+            raise ValueError("`labels` needs at least two names")
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise ValueError("`labels` names one class twice")
+        return self
+
+
+class _WeightedClasses(_Classes):
+    """The same, of texts."""
+
+    class_weights: tuple[PositiveFloat, ...] = Field((), description="Weight of each class in the loss, one per label")
+    dropout: Fraction | None = Field(None, description="Of the head; default: the model's")
+
+    @model_validator(mode="after")
+    def _a_weight_each(self) -> _WeightedClasses:
+        if self.class_weights and self.labels and len(self.class_weights) != len(self.labels):
+            raise ValueError(f"{len(self.class_weights)} class_weights for {len(self.labels)} labels")
+        return self
+
+
+class TextClassificationTask(_WeightedClasses):
     """A class, several, or a number for a text or a pair of texts (`text`, `text_pair`, `label`)."""
 
     type: Literal["text-classification"]
     problem: Literal["single-label", "multi-label", "regression"] = "single-label"
-    labels: tuple[str, ...] | None = Field(
-        None, description="Names of the classes in the order of their ids; default: what the training data holds"
-    )
     metrics: tuple[Literal["accuracy", "f1", "macro_f1", "micro_f1", "matthews", "pearson", "spearman", "mse"], ...] = (
         Field(
             (), description="Default: accuracy; of several labels micro_f1 and macro_f1; of numbers pearson, spearman"
         )
     )
-    label_smoothing: Fraction = 0.0
-    class_weights: tuple[PositiveFloat, ...] = Field((), description="Weight of each class in the loss, one per label")
-    dropout: Fraction | None = Field(None, description="Of the head; default: the model's")
     pooling: Literal["cls", "mean"] | None = Field(
         None, description="What the head reads, where the model lets choose (ModernBERT): the first token, or the mean"
     )
@@ -69,40 +93,28 @@ class TextClassificationTask(Section):
 
     @model_validator(mode="after")
     def _sensible(self) -> TextClassificationTask:
-        _check_labels(self.labels)
         _check_head(self.head, dropout=self.dropout, pooling=self.pooling)
         if self.problem == "regression" and self.labels:
             raise ValueError("`labels` name classes, which a regression has none of")
         if self.problem != "single-label" and (self.label_smoothing or self.class_weights):
             raise ValueError("`label_smoothing` and `class_weights` are for single-label problems")
-        if self.class_weights and self.labels and len(self.class_weights) != len(self.labels):
-            raise ValueError(f"{len(self.class_weights)} class_weights for {len(self.labels)} labels")
         return self
 
 
-class TokenClassificationTask(Section):
+class TokenClassificationTask(_WeightedClasses):
     """A tag for each word (`tokens`, `tags`): named entities, parts of speech."""
 
     type: Literal["token-classification"]
-    labels: tuple[str, ...] | None = Field(
-        None, description="Names of the tags in the order of their ids; default: what the training data holds"
-    )
     scheme: Literal["auto", "none", "IOB1", "IOB2", "IOE1", "IOE2", "IOBES", "BILOU"] = Field(
         "auto",
         description="How tags mark entities; auto: IOBES, BILOU or IOB2 (BIO) by the names of the tags, none if they "
         "mark no entities",
     )
-    label_smoothing: Fraction = 0.0
-    class_weights: tuple[PositiveFloat, ...] = Field((), description="Weight of each tag in the loss, one per label")
-    dropout: Fraction | None = Field(None, description="Of the head; default: the model's")
     head: HeadConfig | None = Field(None, description="Layers of one's own choice; default: the model's own head")
 
     @model_validator(mode="after")
     def _sensible(self) -> TokenClassificationTask:
-        _check_labels(self.labels)
         _check_head(self.head, dropout=self.dropout)
-        if self.class_weights and self.labels and len(self.class_weights) != len(self.labels):
-            raise ValueError(f"{len(self.class_weights)} class_weights for {len(self.labels)} labels")
         return self
 
 
@@ -135,19 +147,10 @@ class MultipleChoiceTask(Section):
         return self
 
 
-class ImageClassificationTask(Section):
+class ImageClassificationTask(_Classes):
     """A class for an image (`image`, `label`)."""
 
     type: Literal["image-classification"]
-    labels: tuple[str, ...] | None = Field(
-        None, description="Names of the classes in the order of their ids; default: what the training data holds"
-    )
-    label_smoothing: Fraction = 0.0
-
-    @model_validator(mode="after")
-    def _sensible(self) -> ImageClassificationTask:
-        _check_labels(self.labels)
-        return self
 
 
 class ImageTextToTextTask(WritingTask):
@@ -168,13 +171,6 @@ def _check_head(head: HeadConfig | None, **of_the_models_own: Any) -> None:
     for name, value in of_the_models_own.items():
         if head is not None and value is not None:
             raise ValueError(f"`{name}` is of the model's own head: with `head`, give `head.{name}`")
-
-
-def _check_labels(labels: tuple[str, ...] | None) -> None:
-    if labels is not None and len(labels) < 2:
-        raise ValueError("`labels` needs at least two names")
-    if labels is not None and len(set(labels)) < len(labels):
-        raise ValueError("`labels` names one class twice")
 
 
 Task = Annotated[

@@ -14,7 +14,7 @@ from trainer.config.tasks import HeadConfig
 from trainer.data.sample import Sample
 from trainer.data.sources import lacks_names, open_source
 from trainer.failures import DataError, UserError
-from trainer.head import HeadAuto, save_head
+from trainer.head import HeadAuto, save_head, set_head
 from trainer.tasks.base import BaseTask, Objective, missing_column
 from trainer.tokenizer import Tokenizer
 
@@ -65,6 +65,10 @@ class EncoderTask(HeadTask):
         self.fast: Any = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
         self.fast.no_padding()
         self.fast.enable_truncation(config.data.sequence_length, strategy="longest_first")
+
+    def configure(self, model_config: Any) -> None:
+        set_head_dropout(model_config, getattr(self.config.task, "dropout", None))
+        set_head(model_config, self.auto_class, self.head)
 
     def objective(self, model: Any, attention: str, device: torch.device) -> Objective:
         from trainer.objective import EncoderObjective

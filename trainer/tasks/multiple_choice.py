@@ -15,7 +15,6 @@ import numpy as np
 from trainer.config.schema import LaunchConfig
 from trainer.config.tasks import MultipleChoiceTask
 from trainer.data.sample import Sample
-from trainer.head import set_head
 from trainer.tasks.base import Predictions, named_columns
 from trainer.tasks.encoder import (
     EncoderTask,
@@ -23,7 +22,6 @@ from trainer.tasks.encoder import (
     inputs_of,
     label_text,
     labels_of,
-    set_head_dropout,
     set_padding,
 )
 from trainer.tokenizer import Tokenizer
@@ -79,8 +77,7 @@ class MultipleChoice(EncoderTask):
 
     def configure(self, model_config: Any) -> None:
         set_padding(model_config, self.tokenizer)
-        set_head_dropout(model_config, self.task.dropout)
-        set_head(model_config, self.auto_class, self.task.head)
+        super().configure(model_config)
 
     def loss(self, output: Any, samples: Sequence[Sample]) -> torch.Tensor:
         return cross_entropy(_logits(output, samples), labels_of(samples))
@@ -143,11 +140,9 @@ def _label(value: Any, choices: int, names: Sequence[str | None]) -> int | str:
 def _sample(encodings: Sequence[Any], label: int | None) -> Sample:
     made = [inputs_of(encoding) for encoding in encodings]
     tokens = np.concatenate([tokens for tokens, _ in made])
-    targets = np.zeros(len(tokens), dtype=bool)
-    targets[0] = True
     return Sample(
         tokens,
-        targets,
+        np.arange(len(tokens)) == 0,
         None if label is None else np.array([label], dtype=np.int64),
         {name: np.concatenate([inputs[name] for _, inputs in made]) for name in made[0][1]},
         rows=tuple(len(tokens) for tokens, _ in made),

@@ -78,7 +78,9 @@ class QuestionAnswering(EncoderTask):
         answers = [self._answers(record) for record in records]
         pairs = [(question, r["context"]) for question, r in zip(self._questions(records), records, strict=True)]
         return [
-            found if isinstance(found, str) else [self._window(part, r["context"], found) for part in _windows(first)]
+            found
+            if isinstance(found, str)
+            else [self._window(part, r["context"], found) for part in (first, *first.overflowing)]
             for found, r, first in zip(answers, records, self.encode_texts(pairs), strict=True)
         ]
 
@@ -100,9 +102,8 @@ class QuestionAnswering(EncoderTask):
 
     def scores(self, loss: float, predictions: Predictions) -> dict[str, float]:
         """EM and F1 in percent; of questions that may have no answer the parts, and at the best threshold as well."""
-        return squad_scores(
-            [merged([window for _, window in windows]) for windows in _by_record(predictions)], self.task
-        )
+        of_records = groupby(predictions, key=lambda item: item[0][:2])
+        return squad_scores([merged([window for _, window in windows]) for _, windows in of_records], self.task)
 
     def read_answers(self, output: Any, samples: Sequence[Sample]) -> list[Any]:
         return self.read(output, samples)
@@ -149,8 +150,7 @@ class QuestionAnswering(EncoderTask):
         tokens, inputs = inputs_of(encoding)
         of_context = np.array([part == 1 for part in encoding.sequence_ids], dtype=bool)
         offsets = np.where(of_context[:, None], np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2), -1)
-        targets = np.zeros(len(tokens), dtype=bool)
-        targets[:1] = True
+        targets = np.arange(len(tokens)) == 0
         labels = np.array(_span(offsets, answers[0]) if answers else (0, 0), dtype=np.int64)
         reference = Window(context, offsets.astype(np.int32), tuple(text for _, text in answers))
         return Sample(tokens, targets, labels if self.labelled else None, inputs, reference)
@@ -175,10 +175,6 @@ class QuestionAnswering(EncoderTask):
             for i in chosen
         ]
         return Spans(float(start[0] + end[0]), spans, window.answers)
-
-
-def _windows(encoding: Any) -> list[Any]:
-    return [encoding, *encoding.overflowing]
 
 
 def _span(offsets: np.ndarray, answer: tuple[int, str]) -> tuple[int, int]:
@@ -206,10 +202,6 @@ def _without_padding(output: Any, samples: Sequence[Sample]) -> tuple[torch.Tens
     return logits(output.start_logits), logits(output.end_logits)
 
 
-def _by_record(predictions: Predictions) -> list[Predictions]:
-    return [list(windows) for _, windows in groupby(predictions, key=lambda item: item[0][:2])]
-
-
 def merged(windows: Sequence[Spans]) -> Spans:
     """The spans of all windows of a record; it has no answer only as far as no window has one."""
     spans = sorted((span for window in windows for span in window.spans), key=lambda span: -span[0])
@@ -226,18 +218,16 @@ def squad_scores(records: Sequence[Spans], task: QuestionAnsweringTask) -> dict[
     texts = [record.spans[0][1] if record.spans else "" for record in records]
     # how much likelier no answer is than the best one
     margins = np.array([record.none - record.spans[0][0] if record.spans else np.inf for record in records])
+    found = {
+        name: np.array([best_of(score, text, r.answers) for text, r in zip(texts, records, strict=True)])
+        for name, score in (("exact_match", exact_match), ("f1", f1))
+    }
     if not task.unanswerable:
-        return {
-            "exact_match": _mean(
-                [best_of(exact_match, text, r.answers) for text, r in zip(texts, records, strict=True)]
-            ),
-            "f1": _mean([best_of(f1, text, r.answers) for text, r in zip(texts, records, strict=True)]),
-        }
+        return {name: _mean(spoken) for name, spoken in found.items()}
     answered = np.array([bool(record.answers) for record in records])
     silent = margins > task.no_answer_threshold
     scores: dict[str, float] = {}
-    for name, score in (("exact_match", exact_match), ("f1", f1)):
-        spoken = np.array([best_of(score, text, r.answers) for text, r in zip(texts, records, strict=True)])
+    for name, spoken in found.items():
         values = np.where(silent, np.where(answered, 0.0, 1.0), spoken)
         scores[name] = _mean(values)
         if answered.any():
@@ -288,5 +278,5 @@ def f1(text: str, answer: str) -> float:
     return 2.0 * same / (len(found) + len(wanted))
 
 
-def _mean(values: Sequence[float] | np.ndarray) -> float:
+def _mean(values: np.ndarray) -> float:
     return 100.0 * float(np.mean(values))

@@ -14,7 +14,6 @@ import numpy as np
 from trainer.config.schema import LaunchConfig
 from trainer.config.tasks import TextClassificationTask
 from trainer.data.sample import Sample
-from trainer.head import set_head
 from trainer.tasks.base import Predictions, named_columns
 from trainer.tasks.encoder import (
     EncoderTask,
@@ -22,7 +21,6 @@ from trainer.tasks.encoder import (
     cross_entropy,
     inputs_of,
     labels_of,
-    set_head_dropout,
     set_labels,
     set_padding,
     set_pooling,
@@ -82,8 +80,7 @@ class TextClassification(EncoderTask):
                 results.append(label)
                 continue
             tokens, inputs = inputs_of(encoding)
-            targets = np.zeros(len(tokens), dtype=bool)
-            targets[:1] = True
+            targets = np.arange(len(tokens)) == 0
             results.append(Sample(tokens, targets, label, inputs, truncated=bool(encoding.overflowing)))
         return results
 
@@ -96,9 +93,8 @@ class TextClassification(EncoderTask):
             "_classification" if self.labels.names else ""
         )
         set_padding(model_config, self.tokenizer)
-        set_head_dropout(model_config, self.task.dropout)
         set_pooling(model_config, self.task.pooling)
-        set_head(model_config, self.auto_class, self.task.head)
+        super().configure(model_config)
 
     def loss(self, output: Any, samples: Sequence[Sample]) -> torch.Tensor:
         import torch

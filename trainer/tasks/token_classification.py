@@ -17,7 +17,6 @@ import numpy as np
 from trainer.config.schema import LaunchConfig
 from trainer.config.tasks import TokenClassificationTask
 from trainer.data.sample import Sample
-from trainer.head import set_head
 from trainer.tasks.base import Predictions, named_columns
 from trainer.tasks.encoder import (
     EncoderTask,
@@ -25,7 +24,6 @@ from trainer.tasks.encoder import (
     cross_entropy,
     inputs_of,
     labels_of,
-    set_head_dropout,
     set_labels,
     with_labels,
 )
@@ -71,8 +69,7 @@ class TokenClassification(EncoderTask):
 
     def configure(self, model_config: Any) -> None:
         set_labels(model_config, self.labels.names)
-        set_head_dropout(model_config, self.task.dropout)
-        set_head(model_config, self.auto_class, self.task.head)
+        super().configure(model_config)
 
     def loss(self, output: Any, samples: Sequence[Sample]) -> torch.Tensor:
         chosen = output.logits[_places(samples, output.logits.shape[1], output.logits.device)]
