@@ -37,6 +37,9 @@ class Tokenizer:
         pad_id: the padding token, or None.
         chat_template: Jinja template of the tokenizer, or None.
         special_tokens: `bos_token` and the like by name, as chat templates use them.
+        decode: the text of token ids, special tokens left out.
+        show: the text of token ids with special tokens written out.
+        save: writes what `AutoTokenizer.from_pretrained(folder)` needs to give the same ids.
         backend: the `tokenizers.Tokenizer` behind it, with its own template of special tokens; None for slow ones.
     """
 
@@ -49,9 +52,9 @@ class Tokenizer:
     special_tokens: dict[str, str]
     _encode: Callable[[list[str]], list[list[int]]]
     _encode_with_starts: Callable[[list[str]], list[tuple[list[int], list[int]]]]
-    _decode: Callable[[list[int]], str]
-    _show: Callable[[list[int]], str]
-    _save: Callable[[Path], None]
+    decode: Callable[[Sequence[int]], str]
+    show: Callable[[Sequence[int]], str]
+    save: Callable[[Path], None]
     backend: Any = None
 
     def fingerprint(self) -> str:
@@ -83,18 +86,6 @@ class Tokenizer:
         found = self._encode_with_starts(list(texts)) if texts else []
         return [(np.asarray(ids, dtype=np.int32), np.asarray(starts, dtype=np.int64)) for ids, starts in found]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
-        return self._decode([int(i) for i in ids])
-
-    def show(self, ids: Sequence[int]) -> str:
-        """The text of token ids with special tokens written out."""
-        return self._show([int(i) for i in ids])
-
-    def save(self, folder: Path) -> None:
-        """Write what `AutoTokenizer.from_pretrained(folder)` needs to give the same ids."""
-        self._save(folder)
-
 
 # of tasks without texts
 NO_TOKENIZER = Tokenizer(
@@ -107,9 +98,9 @@ NO_TOKENIZER = Tokenizer(
     special_tokens={},
     _encode=lambda texts: [[] for _ in texts],
     _encode_with_starts=lambda texts: [([], []) for _ in texts],
-    _decode=lambda ids: "",
-    _show=lambda ids: "",
-    _save=lambda folder: None,
+    decode=lambda ids: "",
+    show=lambda ids: "",
+    save=lambda folder: None,
 )
 
 
@@ -196,7 +187,7 @@ def _fast(path: Path, settings: dict[str, Any], folder: Path | None) -> Tokenize
         _default_template(template),
         special,
         **_calls(fast),
-        _save=save,
+        save=save,
         backend=fast,
     )
 
@@ -220,8 +211,8 @@ def _calls(fast: Any) -> dict[str, Callable[..., Any]]:
     return {
         "_encode": lambda texts: [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)],
         "_encode_with_starts": encode_with_starts,
-        "_decode": lambda ids: str(fast.decode(ids)),
-        "_show": lambda ids: str(fast.decode(ids, skip_special_tokens=False)),
+        "decode": lambda ids: str(fast.decode(ids)),
+        "show": lambda ids: str(fast.decode(ids, skip_special_tokens=False)),
     }
 
 
@@ -271,7 +262,7 @@ def _sentencepiece(path: Path) -> Tokenizer:
         None,
         {name: fast.id_to_token(i) for name, i in (("bos_token", bos), ("eos_token", eos)) if i is not None},
         **_calls(fast),
-        _save=save,
+        save=save,
         backend=fast,
     )
 
@@ -357,8 +348,8 @@ def _transformers(origin: str, trust_remote_code: bool) -> Tokenizer:
     slow: dict[str, Callable[..., Any]] = {
         "_encode": lambda texts: list(tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else [],
         "_encode_with_starts": refuse_starts,
-        "_decode": lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-        "_show": lambda ids: str(tokenizer.decode(ids)),
+        "decode": lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+        "show": lambda ids: str(tokenizer.decode(ids)),
     }
     return Tokenizer(
         origin,
@@ -369,6 +360,6 @@ def _transformers(origin: str, trust_remote_code: bool) -> Tokenizer:
         _default_template(getattr(tokenizer, "chat_template", None)),
         {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
         **(_calls(fast) if fast is not None else slow),
-        _save=lambda target: tokenizer.save_pretrained(target),
+        save=lambda target: tokenizer.save_pretrained(target),
         backend=fast,
     )
