@@ -22,8 +22,6 @@ from trainer.tasks.base import BaseTask, Objective
 class Replica:
     """A whole model in the place of an `Engine`: it never waits for other ranks."""
 
-    rank, world_size, stage = 0, 1, 0
-
     def __init__(self, model: Any) -> None:
         self.model = model
 

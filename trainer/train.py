@@ -49,12 +49,7 @@ _STOP, _SAVE, _PROBE = 1, 2, 4  # what rank 0 asks of all ranks after a step
 
 def train(run: RunDirectory, attempt: int) -> None:
     """Train, evaluate, checkpoint and export one run, from its newest checkpoint on if there is one."""
-    trainer = Trainer(run, attempt)
-    try:
-        trainer.run_to_end()
-    except Exception as error:
-        error.step = trainer.step  # type: ignore[attr-defined]  # for the failure record
-        raise
+    Trainer(run, attempt).run_to_end()
 
 
 class Trainer:

@@ -95,11 +95,8 @@ def check_packages() -> None:
 
 def _record(run: RunDirectory, attempt: int, rank: int, error: BaseException) -> int:
     """Leave the failure record and the traceback; returns the exit code."""
-    step = getattr(error, "step", None)
-    if not isinstance(step, int):
-        step = heartbeat.step_under_way()
     with contextlib.suppress(OSError):  # a full disk must not hide the error itself
-        write_failure(run.attempt_dir(attempt), rank, error, step)
+        write_failure(run.attempt_dir(attempt), rank, error, heartbeat.step_under_way())
     if isinstance(error, DsftError):
         print(f"error: {error}", file=sys.stderr)
     traceback.print_exception(error)

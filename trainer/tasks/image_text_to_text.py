@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trainer.config.schema import LaunchConfig
-from trainer.config.tasks import ImageTextToTextTask
 from trainer.data.images import decode, reference
 from trainer.data.sample import Sample
 from trainer.failures import DataError, UserError
@@ -48,8 +47,6 @@ class ImageTextToText(WrittenTask):
 
     def __init__(self, config: LaunchConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
-        self.settings = cast("ImageTextToTextTask", config.task)
-        self.predicts = self.settings.generation is not None
         self.metrics = self.settings.metrics or ("exact_match",)
         self._lock = threading.Lock()  # training and evaluation encode in a thread each
 

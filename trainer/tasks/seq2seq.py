@@ -8,11 +8,10 @@ evaluation compares with all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.config.generation import SummarizationTask, TranslationTask
 from trainer.config.schema import LaunchConfig
 from trainer.data.sample import Sample
 from trainer.failures import DataError, UserError
@@ -44,9 +43,7 @@ class SequenceToSequence(WrittenTask):
 
     def __init__(self, config: LaunchConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
-        self.settings = cast("TranslationTask | SummarizationTask", config.task)
         self._also_known_as = _ALSO_KNOWN_AS.get(config.task.type, {})
-        self.predicts = self.settings.generation is not None
         self.metrics = self.settings.metrics or _DEFAULT_METRICS[config.task.type]
         most = config.data.sequence_length
         self._target_limit = self.settings.max_target_tokens or max(most // 2, 1)

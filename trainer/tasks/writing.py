@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trainer.config.schema import LaunchConfig
-from trainer.config.tasks import CausalLMTask
 from trainer.data.sample import Sample
 from trainer.tasks.base import Predictions
 from trainer.tasks.causal_lm import CausalLM
@@ -37,12 +36,10 @@ class WritingCausalLM(WrittenTask, CausalLM):
 
     structured = CausalLM.structured | {"tests"}
     optional = CausalLM.optional | _CODE_COLUMNS
-    predicts = True
     label_columns = frozenset({"completion"})
 
     def __init__(self, config: LaunchConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
-        self.settings = cast("CausalLMTask", config.task)
         self.code = self.settings.code_execution
         self.metrics = self.settings.metrics or (() if self.code.enabled else ("exact_match",))
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
+from trainer.config.generation import WritingTask
+from trainer.config.schema import LaunchConfig
 from trainer.tasks.base import BaseTask, Predictions
 from trainer.text_metrics import text_scores
+from trainer.tokenizer import Tokenizer
 
 
 class WrittenTask(BaseTask):
@@ -19,8 +22,12 @@ class WrittenTask(BaseTask):
         metrics: names of scores.
     """
 
-    settings: Any
     metrics: Sequence[Any]
+
+    def __init__(self, config: LaunchConfig, tokenizer: Tokenizer) -> None:
+        super().__init__(config, tokenizer)
+        self.settings: Any = config.task
+        self.predicts = cast("WritingTask", config.task).generation is not None
 
     def decoded(self, texts: Sequence[Sequence[int]]) -> list[str]:
         """Generated token ids as texts, up to the first of `generation.stop`."""
