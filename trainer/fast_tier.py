@@ -108,9 +108,10 @@ class FastTier:
         return (self.folder / folder_name(step) / self._file).with_suffix(".json")
 
     def _steps(self) -> list[int]:
-        """Steps of which this rank has written its part, rising."""
+        """Steps of which this rank has written its part, in the order of writing: a run may have gone back."""
         found = self.folder.glob(f"step-*/{Path(self._file).with_suffix('.json')}")
-        return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+        in_order = sorted(found, key=lambda path: path.stat().st_mtime_ns)
+        return [int(path.parent.name.removeprefix("step-")) for path in in_order]
 
     def _remove(self, step: int) -> None:
         """The record first: without it there is no part."""

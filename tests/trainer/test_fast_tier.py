@@ -59,6 +59,10 @@ def test_the_last_ones_stay_and_shared_storage_says_which_count(tmp_path: Path) 
     assert run.published_checkpoints() == []
     assert abandon_after(run, 4) == []
     assert fast.listed(0) == [], "gone back to step 4: no later one counts"
+    for step in (5, 7):
+        save_fast(tmp_path, step)
+    assert fast.listed(0) == [(7, 7), (5, 7)]
+    assert isinstance(fast.part(5, 7), tuple), "those of before are the first to go"
     (fast.folder / folder_name(2)).mkdir()
     (fast.folder / folder_name(2) / "rank-00002-of-00003.json").touch()  # of an attempt with more ranks
     fast.clear()
