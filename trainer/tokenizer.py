@@ -6,6 +6,7 @@ only for folders that hold neither file. Encoding never adds special tokens: tas
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -22,6 +23,7 @@ from trainer.failures import DataError
 
 # Words that merges, white space, capitals, digits, and bytes that no piece covers show in
 _SAMPLE = "The  quick brown fox, 12345 times: naïve café\n\tdef f(x): return x**2  # 日本語 🙂 Überraschung"
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _TOGETHER = 64  # texts of one call: what it returns is large, and dear to allocate, for thousands
 
 
@@ -116,8 +118,9 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     try:
         if path.is_file():
             return _sentencepiece(path) if path.suffix == ".model" else _fast(path, {}, None)
-        if path.is_dir():
-            return _folder(path, config.trust_remote_code)
+        folder = path if path.is_dir() else _of_hub(origin)
+        if folder is not None:
+            return _folder(folder, config.trust_remote_code)
         return _transformers(origin, config.trust_remote_code)
     except DataError:
         raise
@@ -126,6 +129,21 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
             f"{key}: the tokenizer of {origin!r} cannot be loaded: {' '.join(str(error).split())}; expected a Hugging "
             "Face folder or hub id, a tokenizer.json or a SentencePiece .model"
         ) from error
+
+
+def _of_hub(name: str) -> Path | None:
+    """The folder in the hub's cache that now has the files of a fast tokenizer; None where the hub has no such ones."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        folder = Path(hf_hub_download(name, _FILES[0])).parent
+    except EntryNotFoundError:
+        return None
+    for file in _FILES[1:]:
+        with contextlib.suppress(EntryNotFoundError):
+            hf_hub_download(name, file)
+    return folder
 
 
 def _folder(path: Path, trust_remote_code: bool) -> Tokenizer:
@@ -164,7 +182,7 @@ def _fast(path: Path, settings: dict[str, Any], folder: Path | None) -> Tokenize
 
     def save(target: Path) -> None:
         if folder is not None:
-            for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+            for name in _FILES:
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, target / name)
         else:

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from tokenizers import Tokenizer, models
 
 from trainer import hub
 from trainer.check import check
 from trainer.config.loading import load_config
-from trainer.config.schema import LaunchConfig
+from trainer.config.schema import LaunchConfig, ModelConfig
 from trainer.data.sources import find_files
 from trainer.failures import DataError
+from trainer.tokenizer import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +97,17 @@ def test_a_way_to_the_hub_changes_nothing(
 def test_a_user_who_decides_is_not_asked(config: LaunchConfig, closed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert hub.offline_if_unreachable(config) is None
+
+
+def test_a_tokenizer_of_the_cache_is_that_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / "cache/models--some--model"
+    (folder / "snapshots/1").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("1")
+    fast = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a"))
+    fast.save(str(folder / "snapshots/1/tokenizer.json"))
+    (folder / "snapshots/1/tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = load_tokenizer(ModelConfig(path="some/model"))
+    assert (tokenizer.encode_batch(["b"])[0].tolist(), tokenizer.eos_id) == ([1], 2)
+    assert tokenizer.backend.to_str() == fast.to_str(), "as tasks with encoders need it"
