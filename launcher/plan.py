@@ -16,10 +16,9 @@ from trainer.failures import UserError
 from trainer.planning.batches import BatchPlan
 from trainer.planning.communication import Communication, plan_communication
 from trainer.planning.deepspeed_config import deepspeed_config
-from trainer.planning.flops import FORMULA, flops_per_token
 from trainer.planning.memory import MemoryEstimate
 from trainer.planning.model_facts import ModelFacts
-from trainer.planning.throughput import Device, StepTime, peak_flops, step_time
+from trainer.planning.throughput import FORMULA, Device, StepTime, flops_per_token, peak_flops, step_time
 from trainer.planning.throughput import device as known_device
 
 DEFAULT_PORT = 29_500

@@ -208,54 +208,21 @@ class EventWriter:
         return line
 
 
-@dataclass(frozen=True)
 class RunDirectory:
     """Paths and records of the run in `path`. Creating the object touches nothing on disk."""
 
-    path: Path
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(os.path.abspath(self.path)))
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def config_path(self) -> Path:
-        return self.path / "config.json"
-
-    @property
-    def plan_path(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def environment_path(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def events_dir(self) -> Path:
-        return self.path / "events"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def tensorboard_dir(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def checkpoints_dir(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def export_dir(self) -> Path:
-        return self.path / "export"
-
-    @property
-    def lock_dir(self) -> Path:
-        return self.path / "lock"
+    def __init__(self, path: Path) -> None:
+        self.path = path = Path(os.path.abspath(path))
+        self.name = path.name
+        self.config_path = path / "config.json"
+        self.plan_path = path / "plan.json"
+        self.environment_path = path / "environment.json"
+        self.events_dir = path / "events"
+        self.metrics_path = path / "metrics.jsonl"
+        self.tensorboard_dir = path / "tensorboard"
+        self.checkpoints_dir = path / "checkpoints"
+        self.export_dir = path / "export"
+        self.lock_dir = path / "lock"
 
     def exists(self) -> bool:
         """True if this folder is a run (has its config)."""

@@ -20,10 +20,9 @@ from trainer.planning.communication import (
     plan_communication,
 )
 from trainer.planning.deepspeed_config import deepspeed_config
-from trainer.planning.flops import flops_per_token
 from trainer.planning.memory import CUDA_OVERHEAD, Recomputation, estimate, recomputation
 from trainer.planning.model_facts import facts_of_config
-from trainer.planning.throughput import peak_flops
+from trainer.planning.throughput import flops_per_token, peak_flops
 
 LLAMA = facts_of_config(LLAMA_8B)
 LAYER_8B = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)

@@ -42,7 +42,7 @@ class Objective:
     def answer(self, engine: Engine, sequences: Sequence[PackedSequence]) -> Predictions:
         """What `Task.answer` needs of each sample (at least one), which may have no labels: for `dsft predict`.
 
-        The engine is then a whole model on each rank (`trainer.inference.Replica`: world_size 1), and ranks make calls
+        The engine is then a whole model on each rank (`trainer.inference.Replica`), and ranks make calls
         of their own: nothing in here may wait for other ranks.
         """
         return []
