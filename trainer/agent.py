@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,13 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.unfit = getattr(error, "unfit", False)
         code = EXIT_TERMINATED if stopped else exit_code_of(error)
         if not stopped:
-            import traceback
-
             traceback.print_exc()
+    report.oom_kills = oom_kills() - oom_kills_before
     if (first := report.first_failed()) is not None:
         print(f"rank {first} failed first, with exit code {report.exit_codes[first]}; killed: {sorted(report.killed)}")
-    report.oom_kills = oom_kills() - oom_kills_before
-    if report.first_failed() is not None:
         report.kernel = telling(read_kernel_log(), began)
     report.write(run.agent_report_path(options.attempt, node_name()))
     return code

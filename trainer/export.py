@@ -15,6 +15,7 @@ from trainer.config.schema import LaunchConfig, ModelConfig
 from trainer.export_adapter import write_config
 from trainer.export_weights import Weights
 from trainer.failures import DsftError, StorageError, UserError, in_words
+from trainer.hub import offline_if_unreachable
 from trainer.model import DTYPES, load_model_config, quiet_libraries
 from trainer.rundir import EXPORT_ABOUT, RunDirectory, sync, write_json
 from trainer.tasks import get_task, task_tokenizer
@@ -166,6 +167,8 @@ def main() -> None:
     config = LaunchConfig.model_validate_json(run.config_path.read_text())
     quiet_libraries()
     try:
+        if problem := offline_if_unreachable(config):
+            raise UserError(problem)
         print(export_run(run, config, arguments.step, arguments.dtype, arguments.output, arguments.adapter))
     except (DsftError, OSError) as error:
         told = in_words(error)

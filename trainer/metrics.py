@@ -29,15 +29,16 @@ class MetricsLog:
     def step(self, line: dict[str, Any]) -> None:
         append_line(self._path, {**line, "time": wall_time()})
         seconds = line["step_seconds"]
-        rates = {
+        figures = {
+            **line,
             "target_tokens_per_second": line["target_tokens"] / seconds,
             "tokens_per_second": line["tokens"] / seconds,
         }
-        self._scalars("train", {**line, **rates}, line["step"], only=_SCALARS)
+        self._scalars("train", {name: figures.get(name) for name in _SCALARS}, line["step"])
 
     def evaluation(self, step: int, scores: dict[str, float]) -> None:
         append_line(self._path, {"step": step, "evaluation": scores, "time": wall_time()})
-        self._scalars("evaluation", scores, step, only=tuple(scores))
+        self._scalars("evaluation", scores, step)
 
     def samples(self, step: int, shown: Sequence[Mapping[str, Any]], signatures: Mapping[str, str]) -> None:
         """What an evaluation generated, a line each, to samples.jsonl beside the metrics, and to TensorBoard."""
@@ -51,11 +52,8 @@ class MetricsLog:
         if self._writer is not None:
             self._writer.close()
 
-    def _scalars(self, prefix: str, values: dict[str, Any], step: int, only: tuple[str, ...]) -> None:
-        if self._tensorboard is None:
-            return
-        for name in only:
-            value = values.get(name)
+    def _scalars(self, prefix: str, values: Mapping[str, Any], step: int) -> None:
+        for name, value in values.items() if self._tensorboard is not None else ():
             if isinstance(value, int | float):
                 self._open(step).add_scalar(f"{prefix}/{name}", value, step)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,8 +80,7 @@ class Profiler:
             self._seconds,
             self._data_seconds,
         )
-        path = Path(self._folder / f"rank{self._rank}.txt")
-        path.write_text(text, encoding="utf-8")
+        (self._folder / f"rank{self._rank}.txt").write_text(text, encoding="utf-8")
         print(f"{text}trace for https://ui.perfetto.dev: {trace}", flush=True)
 
 
