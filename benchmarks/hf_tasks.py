@@ -90,7 +90,7 @@ def scores_of(model: Any, task: Any, samples: Sequence[Sample], batch: int = 32)
 
     from trainer.objective import EncoderObjective
 
-    objective = EncoderObjective(model, task, task.tokenizer.pad_id, torch.device("cpu"))
+    objective = EncoderObjective(model, task, torch.device("cpu"))
     predictions: list[Any] = []
     model.eval()
     with torch.no_grad():

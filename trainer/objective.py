@@ -16,6 +16,8 @@ from trainer.tasks.encoder import HeadTask
 
 _PAD_TO = 8  # tokens; matrix kernels like it, and CPU kernels are kept for every shape that they meet
 
+_TYPES = ("xlnet", "funnel")  # models that tell the texts of a pair apart without a table of types
+
 
 class EncoderObjective(Objective):
     """The loss and the predictions of a `HeadTask` on a model.
@@ -23,13 +25,17 @@ class EncoderObjective(Objective):
     Args:
         model: its forward pass tells which inputs it takes.
         task: computes the loss from the model's output.
-        pad_id: token that fills rows up; the attention mask hides it, so any will do.
         device: of the model.
     """
 
-    def __init__(self, model: Any, task: HeadTask, pad_id: int | None, device: torch.device) -> None:
-        self._task, self._pad_id, self._device = task, pad_id or 0, device
-        self._accepted = frozenset(inspect.signature(model.forward).parameters)
+    def __init__(self, model: Any, task: HeadTask, device: torch.device) -> None:
+        self._task, self._device = task, device
+        # by its own padding token, and not by the mask, a decoder's head finds the last token of a text
+        self._pad_id = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
+        accepted = set(inspect.signature(model.forward).parameters)
+        if not hasattr(model.config, "type_vocab_size") and model.config.model_type not in _TYPES:
+            accepted.discard("token_type_ids")  # which GPT-2 and its like look up as further tokens
+        self._accepted = frozenset(accepted)
 
     def __call__(self, forward: Callable[..., Any], sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, int]:
         samples = [sample for sequence in sequences for sample in sequence.samples]

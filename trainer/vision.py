@@ -26,7 +26,7 @@ class ImageObjective(EncoderObjective):
     """As EncoderObjective, for models that read the pixels of one image a sample."""
 
     def __init__(self, model: Any, task: ImageClassification, device: torch.device) -> None:
-        super().__init__(model, task, None, device)
+        super().__init__(model, task, device)
         self._images = task
         self._blank = task.blank()
         self._dtype = model.dtype

@@ -13,6 +13,14 @@ from typing import Any
 import pytest
 import torch
 from tiny_encoder import make_tokenizer, tiny_bert
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from trainer.config.schema import LaunchConfig
+from trainer.data.sample import PackedSequence, Sample
+from trainer.inference import Replica
+from trainer.model import load_model_config
+from trainer.tasks import get_task
+from trainer.tokenizer import load_tokenizer
 
 ROOT = str(Path(__file__).resolve().parents[2])
 WORDS = [
@@ -114,3 +122,37 @@ def test_scores_stand_beside_those_of_hf_trainer(model: Path, tmp_path: Path) ->
         (scores,) = found["scores"][side]
         assert -1 <= scores["in_domain/matthews"] <= 1
         assert scores["out_of_domain/accuracy"] > 0.3
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_decoders_read_the_last_token_of_a_text_and_no_padding(tmp_path: Path, model_type: str) -> None:
+    """As plain transformers does with each text alone, though neither model nor tokenizer have a padding token, and
+    GPT-2 would look up types of tokens as if they were tokens."""
+    fast = Tokenizer(models.WordLevel({name: number for number, name in enumerate([*WORDS, "</s>"])}))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LaunchConfig.model_validate(
+        {
+            "name": "a",
+            "task": {"type": "text-classification", "labels": ["no", "yes"]},
+            "model": {"config": {"model_type": model_type, "vocab_size": 24, **sizes}, "tokenizer": str(tmp_path)},
+            "data": {"train": [{"path": "-"}], "sequence_length": 16},
+            "training": {"global_batch_size": 1, "max_steps": 1},
+        }
+    )
+    task = get_task(config, load_tokenizer(config.model))
+    model_config = load_model_config(config.model)
+    task.configure(model_config)
+    torch.manual_seed(0)
+    model = task.auto.from_config(model_config).eval()
+    records = [{"text": " ".join(WORDS[:length]), "label": 0} for length in (1, 5, 9)]
+    samples = [sample for sample in task.encode(records) if isinstance(sample, Sample)]
+    together: Any = [PackedSequence((sample,)) for sample in samples]
+    replica: Any = Replica(model)
+    with torch.no_grad():
+        found = task.objective(model, "sdpa", torch.device("cpu")).answer(replica, together)
+        for (_, probabilities), sample in zip(found, samples, strict=True):
+            alone = model(input_ids=torch.from_numpy(sample.tokens)[None].long()).logits.softmax(-1)
+            torch.testing.assert_close(torch.tensor(probabilities), alone[0])

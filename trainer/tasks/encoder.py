@@ -73,7 +73,7 @@ class EncoderTask(HeadTask):
     def objective(self, model: Any, attention: str, device: torch.device) -> Objective:
         from trainer.objective import EncoderObjective
 
-        return EncoderObjective(model, self, self.tokenizer.pad_id, device)
+        return EncoderObjective(model, self, device)
 
     @property
     def head(self) -> HeadConfig | None:
