@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from test_permissions import other_group  # noqa: F401
 
 from launcher.detach import log_path, tell_ready
 from trainer.processes import kill_run, processes_of_run
@@ -37,6 +36,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         input=str(folder / "lines.txt"), model_prefix=str(folder / "small"), vocab_size=40, minloglevel=2
     )
     return folder
+
+
+@pytest.fixture
+def other_group() -> str:
+    """A group that is not this process's own, and that it may give files to."""
+    own = os.getegid()
+    numbers = [group.gr_gid for group in grp.getgrall()] if os.geteuid() == 0 else os.getgroups()
+    name = next((grp.getgrgid(number).gr_name for number in numbers if number != own), None)
+    if name is None:
+        pytest.skip("needs root, or a second group")
+    return name
 
 
 def config_file(folder: Path, name: str, **training: Any) -> Path:
@@ -202,7 +212,7 @@ def test_a_detached_launch_goes_on_alone_and_is_told_to_stop(folder: Path) -> No
         kill_run(run.path)
 
 
-def test_a_detached_launch_that_cannot_start_says_why(folder: Path, other_group: str) -> None:  # noqa: F811
+def test_a_detached_launch_that_cannot_start_says_why(folder: Path, other_group: str) -> None:
     config = config_file(folder, "cannot")
     settings = json.loads(config.read_text())
     settings["data"]["train"][0]["columns"]["prompt"] = "no_such_column"

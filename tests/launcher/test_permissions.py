@@ -10,11 +10,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import sentencepiece
 from pydantic import ValidationError
+from test_launch import config_file, dsft, folder, other_group  # noqa: F401
 from tune_inputs import write_inputs
 
 from launcher.permissions import make_run_directory
@@ -27,17 +26,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def other_group() -> str:
-    """A group that is not this process's own, and that it may give files to."""
-    own = os.getegid()
-    numbers = [group.gr_gid for group in grp.getgrall()] if os.geteuid() == 0 else os.getgroups()
-    name = next((grp.getgrgid(number).gr_name for number in numbers if number != own), None)
-    if name is None:
-        pytest.skip("needs root, or a second group")
-    return name
-
-
-@pytest.fixture
 def usual_umask() -> Iterator[None]:
     before = os.umask(0o022)
     yield
@@ -45,33 +33,15 @@ def usual_umask() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("usual_umask")
-def test_everything_a_run_writes_has_its_umask_and_group(tmp_path: Path, other_group: str) -> None:
-    records = [{"prompt": f"{a} plus {b} is ", "completion": f"{a + b}."} for a in range(9) for b in range(9)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    lines = (record["prompt"] + record["completion"] for record in records)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_prefix=str(tmp_path / "small"), vocab_size=30, minloglevel=2
-    )
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config: dict[str, Any] = {
-        "name": "shared",
-        "task": {"type": "causal-lm"},
-        "model": {"config": {"model_type": "llama", "vocab_size": 30, **sizes}, "tokenizer": "small.model"},
-        "data": {
-            "train": [{"path": "train.jsonl"}],
-            "evaluation": [{"path": "train.jsonl", "limit": 5}],
-            "sequence_length": 64,
-        },
-        "training": {"global_batch_size": 4, "max_steps": 2},
-        "checkpoint": {"interval_steps": 1},
-        "cluster": {"processes_per_node": 2, "gpus_per_node": 0, "umask": "0027", "group": other_group},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(tmp_path / "state")}
-    command = [sys.executable, "-P", "-m", "launcher", "launch", "config.json"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    run = RunDirectory(tmp_path / "runs" / "shared")
+def test_everything_a_run_writes_has_its_umask_and_group(folder: Path, other_group: str) -> None:  # noqa: F811
+    config = config_file(folder, "shared", max_steps=2)
+    settings = json.loads(config.read_text())
+    settings["cluster"] |= {"umask": "0027", "group": other_group}
+    settings["checkpoint"]["interval_steps"] = 1
+    config.write_text(json.dumps(settings))
+    code, _, errors = dsft(folder, "launch", str(config))
+    assert code == 0, errors
+    run = RunDirectory(folder / "runs" / "shared")
     assert (run.export_dir / "config.json").exists()
     number = grp.getgrnam(other_group).gr_gid
     for path in [run.path, *run.path.rglob("*")]:
@@ -79,7 +49,7 @@ def test_everything_a_run_writes_has_its_umask_and_group(tmp_path: Path, other_g
         assert (path.stat().st_gid, stat.S_IMODE(mode)) == (number, wanted), f"{path}: {stat.filemode(mode)}"
 
 
-def test_a_study_is_in_its_group_too(tmp_path: Path, other_group: str) -> None:
+def test_a_study_is_in_its_group_too(tmp_path: Path, other_group: str) -> None:  # noqa: F811
     open_study(read_search(write_inputs(tmp_path), [f"cluster.group={other_group}"]))
     made = [*(tmp_path / "runs/words").rglob("*")]
     assert {path.name for path in made} >= {"study.journal", "study.json", "trials"}
@@ -93,9 +63,9 @@ def test_a_group_that_is_not_ones_own_is_refused(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("becoming another user needs root")
     tmp_path.chmod(0o777)
-    for folder in tmp_path.parents[:-1]:  # the other user has to get here
-        if not folder.stat().st_mode & stat.S_IXOTH:
-            folder.chmod(folder.stat().st_mode | stat.S_IXOTH)
+    for above in tmp_path.parents[:-1]:  # the other user has to get here
+        if not above.stat().st_mode & stat.S_IXOTH:
+            above.chmod(above.stat().st_mode | stat.S_IXOTH)
     program = (  # another user need not be able to read the checkout: the modules are there before it is one
         "import grp, os, sys; from pathlib import Path; from launcher.permissions import make_run_directory as make;"
         "from trainer.config.schema import LocalCluster; from trainer.failures import UserError\n"
