@@ -67,11 +67,13 @@ def current(chain: Sequence[client.Job]) -> client.Job:
 
 def with_job(ledger: RunState, job: client.Job | None) -> RunState:
     """The state of a run from its ledger and from what SLURM says of its job (None: nothing, which changes nothing)."""
-    if job is None or ledger.state in ("running", "finished"):
+    if job is None or ledger.state == "finished":
         return ledger
     reason = f"job {job.job_id}: {job.slurm_state}"
     if job.reason not in ("", "None"):
         reason += f" ({job.reason})"
+    if ledger.state == "running":
+        return ledger if job.slurm_state != "SUSPENDED" else replace(ledger, reason=reason)
     if ledger.reason == DIED and job.state not in ("pending", "running", "unknown"):
         return replace(ledger, reason=f"{ledger.reason}; {reason}")
     if ledger.state != "pending" and job.state != "pending":

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from launcher.console import gib, printable
 from trainer.rundir import Json, LineReader, RunDirectory, read_json
 
-_READ_SECONDS = 0.5
+_READ_SECONDS, _READ_FOR_LOG_SECONDS = 0.5, 2.0  # between two looks at half a dozen files of shared storage
 _PLAIN_SECONDS = 5.0  # between two lines about steps in a log
 _RECENT_STEPS = 20  # rates are means over these
 
@@ -114,10 +114,10 @@ class Watch:
                 self._live.start()
 
     def tick(self) -> None:
-        """Show what is new, at most twice a second."""
+        """Show what is new, at most twice a second, in a log more rarely."""
         if time.monotonic() < self._next_read:
             return
-        self._next_read = time.monotonic() + _READ_SECONDS
+        self._next_read = time.monotonic() + (_READ_SECONDS if self._live else _READ_FOR_LOG_SECONDS)
         self._show()
 
     def close(self) -> None:

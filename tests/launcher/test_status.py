@@ -123,6 +123,7 @@ def test_what_a_job_means_for_a_run() -> None:
     assert jobs.with_job(stopped, job("FAILED")) == stopped
     assert jobs.with_job(stopped, None) == stopped
     assert jobs.with_job(RunState("running"), job("CANCELLED")).state == "running"  # the ledger's lock knows better
+    assert jobs.with_job(RunState("running"), job("SUSPENDED")) == RunState("running", "job 7: SUSPENDED")
     assert jobs.with_job(RunState("pending"), job("A_STATE_OF_THE_FUTURE")).state == "pending"
 
 

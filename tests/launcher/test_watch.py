@@ -47,6 +47,7 @@ def run(tmp_path: Path) -> RunDirectory:
 @pytest.fixture(autouse=True)
 def _read_always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_READ_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_READ_FOR_LOG_SECONDS", 0.0)
 
 
 def test_rates_are_real_tokens_over_time() -> None:
