@@ -21,11 +21,18 @@ ROOT = Path(__file__).parents[2]
 # What a login node without them looks like: importing any of these is an error.
 BLOCKED = """
 import sys
+from importlib.machinery import ModuleSpec
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("torch", "transformers", "datasets", "deepspeed"):
-            raise ImportError(f"{name} is blocked")
+            return ModuleSpec(name, self)  # one may ask whether it is there
+
+    def create_module(self, spec):
+        raise ImportError(f"{spec.name} is blocked")
+
+    def exec_module(self, module):
+        pass
 
 sys.meta_path.insert(0, Blocked())
 """
