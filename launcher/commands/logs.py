@@ -20,10 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory or name")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("-f", "--follow", action="store_true", help="of one rank: go on until the run ends")
-    parser.add_argument("--rank", type=int, help="only this rank (default: rank 0, and failing ones with --errors)")
     what.add_argument("--node", help="everything of this node: its agent and, without --rank, all of its ranks")
-    parser.add_argument("--attempt", type=int, help="default: the last one")
     what.add_argument("--errors", action="store_true", help="only failures: who failed first, and its traceback")
+    parser.add_argument("--rank", type=int, help="only this rank (default: rank 0, and failing ones with --errors)")
+    parser.add_argument("--attempt", type=int, help="default: the last one")
 
 
 def run(options: argparse.Namespace) -> int:
