@@ -76,6 +76,8 @@ class StopSignals:
     count: int = 0
 
     def handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and self.count:  # systemd ends a session by TERM and HUP: no second wish
+            return
         self.count += 1
         reasons = {signal.SIGINT: "interrupt", signal.SIGUSR1: "time_limit"}  # USR1: from the batch shell
         self.reason = self.reason or reasons.get(signal.Signals(number), "terminate")

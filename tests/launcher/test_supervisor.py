@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from launcher.state import run_state
+from launcher.supervisor import stop_signals
 from trainer.processes import kill_run, processes_of_run, start_time
 from trainer.rundir import RunDirectory, read_json
 
@@ -163,6 +164,14 @@ def test_a_signal_before_the_first_step_stops_at_once(run: RunDirectory) -> None
     launch.process.send_signal(signal.SIGINT)
     assert launch.end()[0] == 130
     assert time.monotonic() - begin < 20
+
+
+def test_the_end_of_a_login_session_is_one_wish_to_stop() -> None:
+    """systemd sends TERM and, at once, HUP."""
+    with stop_signals() as signals:
+        for number, count in ((signal.SIGTERM, 1), (signal.SIGHUP, 1), (signal.SIGTERM, 2)):
+            os.kill(os.getpid(), number)
+            assert (signals.reason, signals.count) == ("terminate", count)
 
 
 @pytest.mark.parametrize("by_signal", [True, False])
