@@ -153,6 +153,15 @@ def test_a_picture_is_turned_as_its_exif_says_whatever_else_is_in_there() -> Non
             assert decode(image).tobytes() == expected
 
 
+def test_a_picture_smaller_than_what_it_is_drafted_at() -> None:
+    for size in ((1, 1), (300, 2)):
+        body = BytesIO()
+        Image.new("RGB", size).save(body, "JPEG")
+        image = reference(body.getvalue())
+        assert not isinstance(image, str)
+        assert decode(image).size == size
+
+
 def test_check_looks_at_images_without_a_tokenizer(folder: Path) -> None:
     report = check(config_of(folder))
     assert report["ok"]

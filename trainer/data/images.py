@@ -49,7 +49,7 @@ def _problem(image: np.ndarray) -> str | None:
     name = "image" if path is None else f"image {path}"
     try:
         with Image.open(_body(image)) as opened:
-            opened.draft("RGB", (opened.width // 8, opened.height // 8))
+            opened.draft("RGB", (max(opened.width // 8, 1), max(opened.height // 8, 1)))
             opened.load()
             if opened.mode[0] in "IF":  # RGB would have 255 wherever there is more
                 return f"{name}: its pixels have more than 8 bits (mode {opened.mode}): convert it to 8"
