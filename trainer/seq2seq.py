@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers.models.bart.modeling_bart import shift_tokens_right
 
 from trainer.data.sample import PackedSequence
 from trainer.engine import Engine
@@ -49,8 +50,7 @@ class SequenceToSequenceObjective(Objective):
         labels = padded(targets, IGNORED if samples else self._pad)
         positions = np.flatnonzero(labels != IGNORED) if samples else np.zeros(0, dtype=np.int64)
         positions, flat = filled_up(positions, labels.reshape(-1)[positions])
-        # shifted to the right as the model's family does it: behind its start token, or its language's
-        given = self._model.prepare_decoder_input_ids_from_labels(labels=self._tensor(labels))
+        given = self._shifted(self._tensor(labels))
         with self._head.only(self._tensor(positions)):
             output = forward(
                 input_ids=self._tensor(ids),
@@ -67,6 +67,15 @@ class SequenceToSequenceObjective(Objective):
             return []
         samples = [sample for sequence in sequences for sample in sequence.samples]
         return self._generator.answers(engine, samples, lambda s: s.tokens[~s.targets], self._task.written)
+
+    def _shifted(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels moved to the right as the model's family does it: behind its start token, or its language's."""
+        own = getattr(self._model, "prepare_decoder_input_ids_from_labels", None)
+        if own is not None:
+            moved: torch.Tensor = own(labels=labels)
+            return moved
+        # M2M100 (NLLB), Blenderbot: in their forward pass alone, which would also compute a loss; it is BART's there
+        return shift_tokens_right(labels, self._pad, self._model.config.decoder_start_token_id)
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)

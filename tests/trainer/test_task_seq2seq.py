@@ -11,7 +11,7 @@ from training_runs import launch, logs
 from writing_runs import make_run, make_texts, pair
 
 from trainer.config.schema import LaunchConfig
-from trainer.data.sample import Sample
+from trainer.data.sample import PackedSequence, Sample
 from trainer.failures import DataError, UserError
 from trainer.rundir import RunDirectory
 from trainer.tasks import get_task
@@ -118,6 +118,26 @@ def test_summaries_may_be_called_so(texts: Path, tmp_path: Path) -> None:
     assert made.tokens.tolist() == named.tokens.tolist()
     with pytest.raises(DataError, match="no column 'target'"):
         task.columns({}, {"text": "one"})
+
+
+@pytest.mark.parametrize("family", ["bart", "m2m_100"])
+def test_the_loss_is_the_familys_own(texts: Path, tmp_path: Path, family: str) -> None:
+    """M2M100 moves its labels in the forward pass alone, BART by a method as well."""
+    import torch
+    import transformers
+
+    config = config_of(texts, tmp_path)
+    task = get_task(config, load_tokenizer(config.model))
+    values = {**(config.model.config or {}), "model_type": family}
+    model_config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    task.configure(model_config)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(model_config).eval()
+    sample = task.encode([{"source": "one", "target": "unum"}])[0]
+    assert isinstance(sample, Sample)
+    loss, _ = task.objective(model, "sdpa", torch.device("cpu"))(model, [PackedSequence((sample,))])
+    source, target = (torch.from_numpy(sample.tokens[chosen])[None] for chosen in (~sample.targets, sample.targets))
+    plain = model(input_ids=source, labels=target.long()).loss * target.numel()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
 
 
 def test_a_decoder_is_refused_with_what_to_do(texts: Path, tmp_path: Path) -> None:
