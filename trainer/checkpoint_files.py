@@ -19,7 +19,7 @@ import xxhash
 
 from trainer.config.schema import LaunchConfig
 from trainer.failures import StorageError, UserError
-from trainer.rundir import RunDirectory, read_json
+from trainer.rundir import RunDirectory, read_json, write_json
 
 _PREFIX = "step-"
 
@@ -88,6 +88,13 @@ def published(run: RunDirectory, step: int | None = None) -> Path:
     if step is not None and step not in steps:
         raise UserError(f"{run.checkpoints_dir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
     return run.checkpoints_dir / folder_name(steps[-1] if step is None else step)
+
+
+def add_scores(run: RunDirectory, step: int, scores: Mapping[str, float]) -> None:
+    """To the checkpoint of a step that was evaluated after it was published; nothing where there is none."""
+    path = run.checkpoints_dir / folder_name(step) / "manifest.json"
+    if manifest := read_json(path):
+        write_json(path, {**manifest, "evaluation": dict(scores)})
 
 
 # -- damage --------------------------------------------------------------------------------------------------------

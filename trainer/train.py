@@ -17,7 +17,7 @@ import torch
 from trainer import collectives, heartbeat
 from trainer.attention import choose_attention
 from trainer.checkpoint import Saver
-from trainer.checkpoint_files import exported_step, retention_of
+from trainer.checkpoint_files import add_scores, exported_step, retention_of
 from trainer.config.schema import LaunchConfig
 from trainer.data.stream import BatchStream, GlobalBatch, build_training_stream
 from trainer.engine import Engine, in_files, init_distributed
@@ -333,6 +333,9 @@ class Trainer:
             metrics.evaluation(self.step, scores)
             metrics.samples(self.step, self.task.shown, self.task.signatures)
             self.events.write("evaluation", step=self.step, seconds=time.monotonic() - start, **scores)
+            if self.last_saved == self.step:  # by its interval at the end, or as a stop came before the evaluation
+                self.saver.wait()
+                add_scores(self.run, self.step, scores)
             settings = self.config.evaluation
             judgement = judge(settings, self.run.evaluation_lines(), self.config.checkpoint.keep_best > 0)
         return collectives.largest(self.control, judgement)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from training_runs import STEPS, copy_run, figures, launch, launch_and_kill, logs, make_run
 
-from trainer.checkpoint_files import differences
+from trainer.checkpoint_files import differences, list_checkpoints
 from trainer.rundir import RunDirectory
 
 
@@ -22,6 +22,8 @@ def test_a_run_learns_and_leaves_what_it_promises(finished: RunDirectory) -> Non
     assert [line["step"] for line in scores] == [8, 12]
     assert scores[1]["evaluation"]["loss"] < scores[0]["evaluation"]["loss"]
     assert finished.published_checkpoints() == [4, 8, 12]
+    # the last one was due, and saved, before the last evaluation
+    assert [checkpoint.scores for checkpoint in list_checkpoints(finished)] == [{}, *(s["evaluation"] for s in scores)]
     assert {event["event"] for event in finished.merged_events()} >= {"first_step", "checkpoint", "trained", "exported"}
 
 
