@@ -158,6 +158,7 @@ class Engine:
         self.stage = int(config["zero_optimization"]["stage"])
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
+        self._leaves = [p for p in self.model.parameters() if p.requires_grad and hasattr(p, "ds_z3_leaf_module")]
         self._pieces: dict[str, Piece] = {}
         if isinstance(optimizer, Adafactor):
             self._lay_out(optimizer)
@@ -195,6 +196,12 @@ class Engine:
         """Accumulate gradients. DeepSpeed averages over ranks: the caller multiplies by the world size."""
         self._trained = True
         self._engine.backward(loss, scale_wrt_gas=False)
+        # ZeRO-3 reduces the gradients of a layer that is gathered as one (a leaf) when that of its output comes. None
+        # does where a model reads hidden states, which transformers takes before it: LLaVA's of its vision tower.
+        if passed_by := [parameter for parameter in self._leaves if parameter.grad is not None]:
+            for parameter in passed_by:
+                self._zero.reduce_ready_partitions_and_remove_grads(parameter)
+            self._zero.independent_gradient_partition_epilogue()
         # With managed accumulation step() counts micro-batches; only the last one of a global batch updates.
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
@@ -250,13 +257,15 @@ class Engine:
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def shards(self) -> Iterator[Shard]:
-        """This rank's slices of every parameter, in the model's order."""
+    def shards(self, to_load: bool = False) -> Iterator[Shard]:
+        """This rank's slices of every parameter, in the model's order. Of frozen weights, which ZeRO 1 and 2 leave
+        whole, each rank writes a part, and loads all.
+        """
         self._ensure_moments()
         for name, parameter in self.model.named_parameters():
             if self.stage == 3:
                 yield self._zero3_shard(name, parameter)
-            elif shard := self._fragment_shard(name, parameter):
+            elif shard := self._fragment_shard(name, parameter, to_load):
                 yield shard
 
     def parameters(self) -> list[tuple[str, tuple[int, ...], bool]]:
@@ -385,10 +394,10 @@ class Engine:
         group, start, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
         return Shard(name, numel, offset, length, self._views(name, group, start, length))
 
-    def _fragment_shard(self, name: str, parameter: Any) -> Shard | None:
+    def _fragment_shard(self, name: str, parameter: Any, to_load: bool) -> Shard | None:
         numel = parameter.numel()
-        if not parameter.requires_grad:  # replicated: each rank writes its W-th part
-            offset, length = self._cut(numel)
+        if not parameter.requires_grad:
+            offset, length = (0, numel) if to_load else self._cut(numel)
             return Shard(name, numel, offset, length, {"frozen": parameter.data.view(-1)[offset : offset + length]})
         mapping = parameter._hp_mapping
         if mapping is None:

@@ -71,11 +71,10 @@ class SequenceToSequenceObjective(Objective):
     def _shifted(self, labels: torch.Tensor) -> torch.Tensor:
         """Labels moved to the right as the model's family does it: behind its start token, or its language's."""
         own = getattr(self._model, "prepare_decoder_input_ids_from_labels", None)
-        if own is not None:
-            moved: torch.Tensor = own(labels=labels)
-            return moved
         # M2M100 (NLLB), Blenderbot: in their forward pass alone, which would also compute a loss; it is BART's there
-        return shift_tokens_right(labels, self._pad, self._model.config.decoder_start_token_id)
+        start = self._model.config.decoder_start_token_id
+        moved: torch.Tensor = own(labels=labels) if own else shift_tokens_right(labels, self._pad, start)
+        return moved
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)

@@ -115,7 +115,7 @@ def load_slices(slices: Slices, state: dict[str, Any], folder: Path, engine: Eng
                 "model, kind of GPU and version of bitsandbytes that it began with"
             )
     with torch.no_grad():
-        for shard in engine.shards():
+        for shard in engine.shards(to_load=True):
             for kind, target in shard.tensors.items():
                 if shard.length and shard.name not in pinned:
                     slices.read_into(f"{kind}/{shard.name}", shard, target)

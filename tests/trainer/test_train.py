@@ -74,14 +74,16 @@ def test_resume_at_the_same_world_size_is_bit_for_bit(finished: RunDirectory, tm
         assert (run.export_dir / file.name).read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 3), (3, 2)])
 def test_resume_at_another_world_size_differs_by_rounding(
-    finished: RunDirectory, workspace: Path, tmp_path: Path, ranks: int
+    finished: RunDirectory, workspace: Path, tmp_path: Path, ranks: int, stage: int
 ) -> None:
+    """At another stage of ZeRO as well, where frozen weights would be drawn otherwise."""
     run = copy_run(finished, tmp_path / "other")
     shutil.rmtree(run.checkpoints_dir / "step-00000012")
     config = json.loads(run.config_path.read_text())
-    make_run(run.path, workspace, ranks, **{"max_steps": config["training"]["max_steps"]})
+    steps = config["training"]["max_steps"]
+    make_run(run.path, workspace, ranks, sections={"deepspeed": {"zero_stage": stage}}, max_steps=steps)
     assert launch(run, ranks, attempt=2) == 0, logs(run)
     for line, other in zip(figures(run, 9), figures(finished, 9), strict=True):
         assert line[3:] == other[3:]
