@@ -323,6 +323,7 @@ class Saver:
             for path in folder.glob(f"{rank_file(rank, world_size)}*"):
                 path.unlink(missing_ok=True)
         with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)  # this rank may have failed before any has made it
             (folder / _report(rank)).with_suffix(".failed").touch()
         if rank == 0:
             deadline = time.monotonic() + _CLEAN_UP_SECONDS

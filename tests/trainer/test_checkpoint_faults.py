@@ -130,6 +130,16 @@ def test_killed_at_any_point_the_newest_whole_checkpoint_is_there(
     assert newest_whole(tmp_path) == (3, [])
 
 
+def test_a_rank_that_fails_before_there_is_a_folder_is_heard(tmp_path: Path) -> None:
+    def refuse(point: str) -> None:
+        if point == "folder":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    assert save_rank(tmp_path, make_state(1, 1, RANKS), 1, refuse)
+    assert "rank 1 could not write its part" in str(save_rank(tmp_path, make_state(1, 0, RANKS), 1))
+    assert not any((tmp_path / "checkpoints").iterdir())
+
+
 @pytest.mark.parametrize("fault", ["ENOSPC", "EROFS"])
 @pytest.mark.parametrize(("rank", "point"), [(rank, point) for rank in range(RANKS) for point in reached_by(rank)])
 def test_a_failed_save_harms_nothing_and_leaves_nothing(rank: int, point: str, fault: str, tmp_path: Path) -> None:
