@@ -41,13 +41,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trainer.agent")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--attempt", type=int, required=True)
-    parser.add_argument("--parent-pid", type=int, help="exit unless this process is the parent")
+    parser.add_argument("--parent-pid", type=int, help="exit unless this is the parent: a launcher, that stops it")
     parser.add_argument("--hold", action="store_true", help='start the ranks after the line "go" on stdin')
     parser.add_argument("--worker-module", default="trainer.worker")
     parser.add_argument("torchrun", nargs="*", help="after --: --nnodes, --nproc-per-node, --node-rank, ...")
     options = parser.parse_args(arguments)
     ranks = _torchrun_parser().parse_args(options.torchrun)
     die_with_parent(options.parent_pid)
+    if options.parent_pid is not None:
+        # SLURM sends TERM, other schedulers too, and systemd TERM and HUP, to every process of a job, a service or a
+        # login session that is to end. The stop goes through the launcher and a last checkpoint instead.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # inherited by ranks
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # until there are ranks
     run = RunDirectory(options.run_dir)
     if umask := os.environ.get(UMASK_VARIABLE):  # srun and ssh bring their own

@@ -80,18 +80,9 @@ class Node:
         own = ["--parent-pid", str(os.getpid()), "--hold"]
         self.agent = subprocess.Popen(
             [sys.executable, "-P", "-m", "trainer.agent", *own, *arguments],
-            env=interfaces(self.link)
-            | dict(os.environ)
-            | environment
-            | {
-                RUN_VARIABLE: str(self.run_dir),
-                # SLURM sends TERM to every process of a step when a job has to make room. The stop goes through
-                # the supervisor and a last checkpoint instead.
-                "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",
-            },
+            env=interfaces(self.link) | dict(os.environ) | environment | {RUN_VARIABLE: str(self.run_dir)},
             stdin=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=_ignore_termination,
         )
 
     def kill(self) -> None:
@@ -141,10 +132,6 @@ def _serve(node: Node) -> int:
             if code is not None:
                 node.kill()  # what a dead agent may have left behind
                 node.say(exit=code)
-
-
-def _ignore_termination() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # inherited by agent and ranks
 
 
 def free_port(link: socket.socket) -> int:

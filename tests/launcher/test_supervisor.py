@@ -148,9 +148,14 @@ def test_a_rank_that_exits_without_a_word_is_named_with_its_last_output(run: Run
     ("number", "code", "reason"), [(signal.SIGINT, 130, "interrupt"), (signal.SIGTERM, 143, "terminate")]
 )
 def test_a_signal_stops_the_ranks_between_steps(run: RunDirectory, number: int, code: int, reason: str) -> None:
+    """Also TERM and HUP to every process there is, as batch systems and systemd send them."""
     launch = Launch(run, "stoppable")
     wait_for(lambda: any(event["event"] == "first_step" for event in run.merged_events()))
     launch.process.send_signal(number)
+    for pid in processes_of_run(run.path) if number == signal.SIGTERM else ():
+        for other in (signal.SIGTERM, signal.SIGHUP):
+            with contextlib.suppress(ProcessLookupError):  # it has saved and ended
+                os.kill(pid, other)
     assert launch.end()[0] == code
     assert run.stop_request(1)["reason"] == reason  # type: ignore[index]
     assert told(run) == ["attempt", "first_step", "stopped", "stopped"]
