@@ -19,6 +19,7 @@ from trainer.config.schema import LaunchConfig
 from trainer.failures import UserError
 from trainer.planning.throughput import lacks_fp8
 from trainer.planning.weight_files import damage
+from trainer.rundir import RunDirectory
 
 
 def preflight(config: LaunchConfig, plan: Plan, facts: Facts) -> None:
@@ -43,6 +44,7 @@ def preflight_problems(config: LaunchConfig, plan: Plan, facts: Facts) -> list[s
         *_positions(config, plan),
         *input_problems(config),
         *_image(config),
+        *_job(config, plan),
         *notify.problems(config.resilience.notify),
     ]
 
@@ -173,6 +175,19 @@ def _image(config: LaunchConfig) -> Iterator[str]:
     container = getattr(config.cluster, "container", None)
     if container is not None and is_image_file(container.image) and not os.path.exists(container.image):
         yield f"cluster.container.image: there is no file or folder {container.image}"
+
+
+def _job(config: LaunchConfig, plan: Plan) -> Iterator[str]:
+    """What cannot stand in a job script; nothing in a job, which may be of a script of the user's own."""
+    if config.cluster.backend != "slurm":
+        return
+    from launcher.backends.slurm import in_allocation, job_of, script_of
+
+    if not in_allocation():
+        try:
+            script_of(job_of(RunDirectory(Path(plan.run_dir)), config.name, config.cluster), config.cluster)
+        except UserError as error:
+            yield str(error)
 
 
 def _source(path: str) -> Iterator[str]:

@@ -69,16 +69,22 @@ def job_of(run: RunDirectory, name: str, cluster: SlurmCluster) -> Job:
     return Job(name, run.path, command, None if root is None else str(root))
 
 
+def script_of(job: Job, cluster: SlurmCluster) -> str:
+    """The job script. Raises UserError for what sbatch, a container's runtime or bash would misread."""
+    script = render(job, cluster)
+    node_task(cluster, job.run_dir)  # refuses what cannot be put into a container
+    check_syntax(script)
+    return script
+
+
 def submit(job: Job, cluster: SlurmCluster) -> str:
     """Write the job script into the run directory, have SLURM try it out, and submit it; returns the job id.
 
     Raises UserError for what cannot work, SlurmUnavailable if SLURM does not answer. What has to wait for nodes that
     are away at present is submitted, with a warning.
     """
-    script = render(job, cluster)
-    node_task(cluster, job.run_dir)  # refuses what cannot be put into a container
+    script = script_of(job, cluster)
     passed_environment(cluster)  # sbatch hands it on
-    check_syntax(script)
     job.run_dir.mkdir(parents=True, exist_ok=True)
     job.script_path.write_text(script)
     environment = client.submission_environment([*RESERVED, *sbatch_options(job, cluster)])

@@ -263,6 +263,24 @@ def test_preflight_lets_the_complete_config_pass(tmp_path):
     assert problems_of(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ('cluster.sbatch={"nodes": 4}', "use cluster.nodes"),
+        ("cluster.qos=", "cannot be given to sbatch as --qos"),
+        ('cluster.setup=["if true"]', "cluster.setup is not valid shell code"),
+        ('cluster.container={"runtime": "apptainer", "image": "docker://a", "arguments": ["--net"]}', "remove it"),
+    ],
+)
+def test_preflight_refuses_what_cannot_stand_in_a_job_script(tmp_path, override, told, monkeypatch):
+    job = "cluster.backend=slurm", override
+    (problem,) = problems_of(tmp_path, *job)
+    assert told in problem
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    assert problems_of(tmp_path, *job) == []  # of the user's own script
+
+
 def test_preflight_finds_every_missing_or_empty_file(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     problems = problems_of(
