@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.backends.slurm import check_syntax, step_command
@@ -118,6 +118,7 @@ def test_a_job_requeues_itself_once_slurm_answers(squeue: str, requeues: bool, a
     assert len((tmp_path / "asked").read_text()) == asked
 
 
+@settings(deadline=None)  # a process each, on a machine that may be busy
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
 def test_any_value_reaches_a_process_unchanged(value: str) -> None:
     script = f"export V={quote(value, 'V')}\n"
