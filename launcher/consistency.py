@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -60,7 +61,7 @@ def refuse_changes(run: RunDirectory, config: dict[str, Any]) -> None:
         f"  {path}: the run has {old!r}, the config {new!r}"
         for section, free in _FIXED.items()
         for path, old, new in differences(section, before.get(section), config.get(section))
-        if path.removeprefix(f"{section}.").split(".")[0] not in free
+        if path.removeprefix(f"{section}.").split(".")[0] not in free and not _moved(path, old, new)
     ]
     if changes:
         raise UserError(
@@ -69,6 +70,18 @@ def refuse_changes(run: RunDirectory, config: dict[str, Any]) -> None:
             + "\nGive the new run another `name`, or undo the change to continue the old one"
             + f"; a new one can start from its weights: `model.path` {run.export_dir}" * run.export_dir.is_dir()
         )
+
+
+def _moved(path: str, old: Any, new: Any) -> bool:
+    """Whether two values name one place, as over a link, or a model or tokenizer that is where it was no more.
+
+    Ranks compare the tokenizer, and the weights that a checkpoint takes from the model, with what they were.
+    """
+    if path not in ("model.path", "model.tokenizer") or not all(
+        isinstance(v, str) and os.path.isabs(v) for v in (old, new)
+    ):
+        return False
+    return os.path.realpath(old) == os.path.realpath(new) or not os.path.exists(old)
 
 
 def _complete(config: dict[str, Any]) -> dict[str, Any]:

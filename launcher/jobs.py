@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -87,6 +88,8 @@ def waiting_job(run: RunDirectory) -> client.Job | None:
     """The run's last submitted job if it is in the queue (waits or runs). Raises SlurmUnavailable."""
     submitted = job_id(read_lines(run.events_dir / "submission.jsonl"))
     jobs = list(client.queued([submitted]).values()) if submitted else []
+    # a run that was copied has the records of the other's job, on another cluster maybe the number of anybody's
+    jobs = [job for job in jobs if os.path.realpath(job.folder or run.path) == os.path.realpath(run.path)]
     job = current(jobs) if jobs else None
     return job if job is not None and job.state in ("pending", "running") else None
 

@@ -48,6 +48,7 @@ class Job:
     node_list: str = ""
     time_left: str = ""
     start: str = ""
+    folder: str = ""  # where it was submitted to run
 
 
 def submit(script: Path, folder: Path, environment: Mapping[str, str] | None = None) -> str:
@@ -141,7 +142,7 @@ def _release(job_id: str) -> None:
 def queued(job_ids: Sequence[str], seconds: float | None = None) -> dict[str, Job]:
     """Those of the jobs that the queue knows, by one call; of an array each job (``7_2``). Raises SlurmUnavailable."""
     # %i would shorten an array to 7_[2-9]: -r prints one line for each of its jobs
-    command = ["squeue", "--noheader", "-r", "--states=all", "--format=%i|%T|%r|%N|%L|%S"]
+    command = ["squeue", "--noheader", "-r", "--states=all", "--format=%i|%T|%r|%N|%L|%S|%Z"]
     try:
         text = _call([*command, f"--jobs={','.join(job_ids)}"], seconds or QUERY_SECONDS)
     except SlurmError as error:
@@ -153,10 +154,10 @@ def queued(job_ids: Sequence[str], seconds: float | None = None) -> dict[str, Jo
     found = {}
     wanted = set(job_ids)
     for line in text.splitlines():
-        job_id, state, reason, nodes, left, start = line.split("|")
+        job_id, state, reason, nodes, left, start, *folder = line.split("|", 6)
         job_id = job_id.strip()
         if not wanted.isdisjoint((job_id, job_id.split("_")[0])):
-            found[job_id] = Job(job_id, job_state(state), state, reason, nodes, left, start)
+            found[job_id] = Job(job_id, job_state(state), state, reason, nodes, left, start, "".join(folder))
     return found
 
 

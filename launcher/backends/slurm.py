@@ -199,7 +199,8 @@ class SlurmBackend(LinkedBackend):
         if not nodes:
             raise UserError(
                 f"the allocation has {len(allocated)} node(s), the run needs {min(self.pool.sizes)}: "
-                f"allocate more, or launch with --set cluster.nodes={len(allocated)}"
+                f"allocate more, launch with --set cluster.nodes={len(allocated)}, or submit a job from here: "
+                "`env -u SLURM_JOB_ID dsft launch ...`"
             )
         here = os.environ.get("SLURM_GPUS_ON_NODE", "")  # of the first node
         if here.isdigit() and int(here) < self.cluster.gpus_per_node:

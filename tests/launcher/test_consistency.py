@@ -111,6 +111,22 @@ def test_a_run_whose_config_is_valid_no_more_is_still_compared(run: RunDirectory
         refuse_changes(run, newer)
 
 
+def test_a_model_may_be_reached_by_a_link_and_may_have_moved(run: RunDirectory, tmp_path: Path) -> None:
+    def begun_with(path: Path, now: Path) -> None:
+        config = json.loads(run.config_path.read_text())
+        config["model"]["path"] = str(path)
+        write_json(run.config_path, config)
+        refuse_changes(run, {**config, "model": {**config["model"], "path": str(now)}})
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    begun_with(tmp_path / "model", tmp_path / "link")
+    begun_with(tmp_path / "on-another-cluster", tmp_path / "model")
+    with pytest.raises(UserError, match=r"model\.path: the run has"):
+        begun_with(tmp_path / "model", tmp_path / "other")
+
+
 def test_a_finished_run_is_a_start_for_another(run: RunDirectory) -> None:
     config = json.loads(run.config_path.read_text())
     config["training"]["max_steps"] = 16

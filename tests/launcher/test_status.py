@@ -132,6 +132,11 @@ def test_a_job_in_the_queue_forbids_another_only_while_it_is_there(slurm: Path, 
     program(slurm, "squeue", "echo '7|RUNNING|None|n1|1:00|N/A'")
     with pytest.raises(UserError, match="job 7 of this run is in the queue"):
         jobs.refuse_second_job(run)
+    program(
+        slurm, "squeue", f"echo '7|PENDING|None||1:00|N/A|{tmp_path}/elsewhere/a'"
+    )  # the run that this was copied of
+    jobs.refuse_second_job(run)
+    assert jobs.cancel_job(run, running=False) is None
     program(slurm, "squeue", "echo '7|COMPLETED|None|n1|1:00|N/A'")
     jobs.refuse_second_job(run)
     program(slurm, "squeue", DOWN)
