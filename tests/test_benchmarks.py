@@ -45,7 +45,6 @@ def test_step_overhead(tmp_path):
     assert value["largest_loss_difference_bare"] < 2e-3
 
 
-@pytest.mark.matrix
 def test_vocabulary_memory(tmp_path):
     small = ["--hidden", 32, "--layers", 1, "--vocabulary", 32000, "--sequence-length", 256, "--sequences", 1]
     value = run("vocabulary_memory", tmp_path, "--dtype", "float32", "--labelled", 0.5, *small)
