@@ -38,6 +38,14 @@ def repeated_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return found
 
 
+def experts(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Lists of experts that are modules each (Switch Transformers, NLLB-MoE): which of them run, tokens decide, on
+    every rank otherwise; ranks that gathered them one by one would wait for each other for ever.
+    """
+    kinds = (torch.nn.ModuleDict, torch.nn.ModuleList)
+    return [m for m in model.modules() if isinstance(m, kinds) and type(m).forward is not torch.nn.Module.forward]
+
+
 def gather_whole(layers: list[torch.nn.Module]) -> None:
     """Let ZeRO-3 gather and release the parameters of each of ``layers`` as one; before the engine is made."""
     for layer in layers:

@@ -24,7 +24,7 @@ from trainer.failures import UserError
 from trainer.float8 import use_float8
 from trainer.four_bit import packing, share_scales
 from trainer.kernels import fuse_kernels
-from trainer.layers import compile_layers, keep_statistics, set_recomputation
+from trainer.layers import compile_layers, experts, gather_whole, keep_statistics, set_recomputation
 from trainer.parameters import whole_shape
 from trainer.selection import check_trained, depths, select, trained_names
 from trainer.unfreezing import FROM_STEP
@@ -127,6 +127,7 @@ def build_model(
         print(f"model.fp8: {use_float8(model, config)}", flush=True)
     keep_statistics(model, config)
     set_recomputation(model, config)
+    gather_whole(experts(model))
     if config.compile:
         print(f"model.compile: {compile_layers(model, config)}", flush=True)
     result: torch.nn.Module = model

@@ -14,7 +14,7 @@ from trainer import kernels
 from trainer.config.schema import ModelConfig
 from trainer.failures import UserError
 from trainer.kernels import fuse_kernels
-from trainer.layers import compile_layers, keep_statistics, repeated_layers, set_recomputation
+from trainer.layers import compile_layers, experts, keep_statistics, repeated_layers, set_recomputation
 
 LAYERS = 4
 IN_A_LAYER = 7  # products with weights in a Llama layer; each has two more in the backward pass
@@ -115,6 +115,16 @@ def test_batch_normalisation_keeps_its_statistics() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
     with pytest.raises(UserError, match="start from a trained model"):
         keep_statistics(model, ModelConfig(config={"model_type": "resnet"}, processor="none"))
+
+
+def test_experts_are_gathered_together() -> None:
+    """Every rank runs others: one by one, ranks would wait for each other for ever."""
+    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_heads": 2, "num_layers": 2, "num_experts": 2}
+    config = SwitchTransformersConfig(vocab_size=9, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, **sizes)
+    found = experts(SwitchTransformersForConditionalGeneration(config))
+    assert [len(module) for module in found] == [2, 2]  # type: ignore[arg-type]
 
 
 def test_models_without_layers_of_their_own_are_refused() -> None:
