@@ -54,6 +54,8 @@ _SRUN = (
     "exclude",
     "reservation",
 )
+# Of those that a config may add to a job, what srun refuses to know
+_NOT_SRUN = frozenset({"batch", "get-user-env", "ignore-pbs", "kill-on-invalid-dep", "parsable", "wait-all-nodes"})
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,8 @@ def _slurm_probes(
 
 def _srun_command(cluster: SlurmCluster, only: Sequence[str], count: int, queue_seconds: int) -> list[str]:
     options = sbatch_options(Job("doctor", Path.cwd(), [], None), cluster)
-    kept = {name: value for name, value in options.items() if name in _SRUN or name in cluster.sbatch}
+    known = {*_SRUN, *cluster.sbatch} - _NOT_SRUN
+    kept = {name: value for name, value in options.items() if name in known}
     if only:
         kept["nodelist"] = ",".join(only)
     written = [f"--{name}" if value is None else f"--{name}={value}" for name, value in kept.items()]

@@ -104,7 +104,7 @@ def test_a_node_without_the_storage_and_one_behind_a_firewall_are_named(
 
 def test_through_srun(cluster: Cluster, config: Path) -> None:
     """With nodes of its own, then inside an allocation."""
-    section = 'cluster={"backend": "slurm", "nodes": 2, "setup": ["export A=1 # fine"]}'
+    section = 'cluster={"backend": "slurm", "nodes": 2, "setup": ["export A=1"], "sbatch": {"wait-all-nodes": 1}}'
     found = doctor(config, "--set", section, "--on", "n2,n3", code=0)
     assert set(found["nodes"]) == {"n2", "n3"}
     assert found["network"]["pairs"]
