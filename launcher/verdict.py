@@ -300,7 +300,8 @@ def decide(history: Sequence[Attempt], max_restarts: int, stop_reason: str | Non
     stuck = _without_progress(failures)
     if stuck >= MAX_WITHOUT_PROGRESS:
         return Action("stop", code, reason=f"{stuck} attempts in a row without progress")
-    delay = min(_FIRST_BACK_OFF_SECONDS * 2.0 ** (stuck - 1), _LONGEST_BACK_OFF_SECONDS) if stuck else 0.0
+    waits = stuck > 0 and not history[-1].relieved  # there is nothing to wait for where the next one differs
+    delay = min(_FIRST_BACK_OFF_SECONDS * 2.0 ** (stuck - 1), _LONGEST_BACK_OFF_SECONDS) if waits else 0.0
     return Action("retry", delay_seconds=delay, reason=f"restart {len(failures)} of {max_restarts}")
 
 

@@ -220,7 +220,9 @@ def test_want_of_memory_is_tried_again_as_long_as_less_is_taken() -> None:
     first, second = (failed("out_of_memory", message=f"{free} MiB are free", step=7) for free in (12, 14))
     action = decide([first, second], max_restarts=9)
     assert (action.kind, "training.micro_batch_size" in action.reason) == ("stop", True)
-    assert decide([replace(first, relieved=True), second], max_restarts=9).kind == "retry"
+    assert decide([replace(first, relieved=True), second], max_restarts=9).delay_seconds == 5
+    relieved = [replace(attempt, relieved=True) for attempt in (first, second)]
+    assert decide(relieved, max_restarts=9).delay_seconds == 0
     assert decide([failed("node", step=7), failed("node", step=7)], max_restarts=9).kind == "retry"
 
 
