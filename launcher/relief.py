@@ -18,6 +18,7 @@ from launcher.plan import Plan, make_plan
 from launcher.state import ledger
 from launcher.verdict import Verdict
 from trainer.config.schema import LaunchConfig
+from trainer.failures import DsftError
 from trainer.retry import retried
 from trainer.rundir import RunDirectory, read_json, write_json
 
@@ -68,9 +69,12 @@ class Relief:
         less = next_smaller(self.config, plan, verdict)
         if less is None:
             return None
-        facts = gather_facts(self.config)
-        new = _with_less(self.config, facts, make_plan(self.config, facts), less).to_json()
-        plans = plans_of(self.config, new | {key: plan[key] for key in ("gpus",) if key in plan})
+        try:
+            facts = gather_facts(self.config)
+            new = _with_less(self.config, facts, make_plan(self.config, facts), less).to_json()
+            plans = plans_of(self.config, new | {key: plan[key] for key in ("gpus",) if key in plan})
+        except (DsftError, OSError):  # the model's files are away: the next attempt tells, and is planned as this one
+            return None
         if self.membership is not None:
             self.membership.plans = plans
         nodes = int(plan["nodes"])
