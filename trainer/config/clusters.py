@@ -106,9 +106,9 @@ class SlurmCluster(_Nodes):
     """A SLURM allocation. Options are called as in sbatch; further ones go into `sbatch`."""
 
     backend: Literal["slurm"]
-    nodes: PositiveInt = 1
+    nodes: PositiveInt = Field(1, description="That a run trains on; see `spare_nodes` and `min_nodes`")
     spare_nodes: NonNegativeInt = Field(0, description="Asked for in addition, taken when a node fails")
-    gpus_per_node: NonNegativeInt = 0
+    gpus_per_node: NonNegativeInt = Field(0, description="0: train on CPUs")
     processes_per_node: PositiveInt | None = Field(None, description="Default: `gpus_per_node`, else 1")
     cpus_per_task: PositiveInt | None = Field(None, description="CPUs of a node; there is one SLURM task a node")
     partition: str | None = None

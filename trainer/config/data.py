@@ -44,7 +44,7 @@ class DataSource(Section):
         "arrow",
         "webdataset",
         "datasets",
-    ] = "auto"
+    ] = Field("auto", description="auto: by the name of the file")
     source_path: str | None = Field(
         None, description="Of the format parallel, in place of `path`: text files whose lines are the sources"
     )
@@ -117,17 +117,19 @@ class DataSource(Section):
 class DataConfig(Section):
     """What the model learns from, in which order and shape."""
 
-    train: tuple[DataSource, ...] = Field(min_length=1)
-    evaluation: tuple[DataSource, ...] = ()
+    train: tuple[DataSource, ...] = Field(min_length=1, description="What is learned from, mixed")
+    evaluation: tuple[DataSource, ...] = Field((), description="What is scored, never learned")
     sequence_length: PositiveInt = Field(description="Tokens per sequence")
     packing: Flag = Field(
         True, description="Several samples share a sequence, none sees another; default: wherever the task allows it"
     )
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = Field(0, description="Of the order of the data")
     on_long: Literal["split", "truncate", "skip", "error"] = Field(
         "split", description="A record longer than `sequence_length`"
     )
-    on_bad_record: Literal["error", "skip"] = "error"
+    on_bad_record: Literal["error", "skip"] = Field(
+        "error", description="A record that cannot be read or used; those skipped are counted"
+    )
     loss_on: Literal["assistant", "last", "all"] = Field(
         "assistant", description="Of `messages`: every assistant turn is learned, the last one, or everything"
     )

@@ -58,8 +58,8 @@ class CodeExecutionConfig(Section):
 class WritingTask(Section):
     """What tasks share that generate text at evaluation."""
 
-    generation: GenerationConfig | None = None
-    metrics: tuple[TextMetric, ...] = ()
+    generation: GenerationConfig | None = Field(None, description="Texts written at evaluations; null: none are")
+    metrics: tuple[TextMetric, ...] = Field((), description="Scores of the texts that are generated")
     answer_pattern: str = Field(
         r"####\s*(\S+)", description="Regular expression of `final_answer`: the last match's first group is compared"
     )
@@ -83,10 +83,12 @@ class WritingTask(Section):
 class _SequenceToSequenceTask(WritingTask):
     """`source` is read by an encoder, `target` is written by a decoder."""
 
-    generation: GenerationConfig | None = GenerationConfig()
+    generation: GenerationConfig | None = Field(
+        GenerationConfig(), description="Texts written at evaluations; null: none are"
+    )
     source_prefix: str = Field("", description='Put before every source: "translate English to German: " for T5')
     source_language: str | None = Field(None, description='Language code of the tokenizer: "en_XX" for mBART')
-    target_language: str | None = None
+    target_language: str | None = Field(None, description='"de_DE" for mBART')
     max_target_tokens: PositiveInt | None = Field(
         None, description="Of data.sequence_length, which source and target share; default: half of it"
     )

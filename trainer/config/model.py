@@ -37,7 +37,9 @@ class ModelConfig(Section):
     processor: str | None = Field(
         None, description="Folder or hub id with the image processor, for tasks with images; default: `path`"
     )
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Of weights and activations; the optimizer's masters are in float32 in any case"
+    )
     attention: Literal[
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention", "varlen"
     ] = Field("auto", description="auto: the fastest that keeps packed samples apart here; the log says which and why")
@@ -153,7 +155,7 @@ class DeepSpeedConfig(Section):
         description="Each node keeps a second copy of the weights, so that backward passes gather them in the node; "
         "auto: where the network would hold steps up, and the memory is there",
     )
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: dict[str, Any] = Field(default_factory=dict, description="Further keys of DeepSpeed's own config")
 
     @property
     def on_disk(self) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ class ScheduleConfig(Section):
     """Learning rate as a pure function of training progress."""
 
     type: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: NonNegativeInt = Field(0, description="Steps in which the learning rate rises from 0 to its peak")
     final_ratio: Fraction = Field(0.0, description="Final learning rate / peak learning rate")
 
 
@@ -58,10 +58,12 @@ class LossSpikeConfig(Section):
 class TrainingConfig(Section):
     """The optimisation. `global_batch_size` counts sequences over all ranks and micro-batches."""
 
-    global_batch_size: PositiveInt
-    micro_batch_size: PositiveInt | Auto = "auto"
-    max_steps: PositiveInt | None = None
-    epochs: PositiveFloat | None = None
+    global_batch_size: PositiveInt = Field(description="Sequences of an optimizer step, over all ranks")
+    micro_batch_size: PositiveInt | Auto = Field(
+        "auto", description="Sequences of a forward pass of a rank; auto: by the memory, and less after it ran out"
+    )
+    max_steps: PositiveInt | None = Field(None, description="Optimizer steps in all; or `epochs`")
+    epochs: PositiveFloat | None = Field(None, description="How often the training data is taken; or `max_steps`")
     optimizer: OptimizerConfig = OptimizerConfig()
     unfreeze: tuple[Unfreeze, ...] = Field((), description="What is trained later; the first rule that matches holds")
     ema_decay: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = Field(
@@ -99,11 +101,11 @@ class CheckpointConfig(Section):
         "auto",
         description="auto: by the Young/Daly interval, unless `interval_minutes` is given; null: not by steps",
     )
-    interval_minutes: PositiveFloat | None = None
+    interval_minutes: PositiveFloat | None = Field(None, description="Alone, or besides a number of `interval_steps`")
     mean_time_between_failures_hours: PositiveFloat | Auto = Field(
         "auto", description="Of the whole job, for the Young/Daly interval; auto: from this run's ledger"
     )
-    keep_last: PositiveInt = 2
+    keep_last: PositiveInt = Field(2, description="Keep the newest so many")
     keep_best: NonNegativeInt = Field(0, description="Keep those with the best `evaluation.metric` as well")
     keep_every_steps: PositiveInt | None = Field(
         None, description="Keep the first checkpoint at or after each multiple for ever"
@@ -128,7 +130,7 @@ class CheckpointConfig(Section):
 class EvaluationConfig(Section):
     """When `data.evaluation` is scored, and by what a model is judged. There is always one evaluation at the end."""
 
-    interval_steps: PositiveInt | None = None
+    interval_steps: PositiveInt | None = Field(None, description="Steps between evaluations; null: at the end alone")
     metric: str = Field(
         "loss", description="What `checkpoint.keep_best` and early stopping go by: a name in the evaluation's scores"
     )
@@ -150,7 +152,7 @@ class EvaluationConfig(Section):
 class ExportConfig(Section):
     """The Hugging Face folder written at the end of a run."""
 
-    enabled: Flag = True
+    enabled: Flag = Field(True, description="Off: `dsft export RUN` writes it later")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="auto: `model.dtype`; float32 for an adapter by itself"
     )
@@ -168,21 +170,23 @@ class ProfileConfig(Section):
 
     skip_steps: PositiveInt = Field(5, description="Steps of an attempt before the first one that is profiled")
     steps: PositiveInt = 4
-    ranks: tuple[NonNegativeInt, ...] = (0,)
+    ranks: tuple[NonNegativeInt, ...] = Field((0,), description="Whose steps are looked into")
 
 
 class LoggingConfig(Section):
     """What is logged, and how often."""
 
-    interval_steps: PositiveInt = 1
-    tensorboard: Flag = True
+    interval_steps: PositiveInt = Field(1, description="Steps between lines of metrics.jsonl")
+    tensorboard: Flag = Field(True, description="The metrics for TensorBoard as well, in RUN/tensorboard")
     profile: ProfileConfig | None = Field(None, description="`dsft launch --profile` sets the defaults")
 
 
 class ResilienceConfig(Section):
     """What happens when something fails."""
 
-    max_restarts: NonNegativeInt = 3
+    max_restarts: NonNegativeInt = Field(
+        3, description="Attempts after the first, of a launch or a job with all its requeues"
+    )
     hang_timeout_seconds: Annotated[float, Field(ge=5, strict=True, allow_inf_nan=False)] | Auto | None = Field(
         "auto",
         description="No rank gets on for so long within training steps: a hang, which is ended and retried. auto: 5 "
@@ -201,7 +205,7 @@ class ResilienceConfig(Section):
     bad_node_hours: PositiveFloat = Field(
         24.0, description="A node that failed comes last, and stays out of requeued jobs, for so long"
     )
-    notify: tuple[Notification, ...] = Field((), description="Told of failures, recoveries and the end of the run")
+    notify: tuple[Notification, ...] = Field((), description="Told of failures, recoveries, bad nodes and the end")
 
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -214,7 +218,7 @@ class LaunchConfig(Section):
         pattern=RUN_NAME,
         description='1 to 100 letters, digits, ".", "_" or "-", beginning with a letter or digit',
     )
-    output_dir: str = "runs"
+    output_dir: str = Field("runs", description="The run is output_dir/name; relative to the config's folder")
     task: Task
     model: ModelConfig
     data: DataConfig

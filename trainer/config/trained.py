@@ -65,7 +65,7 @@ class OptimizerConfig(Section):
     """torch.optim's AdamW (decoupled weight decay, Loshchilov & Hutter 2019), or Adafactor (Shazeer & Stern 2018)."""
 
     type: Literal["adamw", "adafactor"] = "adamw"
-    learning_rate: PositiveFloat = 1e-5
+    learning_rate: PositiveFloat = Field(1e-5, description="The peak, after warm-up")
     weight_decay: NonNegativeFloat = Field(0.0, description="Applied to matrices; never to biases and norms")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Of AdamW")
     eps: PositiveFloat = Field(1e-8, description="Of AdamW")
