@@ -43,6 +43,7 @@ def render(run: RunDirectory) -> str:
     spans = time_line(run, value["state"], events)
     attempts = [(int(e["attempt"]), float(e["time"])) for e in events if e["event"] == "attempt"]
     steps = run.step_lines()
+    metric = str(((read_json(run.config_path) or {}).get("evaluation") or {}).get("metric"))
     wall = value["goodput"]["wall_seconds"]
     spent = [(part, value["goodput"]["seconds"][part]) for part in PARTS]
     return fill(
@@ -50,7 +51,7 @@ def render(run: RunDirectory) -> str:
         {"seconds": seconds, "number": number},
         value=value,
         timeline=Markup(timeline_chart(spans, attempts, list(_marks(events, value["evaluations"])))),
-        plots=[(title, note, Markup(svg)) for title, note, svg in _plots(steps, value["evaluations"]) if svg],
+        plots=[(title, note, Markup(svg)) for title, note, svg in _plots(steps, value["evaluations"], metric) if svg],
         parts=[(part, s, 100 * s / wall) for part, s in spent if s > 0] if wall else [],
         failures=[{**f, "message": str(f["message"])[:_MESSAGE_CHARACTERS]} for f in value["failures"]],
         facts=[*_facts(run), *([("memory of a rank", memory_line(value["memory"]))] if value["memory"] else [])],
@@ -59,8 +60,8 @@ def render(run: RunDirectory) -> str:
     )
 
 
-def _plots(steps: Sequence[Json], evaluations: Sequence[Json]) -> Iterator[tuple[str, str, str]]:
-    """(title, what the lines are, svg) of each."""
+def _plots(steps: Sequence[Json], evaluations: Sequence[Json], metric: str) -> Iterator[tuple[str, str, str]]:
+    """(title, what the lines are, svg) of each; the score is `metric`, or the first where that is the loss."""
 
     def series(key: str, factor: float = 1.0, of: Sequence[Json] = steps) -> list[tuple[float, float]]:
         return [(float(s["step"]), factor * float(s[key])) for s in of if isinstance(s.get(key), int | float)]
@@ -73,8 +74,9 @@ def _plots(steps: Sequence[Json], evaluations: Sequence[Json]) -> Iterator[tuple
     note = "line: training, by step" + ("; dots: evaluation" if scored else "")
     losses = [Line("training loss", "first", series("loss")), Line("evaluation loss", "second", scored, dots=True)]
     yield "Loss", note, chart("loss", losses)
-    found = (name for entry in evaluations for name, value in entry.items() if isinstance(value, float))  # no counts
-    score = next((name for name in found if name not in ("loss", "perplexity")), None)
+    found = [name for entry in evaluations for name, value in entry.items() if isinstance(value, float)]  # no counts
+    scores = [name for name in found if name not in ("loss", "perplexity")]
+    score = metric if metric in scores else next(iter(scores), None)
     if score is not None:
         dots = Line(score, "second", series(score, of=evaluations), dots=True)
         yield "Score", f"{score}, by step", chart(score, [dots])

@@ -146,10 +146,10 @@ def time_line(run: RunDirectory, state: str, events: Sequence[Json]) -> list[Spa
     return timeline(events, read_lines(run.metrics_path), run.verdicts(), now)
 
 
-def render_status(value: Json) -> str:
-    """A line about a run."""
+def render_status(value: Json, name: str | None = None) -> str:
+    """A line about a run, which begins with its label unless `name` is given."""
     total = f"/{value['total_steps']}" if value["total_steps"] else ""
-    parts = [f"{label(Path(value['run']))}: {value['state']}", f"step {value['step']}{total}"]
+    parts = [f"{name or label(Path(value['run']))}: {value['state']}", f"step {value['step']}{total}"]
     if value["loss"] is not None:
         parts.append(f"loss {number(value['loss'])}")
     if value["eta_seconds"] is not None:

@@ -13,13 +13,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print it; 0 whatever the state is."""
+    from collections import Counter
+    from pathlib import Path
+
     from launcher.console import print_json
-    from launcher.registry import find_run, known_runs
+    from launcher.registry import find_run, known_runs, label
     from launcher.reporting import render_status, status, statuses
 
     values = statuses(known_runs()) if options.run is None else [status(find_run(options.run))]
     if options.json:
         print_json(values if options.run is None else values[0])
     else:
-        print("\n".join(map(render_status, values)) or "no runs yet: start one with `dsft launch`")
+        labels = Counter(label(Path(value["run"])) for value in values)
+        shared = [value["run"] if labels[label(Path(value["run"]))] > 1 else None for value in values]
+        print("\n".join(map(render_status, values, shared)) or "no runs yet: start one with `dsft launch`")
     return 0

@@ -140,6 +140,13 @@ def test_the_html_is_well_formed_and_self_contained(run: RunDirectory) -> None:
     assert list(run.path.glob(".report*")) == []
 
 
+def test_the_score_shown_is_the_one_that_the_run_goes_by(run: RunDirectory) -> None:
+    config = json.loads(run.config_path.read_text())
+    write_json(run.config_path, {**config, "evaluation": {"metric": "f1"}})
+    append_line(run.metrics_path, {"time": 123, "step": 6, "evaluation": {"loss": 1.0, "exact_match": 0.5, "f1": 0.7}})
+    assert "f1, by step" in render(run)
+
+
 def test_a_run_that_has_done_nothing_yet(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "new")
     run.path.mkdir()

@@ -272,6 +272,15 @@ def test_one_broken_run_or_entry_hides_no_other(
     assert main(["status", str(runs[1].path)]) == 2
 
 
+def test_runs_of_one_name_are_told_apart(slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [make_run(tmp_path / folder, name) for folder, name in (("a", "same"), ("b", "same"), ("b", "other"))]
+    for run in runs:
+        register(run)
+    assert main(["status"]) == 0
+    names = sorted(line.split(": ")[0] for line in capsys.readouterr().out.splitlines())
+    assert names == sorted(["other", str(runs[0].path), str(runs[1].path)])
+
+
 def test_a_thousand_runs_take_half_a_second(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of processor time, whoever else uses this machine; benchmarks/status.py has the wall time."""
     program(slurm, "squeue", "exit 0")
