@@ -202,6 +202,19 @@ def test_a_model_that_mixes_packed_samples_is_refused() -> None:
         LanguageModelLoss(model, None, "sdpa", CPU).check_sight(engine)
 
 
+@pytest.mark.parametrize("kind", ["compressed_sparse_attention", "heavily_compressed_attention"])
+def test_a_model_that_sums_up_many_packed_tokens_is_refused(kind: str) -> None:
+    """What it sums up, 4 or 128 tokens at a time, is seen only by tokens that come later."""
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
+    sizes = {**SMALL, "head_dim": 16, "qk_rope_head_dim": 8, "q_lora_rank": 8, "moe_intermediate_size": 8}
+    sizes |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "layer_types": [kind] * 2}
+    model = DeepseekV4ForCausalLM(DeepseekV4Config(**sizes)).eval()
+    LanguageModelLoss(model, None, "eager", CPU, packing=False).check_sight(Plain(model))
+    with pytest.raises(UserError, match=r"data\.packing"):
+        LanguageModelLoss(model, None, "eager", CPU).check_sight(Plain(model))
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_an_encoder_that_loads_as_a_causal_model_is_refused(packing: bool) -> None:
     from transformers import BertConfig, BertLMHeadModel

@@ -48,6 +48,7 @@ class CausalLM(BaseTask):
         fused = settings.fuses_loss(has_plain_logits(model.config.to_dict()))
         insists = settings.fused_loss is True
         loss = self.loss(model, self.tokenizer.pad_id, attention, device, self._data.packing, fused, insists)
+        loss.longest = self._data.sequence_length
         if settings.compile and self._data.packing:  # every further shape would be compiled again
             loss.row_length = self._data.sequence_length
         return loss
