@@ -150,10 +150,8 @@ def test_the_names_of_other_trainers_lead_to_keys_that_exist():
 
 
 def test_keys_of_another_backend_are_said_to_be_that(tmp_path):
-    """As they come with `extends`, whose objects are merged."""
-    (tmp_path / "base.json").write_text(json.dumps({"cluster": {"backend": "slurm", "nodes": 2, "time": "10"}}))
-    cluster = {"backend": "ssh", "hosts": ["n1"]}
-    errors = errors_of(write(tmp_path / "c.json", changed(extends="base.json", cluster=cluster)))
+    cluster = {"backend": "ssh", "hosts": ["n1"], "nodes": 2, "time": "10"}
+    errors = errors_of(write(tmp_path / "c.json", changed(cluster=cluster)))
     assert "belongs to another kind of `cluster`" in errors["cluster.nodes"].message
     assert "belongs to another kind of `cluster`" in errors["cluster.time"].message
 
@@ -207,6 +205,17 @@ def test_extends_merges_objects_and_replaces_lists(tmp_path):
     # each path is relative to the file it is written in
     assert config.data.evaluation[0].path == str(tmp_path / "base/data/test.json")
     assert config.output_dir == str(tmp_path / "base/runs")
+
+
+def test_a_section_of_another_kind_takes_the_place_of_the_one_extended(tmp_path):
+    slurm = {"backend": "slurm", "nodes": 4, "time": "1:00:00"}
+    write(tmp_path / "base.json", {**complete(), "cluster": slurm})
+    more = write(tmp_path / "more.json", {"extends": "base.json", "cluster": {"nodes": 2}})
+    assert (load_config(more).cluster.nodes, load_config(more).cluster.time) == (2, "1:00:00")
+    ssh = write(tmp_path / "ssh.json", {"extends": "base.json", "cluster": {"backend": "ssh", "hosts": ["n1"]}})
+    assert load_config(ssh, ["cluster.gpus_per_node=0"]).cluster.hosts == ("n1",)
+    lacking = write(tmp_path / "lacking.json", {"extends": "base.json", "cluster": {"backend": "ssh"}})
+    assert list(errors_of(lacking)) == ["cluster.hosts"]
 
 
 def test_extends_in_a_circle_or_broken(tmp_path):

@@ -59,6 +59,8 @@ def config_hash(config: LaunchConfig) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+_KINDS = {"cluster": "backend", "task": "type"}  # sections of several kinds: the key that names it
+
 REDACTED = "***"  # in place of a secret
 
 
@@ -189,6 +191,11 @@ class _Loader:
                 _make_absolute({"cluster": cluster}, profile.parent)
                 self._merge({"cluster": cluster}, self.data, str(profile), {}, ())
         _make_absolute(layer, folder)
+        for name, kind in _KINDS.items():  # keys of one kind mean nothing to another
+            kinds = [of.get(name, {}).get(kind) for of in (layer, self.data) if isinstance(of.get(name, {}), dict)]
+            if None not in kinds and len(set(kinds)) > 1:
+                del self.data[name]
+                self._origins = {path: origin for path, origin in self._origins.items() if path[0] != name}
         self._merge(layer, self.data, origin, renamed, ())
 
     def _merge(
