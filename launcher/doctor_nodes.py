@@ -136,7 +136,9 @@ def _accept(listener: socket.socket, token: str, found: Probes) -> None:
 
 def _said(output: IO[bytes], code: int | None, seconds: float) -> str:
     output.seek(0)
-    text = " ".join(output.read().decode(errors="replace").split())[-_TAIL_CHARACTERS:]
+    text = " ".join(output.read().decode(errors="replace").split())
+    if len(text) > _TAIL_CHARACTERS:
+        text = f"... {text[-_TAIL_CHARACTERS:].partition(' ')[2]}"
     return text or (f"no answer within {seconds:.0f} s" if code is None else f"its command ended with {code}")
 
 

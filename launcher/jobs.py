@@ -109,7 +109,7 @@ def refuse_second_job(run: RunDirectory) -> None:
     if (job := waiting_job(run)) is not None:
         raise UserError(
             f"{run.path}: job {job.job_id} of this run is in the queue already ({job.slurm_state}); "
-            f"`dsft status` follows it, `dsft cancel` or `scancel {base_id(job)}` ends it"
+            f"`dsft resume --watch {run.path}` follows it, `dsft cancel` or `scancel {base_id(job)}` ends it"
         )
 
 

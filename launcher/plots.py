@@ -89,7 +89,9 @@ def chart(
         parts.append(_label(_LEFT - 8, y(value) + 4, _short(value), "end"))
     for step in ticks(first, last, 8):
         if text := written(step):
-            parts.append(_label(x(step), HEIGHT - 10, text, "middle"))
+            half = 4 * len(text)  # so wide at most: a long choice at an end of the axis stays within the drawing
+            anchor = "end" if x(step) + half > WIDTH else "start" if x(step) < half else "middle"
+            parts.append(_label(x(step), HEIGHT - 10, text, anchor))
     parts.append(f'<path class="axis" d="M{_LEFT} {HEIGHT - _BOTTOM}H{WIDTH - _RIGHT}"/>')
     for line in lines:
         parts += _drawn(line, x, y, lambda step: f"{x_name} {x_text(step) if x_text else f'{step:.0f}'}")

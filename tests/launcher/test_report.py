@@ -199,3 +199,11 @@ def test_a_long_run_makes_a_small_file(tmp_path: Path) -> None:
     line = [(float(i), float(i % 7)) for i in range(10 * count)]
     assert len(chart("long", [Line("a", "first", line)])) < 100_000
     assert time.process_time() - began < 5
+
+
+def test_long_words_at_the_ends_of_an_axis_stay_within_the_drawing() -> None:
+    points = [(0.0, 1.0), (1.0, 2.0)]
+    drawing = chart("choices", [Line("a", "first", points)], x_text=lambda x: "a long choice" * (x in (0.0, 1.0)))
+    assert re.findall(r'text-anchor="(\w+)">a long choice<', drawing) == ["middle", "end"]
+    drawing = chart("choices", [Line("a", "first", points)], x_text=lambda x: "a long choice" * 3 * (x in (0.0, 1.0)))
+    assert re.findall(r'text-anchor="(\w+)">a long', drawing) == ["start", "end"]
