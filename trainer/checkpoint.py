@@ -187,7 +187,7 @@ class Saver:
         offsets: dict[str, int] = {}
         for key, source, offset in self._sources():
             tensors[key], offsets[key] = self._buffer(key, source).copy_(source, non_blocking=True), offset
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else a rank on CPUs would open a GPU here
             torch.cuda.current_stream().synchronize()
         return tensors, offsets
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import logging
 import math
 import os
@@ -66,11 +67,10 @@ def init_distributed(device: str, timeout_seconds: float) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", "1")) > _FULL_MESH_RANKS:
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     own = take_gpu(int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device("cpu")
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=timeout_seconds),
-        verbose=False,
-    )
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", timeout=timeout, verbose=False)
+    # Its own groups, in which gradients are summed, would have torch's default: 10 minutes with NCCL
+    deepspeed.comm.comm.cdb.new_group = functools.partial(dist.new_group, timeout=timeout)
     return own
 
 

@@ -101,7 +101,12 @@ def node_name() -> str:
 
 # In messages of plain RuntimeErrors: torch's allocator on CPUs; CUDA, cuBLAS and NCCL outside torch's allocator
 _MEMORY_IS_FULL = ("can't allocate memory", "error: out of memory", "'out of memory'", "STATUS_ALLOC_FAILED")
-_GPU_FAILED = ("uncorrectable ECC error", "busy or unavailable", "Invalid access of peer GPU memory over nvlink")
+_GPU_FAILED = (
+    "uncorrectable ECC error",
+    "uncorrectable NVLink error",
+    "busy or unavailable",
+    "Invalid access of peer GPU memory over nvlink",
+)
 
 
 def classify(error: BaseException) -> FailureClass:

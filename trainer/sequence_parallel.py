@@ -11,6 +11,7 @@ another; here the mask of the whole sequence comes from transformers' own functi
 
 from __future__ import annotations
 
+import datetime
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ class SequenceParallel:
     Args:
         model: of transformers, built; its attention implementation is replaced.
         size: ranks of a group, which are neighbours.
+        timeout_seconds: of their collectives.
 
     Attributes:
         size, index: of the group, and this rank's place in it.
@@ -41,11 +43,12 @@ class SequenceParallel:
         UserError: the model cannot be run so.
     """
 
-    def __init__(self, model: Any, size: int) -> None:
+    def __init__(self, model: Any, size: int, timeout_seconds: float) -> None:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         self.size, self.index = size, rank % size
         for first in range(0, world_size, size):  # every rank makes every group
-            group = dist.new_group(list(range(first, first + size)))
+            ranks = list(range(first, first + size))
+            group = dist.new_group(ranks, timeout=datetime.timedelta(seconds=timeout_seconds))
             if first <= rank < first + size:
                 self._group = group
         self._on, self._position_ids = True, torch.zeros((1, 0), dtype=torch.int64)

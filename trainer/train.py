@@ -20,6 +20,7 @@ from trainer.checkpoint import Saver
 from trainer.checkpoint_files import add_scores, exported_step, retention_of
 from trainer.config.schema import LaunchConfig
 from trainer.data.stream import BatchStream, GlobalBatch, build_training_stream
+from trainer.devices import compute_deterministically
 from trainer.engine import Engine, in_files, init_distributed
 from trainer.evaluation import BEST, OVER, evaluate, evaluation_streams, judge
 from trainer.export import export_run
@@ -67,7 +68,7 @@ class Trainer:
         self.timeout = collectives.timeout_seconds(self.config.resilience)
         self.device = init_distributed(self.plan["device"], self.timeout)
         if self.config.training.deterministic:
-            torch.use_deterministic_algorithms(True)
+            compute_deterministically()
         self.control = collectives.new_group(self.timeout)
         self.gather = collectives.make_gather(self.control)  # of the main thread
         # a group each: both streams may be under way, and ranks need not reach their calls in the same order
@@ -94,7 +95,7 @@ class Trainer:
         self.loss = self.task.objective(model, attention, self.device)
         self.sharing = self.config.model.sequence_parallel  # ranks that work on the same micro-batches
         if self.sharing > 1:
-            self.loss.parallel = SequenceParallel(model, self.sharing)  # type: ignore[attr-defined]
+            self.loss.parallel = SequenceParallel(model, self.sharing, self.timeout)  # type: ignore[attr-defined]
         training = self.config.training
         optimizer = build_optimizer(model, training.optimizer, training.unfreeze)
         self.engine = Engine(model, optimizer, self.plan["deepspeed"], training.ema_decay, memory)

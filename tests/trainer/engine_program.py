@@ -32,6 +32,7 @@ GLOBAL_BATCH_SIZE = 5  # sequences: not divisible by 2 or 3 ranks
 VOCABULARY = 61
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
 MAX_GRAD_NORM = 0.5
+TIMEOUT_SECONDS = 300.0
 
 
 def global_batch(step: int) -> list[PackedSequence]:
@@ -124,6 +125,9 @@ def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) 
         model = build_model(model_config, transformers.AutoModelForCausalLM, config, "sdpa", seed=0)
     loss = LanguageModelLoss(model, None, "sdpa", torch.device("cpu"), fused=case.get("fused_loss", False))
     engine = Engine(model, build_optimizer(model, optimizer, unfreeze_of(case)), config, case.get("ema_decay"), memory)
+    groups = torch.distributed.distributed_c10d._world.pg_map  # DeepSpeed's own as well
+    limits = {each._get_backend(torch.device("cpu")).options._timeout.total_seconds() for each in groups}
+    assert limits == {TIMEOUT_SECONDS}
     if case.get("probe_first"):
         loss.check_sight(engine)
     if case.get("load"):
@@ -179,8 +183,8 @@ def run_case(case: dict[str, Any], model_folder: str, output: Path, group: Any) 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
-    init_distributed("cpu", 300.0)
-    group = collectives.new_group(300.0)
+    init_distributed("cpu", TIMEOUT_SECONDS)
+    group = collectives.new_group(TIMEOUT_SECONDS)
     for case in job["cases"]:
         run_case(case, job["model"], Path(job["output"]), group)
     sys.stdout.flush()

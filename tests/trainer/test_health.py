@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.verdict import Snapshot, classify
-from trainer.devices import take_gpu
+from trainer.devices import compute_deterministically, take_gpu
 from trainer.failures import UserError
 from trainer.failures import classify as class_of
 from trainer.health import UnfitNodeError, check_node, gpu_problems
@@ -48,12 +49,25 @@ def test_a_gpu_that_torch_cannot_use_is_told_from_a_torch_for_none(monkeypatch: 
         take_gpu(0)
 
 
+def test_flash_attention_is_told_to_be_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC", raising=False)
+    try:
+        compute_deterministically()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ.pop("FLASH_ATTENTION_DETERMINISTIC") == "1"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize(
     ("said", "failure_class"),
     [
         ("CUDA error: out of memory\nCUDA kernel errors might be", "out_of_memory"),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "out_of_memory"),
         ("CUDA error: uncorrectable ECC error encountered", "node"),
+        ("CUDA error: uncorrectable NVLink error detected during the execution", "node"),
         ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", "node"),
         ("CUDA error: device-side assert triggered", "unknown"),
         ("The size of tensor a (3) must match the size of tensor b (4)", "unknown"),
