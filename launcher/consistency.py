@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -58,7 +59,7 @@ def refuse_changes(run: RunDirectory, config: dict[str, Any]) -> None:
     if config.get("data", {}).get("allow_changed"):
         before["data"] = {**before["data"], "train": config["data"]["train"]}
     changes = [
-        f"  {path}: the run has {old!r}, the config {new!r}"
+        f"  {path}: the run has {json.dumps(old, ensure_ascii=False)}, the config {json.dumps(new, ensure_ascii=False)}"
         for section, free in _FIXED.items()
         for path, old, new in differences(section, before.get(section), config.get(section))
         if path.removeprefix(f"{section}.").split(".")[0] not in free and not _moved(path, old, new)
@@ -102,5 +103,12 @@ def differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from differences(f"{path}.{key}", old.get(key), new.get(key))
+    elif _objects(old) and _objects(new) and len(old) == len(new):
+        for index, (one, other) in enumerate(zip(old, new, strict=True)):
+            yield from differences(f"{path}.{index}", one, other)
     elif old != new:
         yield path, old, new
+
+
+def _objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)

@@ -244,7 +244,10 @@ def _same_study(study: Study) -> None:
     now["space"] = {key: of.model_dump(mode="json") for key, of in search.settings.space.items()}
     before = read_json(path)
     if before is not None and any(trial.value is not None for trial in study.trials()):
-        changes = [f"  {key}: the study has {a!r}, the config {b!r}" for key, a, b in differences("", before, now)]
+        changes = [
+            f"  {key}: the study has {json.dumps(a)}, the config {json.dumps(b)}"
+            for key, a, b in differences("", before, now)
+        ]
         if changes:
             told = "\n".join(change.replace("  .", "  ", 1) for change in changes)
             raise UserError(

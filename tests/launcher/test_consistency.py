@@ -107,7 +107,7 @@ def test_a_run_whose_config_is_valid_no_more_is_still_compared(run: RunDirectory
     newer = copy.deepcopy(old)
     old["model"]["gone"] = 1
     write_json(run.config_path, old)
-    with pytest.raises(UserError, match=r"model\.gone: the run has 1, the config None"):
+    with pytest.raises(UserError, match=r"model\.gone: the run has 1, the config null"):
         refuse_changes(run, newer)
 
 
@@ -132,4 +132,11 @@ def test_a_finished_run_is_a_start_for_another(run: RunDirectory) -> None:
     config["training"]["max_steps"] = 16
     run.export_dir.mkdir()
     with pytest.raises(UserError, match=f"can start from its weights: `model.path` {run.export_dir}$"):
+        refuse_changes(run, config)
+
+
+def test_of_a_source_what_differs_is_told_and_no_more(run: RunDirectory) -> None:
+    config = json.loads(run.config_path.read_text())
+    config["data"]["train"][0]["columns"] = {"text": "body"}
+    with pytest.raises(UserError, match=r'data\.train\.0\.columns\.text: the run has null, the config "body"\n'):
         refuse_changes(run, config)
