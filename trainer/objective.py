@@ -32,8 +32,12 @@ class EncoderObjective(Objective):
         self._task, self._device = task, device
         # by its own padding token, and not by the mask, a decoder's head finds the last token of a text
         self._pad_id = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
+        end = getattr(model.config, "eos_token_id", None)
+        self._blank = np.full(_PAD_TO, self._pad_id, dtype=np.int32)
+        if isinstance(end, int):  # which the heads of BART, T5 and their like look for in every row
+            self._blank[-1] = end
         accepted = set(inspect.signature(model.forward).parameters)
-        if not hasattr(model.config, "type_vocab_size") and model.config.model_type not in _TYPES:
+        if getattr(model.config, "type_vocab_size", 0) < 2 and model.config.model_type not in _TYPES:
             accepted.discard("token_type_ids")  # which GPT-2 and its like look up as further tokens
         self._accepted = frozenset(accepted)
 
@@ -61,8 +65,9 @@ class EncoderObjective(Objective):
         Inputs are int64 [samples, longest rounded up], or [samples, choices, longest rounded up] of a task that
         chooses; samples with fewer choices than others then repeat their first one.
         """
-        blank = np.full(_PAD_TO, self._pad_id, dtype=np.int32)
-        parts = [sample.split(sample.tokens) for sample in samples] or [[blank] * (2 if self._task.chooses else 1)]
+        parts = [sample.split(sample.tokens) for sample in samples] or [
+            [self._blank] * (2 if self._task.chooses else 1)
+        ]
         choices = max(map(len, parts))
         rows = _even(parts, choices)
         inputs = {"input_ids": padded(rows, self._pad_id), "attention_mask": padded([np.ones(len(r)) for r in rows], 0)}

@@ -124,10 +124,8 @@ def test_scores_stand_beside_those_of_hf_trainer(model: Path, tmp_path: Path) ->
         assert scores["out_of_domain/accuracy"] > 0.3
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
-def test_decoders_read_the_last_token_of_a_text_and_no_padding(tmp_path: Path, model_type: str) -> None:
-    """As plain transformers does with each text alone, though neither model nor tokenizer have a padding token, and
-    GPT-2 would look up types of tokens as if they were tokens."""
+def classifier(tmp_path: Path, model_type: str, **more: int) -> tuple[Any, Any]:
+    """(task, model) with a tokenizer that has an end, and no padding."""
     fast = Tokenizer(models.WordLevel({name: number for number, name in enumerate([*WORDS, "</s>"])}))
     fast.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     fast.save(str(tmp_path / "tokenizer.json"))
@@ -137,7 +135,10 @@ def test_decoders_read_the_last_token_of_a_text_and_no_padding(tmp_path: Path, m
         {
             "name": "a",
             "task": {"type": "text-classification", "labels": ["no", "yes"]},
-            "model": {"config": {"model_type": model_type, "vocab_size": 24, **sizes}, "tokenizer": str(tmp_path)},
+            "model": {
+                "config": {"model_type": model_type, "vocab_size": 24, **sizes, **more},
+                "tokenizer": str(tmp_path),
+            },
             "data": {"train": [{"path": "-"}], "sequence_length": 16},
             "training": {"global_batch_size": 1, "max_steps": 1},
         }
@@ -146,7 +147,14 @@ def test_decoders_read_the_last_token_of_a_text_and_no_padding(tmp_path: Path, m
     model_config = load_model_config(config.model)
     task.configure(model_config)
     torch.manual_seed(0)
-    model = task.auto.from_config(model_config).eval()
+    return task, task.auto.from_config(model_config).eval()
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_decoders_read_the_last_token_of_a_text_and_no_padding(tmp_path: Path, model_type: str) -> None:
+    """As plain transformers does with each text alone, though neither model nor tokenizer have a padding token, and
+    GPT-2 would look up types of tokens as if they were tokens."""
+    task, model = classifier(tmp_path, model_type)
     records = [{"text": " ".join(WORDS[:length]), "label": 0} for length in (1, 5, 9)]
     samples = [sample for sample in task.encode(records) if isinstance(sample, Sample)]
     together: Any = [PackedSequence((sample,)) for sample in samples]
@@ -156,3 +164,23 @@ def test_decoders_read_the_last_token_of_a_text_and_no_padding(tmp_path: Path, m
         for (_, probabilities), sample in zip(found, samples, strict=True):
             alone = model(input_ids=torch.from_numpy(sample.tokens)[None].long()).logits.softmax(-1)
             torch.testing.assert_close(torch.tensor(probabilities), alone[0])
+
+
+@pytest.mark.parametrize("model_type", ["bart", "mbart", "t5"])
+def test_a_rank_without_texts_runs_encoder_decoder_models(tmp_path: Path, model_type: str) -> None:
+    """Their heads want an end in every row."""
+    task, model = classifier(tmp_path, model_type, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2)
+    loss, _ = task.objective(model, "sdpa", torch.device("cpu"))(model, [])
+    loss.backward()
+    assert float(loss) == 0.0
+
+
+def test_types_of_tokens_are_left_out_where_a_model_has_one(tmp_path: Path) -> None:
+    """RoBERTa's heirs (GTE, Jina) have an embedding of type 0 alone, whatever the tokenizer tells."""
+    task, model = classifier(tmp_path, "xlm-roberta", type_vocab_size=1)
+    sample = task.encode([{"text": "good", "text_pair": "fine", "label": 0}])[0]
+    assert sample.inputs["token_type_ids"].tolist() == [0, 1]
+    assert task.objective(model, "sdpa", torch.device("cpu")).collate([sample])[0].keys() == {
+        "input_ids",
+        "attention_mask",
+    }
