@@ -42,6 +42,7 @@ from trainer.checkpoint_files import (
 from trainer.engine import Engine
 from trainer.failures import StorageError
 from trainer.fast_tier import FastTier
+from trainer.pinned_memory import PinnedMemory
 from trainer.rundir import RunDirectory, sync, write_json
 
 FORMAT = 1
@@ -84,6 +85,7 @@ class Saver:
         self._tell = tell
         self.at_point = at_point
         self._buffers: dict[str, torch.Tensor] = {}
+        self._pinned_memory = PinnedMemory()
         self._thread: threading.Thread | None = None  # empties the buffers
         self._flush: threading.Thread | None = None  # copies a file of the fast tier
         self.step: int | None = None  # of the latest save
@@ -194,11 +196,12 @@ class Saver:
     def _buffer(self, key: str, source: torch.Tensor) -> torch.Tensor:
         buffer = self._buffers.get(key)
         if buffer is None:
-            pinned = source.device.type == "cuda"
             if self._engine.memory:
                 buffer = self._engine.memory.zeros(source.numel(), source.dtype)
+            elif source.device.type == "cuda":
+                buffer = self._pinned_memory.empty(source.numel(), source.dtype)
             else:
-                buffer = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=pinned)
+                buffer = torch.empty_like(source)
             self._buffers[key] = buffer
         return buffer
 

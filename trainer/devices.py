@@ -13,9 +13,7 @@ from trainer.health import UnfitNodeError
 def compute_deterministically() -> None:
     """From now on the same input has the same result, bit for bit; operators that cannot do that raise RuntimeError."""
     torch.use_deterministic_algorithms(True)
-    os.environ.setdefault(
-        "FLASH_ATTENTION_DETERMINISTIC", "1"
-    )  # its package knows nothing of that: transformers reads it
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # its package does not ask torch; transformers reads it
 
 
 def take_gpu(index: int) -> torch.device:

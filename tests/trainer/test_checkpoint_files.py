@@ -1,4 +1,4 @@
-"""Which checkpoints stay, when the next one is due, and what `dsft checkpoint` shows; all without torch."""
+"""Which checkpoints stay, when the next one is due, and what `dsft checkpoint` shows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from plain_state import make_state, save_rank
+from safetensors.torch import load_file, save_file
 
 from launcher import cli
 from launcher.commands import checkpoint as command
@@ -40,6 +42,7 @@ from trainer.checkpoint_interval import (
 )
 from trainer.config.schema import CheckpointConfig
 from trainer.failures import UserError
+from trainer.pinned_memory import PinnedMemory
 from trainer.rundir import RunDirectory, write_json
 from trainer.saving import SavePolicy
 
@@ -66,6 +69,28 @@ def test_storage_that_is_away_puts_a_save_off_and_ends_nothing(tmp_path: Path, m
     policy._next_poll = 0.0
     assert policy.due(2)
     assert not run.save_request_path(1).exists()
+
+
+def test_slices_share_chunks_of_pinned_memory_and_are_written_as_they_are(tmp_path: Path) -> None:
+    """On a GPU alone they are pinned; torch rounds each piece of that up to a power of two."""
+    sizes: list[int] = []
+
+    def allocate(size: int) -> torch.Tensor:
+        sizes.append(size)
+        return torch.empty(size, dtype=torch.uint8)
+
+    memory = PinnedMemory(allocate)
+    kept = {f"w{n}": memory.empty(70_000 + n, torch.float32).fill_(n) for n in range(40)}
+    kept |= {"half": memory.empty(3, torch.bfloat16).fill_(7), "n": memory.empty(1, torch.int64).fill_(9)}
+    needed = sum(tensor.nbytes for tensor in kept.values())
+    assert all(size & (size - 1) == 0 for size in sizes)
+    assert sum(sizes[:-1]) < needed < sum(sizes) < 2 * needed
+    save_file(kept, tmp_path / "file")
+    found = load_file(tmp_path / "file")
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in kept.items())
+    assert [len(memory.empty(size, torch.uint8)) for size in (3 << 29, 1 << 29)] == [3 << 29, 1 << 29]
+    assert sizes[-1] == 2 << 30  # for both
 
 
 def checkpoint(step: int, loss: float | None = None, status: str = "published") -> Checkpoint:
