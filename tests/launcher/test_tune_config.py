@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 from tune_inputs import KEY, write_inputs
 
 from launcher.cli import main
+from launcher.trials import shown
 from launcher.tuning import Search, open_study, read_search, score
 from launcher.tuning_report import summary, write_results
 from trainer.config.loading import load_config
@@ -210,3 +211,9 @@ def test_results_show_every_trial_and_escape_what_is_from_outside(tmp_path: Path
     assert "&lt;b&gt;no room" in page
     assert page.count("<svg") == 3
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "").replace('http-equiv="', "")
+
+
+def test_values_are_shown_as_a_config_has_them() -> None:
+    assert shown({"training.schedule": {"type": "cosine"}, "a": 0.123456, "b": 8}) == (
+        'training.schedule {"type": "cosine"}, a 0.1235, b 8'
+    )
