@@ -12,7 +12,7 @@ import torch
 from trainer.data.sample import PackedSequence, Sample
 from trainer.engine import Engine
 from trainer.tasks.base import Objective, Predictions
-from trainer.tasks.encoder import HeadTask
+from trainer.tasks.encoder import EncoderTask, HeadTask
 
 _PAD_TO = 8  # tokens; matrix kernels like it, and CPU kernels are kept for every shape that they meet
 
@@ -32,10 +32,10 @@ class EncoderObjective(Objective):
         self._task, self._device = task, device
         # by its own padding token, and not by the mask, a decoder's head finds the last token of a text
         self._pad_id = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
+        # heads look for what every row has: BART's and T5's for the end, Longformer's for what is between two texts
+        special = task.encode_texts([("", "")])[0].ids if isinstance(task, EncoderTask) else []
         end = getattr(model.config, "eos_token_id", None)
-        self._blank = np.full(_PAD_TO, self._pad_id, dtype=np.int32)
-        if isinstance(end, int):  # which the heads of BART, T5 and their like look for in every row
-            self._blank[-1] = end
+        self._blank = np.array(special or [end if isinstance(end, int) else self._pad_id], dtype=np.int32)
         accepted = set(inspect.signature(model.forward).parameters)
         if getattr(model.config, "type_vocab_size", 0) < 2 and model.config.model_type not in _TYPES:
             accepted.discard("token_type_ids")  # which GPT-2 and its like look up as further tokens

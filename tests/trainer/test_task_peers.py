@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_encoder import make_tokenizer, tiny_bert
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from trainer.config.schema import LaunchConfig
 from trainer.data.sample import PackedSequence, Sample
@@ -172,7 +172,23 @@ def test_a_rank_without_texts_runs_encoder_decoder_models(tmp_path: Path, model_
     task, model = classifier(tmp_path, model_type, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2)
     loss, _ = task.objective(model, "sdpa", torch.device("cpu"))(model, [])
     loss.backward()
-    assert float(loss) == 0.0
+    assert float(loss.detach()) == 0.0
+
+
+def test_a_rank_without_texts_runs_longformer(tmp_path: Path) -> None:
+    """Its heads for questions and choices want the three ends of a pair in every row."""
+    from transformers import LongformerConfig, LongformerForQuestionAnswering
+
+    task, _ = classifier(tmp_path, "gpt2")
+    template = processors.TemplateProcessing(
+        pair="$A </s> </s> $B </s>", special_tokens=[("</s>", task.tokenizer.eos_id)]
+    )
+    task.fast.post_processor = template
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"sep_token_id": task.tokenizer.eos_id, "pad_token_id": 1}
+    model = LongformerForQuestionAnswering(LongformerConfig(vocab_size=24, attention_window=8, **sizes, **ends))
+    loss, _ = task.objective(model, "eager", torch.device("cpu"))(model, [])
+    assert float(loss.detach()) == 0.0
 
 
 def test_types_of_tokens_are_left_out_where_a_model_has_one(tmp_path: Path) -> None:
