@@ -94,7 +94,7 @@ def test_a_model_that_does_not_fit_and_what_would(tmp_path):
     with pytest.raises(UserError) as caught:
         plan_of(tmp_path, *large("cluster={}"), gpus=(H100,), memory=512 * GIB)
     assert "a GPU has 80.0 GiB" in str(caught.value)
-    assert "deepspeed.offload_optimizer=cpu (239 GiB of each node's memory) or 3 GPUs or model" in str(caught.value)
+    assert "deepspeed.offload_optimizer=cpu (244 GiB of each node's memory) or 3 GPUs or model" in str(caught.value)
     offload = large("cluster={}", "deepspeed.offload_optimizer=cpu")
     offloaded = plan_of(tmp_path, *offload, gpus=(H100,), memory=512 * GIB)
     assert offloaded.memory.total < H100.memory

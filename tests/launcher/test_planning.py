@@ -213,7 +213,11 @@ def test_states_follow_the_zero_paper():
 def test_offload_moves_the_states_to_the_host():
     plain, offloaded = memory(), memory(offload="cpu")
     assert offloaded.optimizer_states == offloaded.master_weights == 0
-    assert offloaded.host_offload == plain.master_weights + plain.optimizer_states + 2 * plain.gradients
+    # by hand: of 1.0038 billion parameters 4 bytes in one pinned place, once more in those of sub-groups of a billion,
+    # and torch takes 4 GiB each for the 3.74 of the first two, and 16 MiB for the last
+    share = math.ceil(LLAMA.parameters / 8)
+    assert (plain.gradients, share // 10**9, 2**23 < 4 * (share % 10**9) <= 2**24) == (4 * share, 1, True)
+    assert offloaded.host_offload == 12 * share + 2 * 2**32 + 2**24
     assert memory(offload="cpu", device="cpu").host_offload == 0  # the same memory
 
 
@@ -223,7 +227,9 @@ def test_offloaded_parameters_leave_the_small_ones_behind():
     assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
     both = memory(offload="cpu", offload_parameters="cpu")
     moved = optimizer.parameters - 2 * LLAMA.small_parameters
-    assert (both.parameters, both.host_offload) == (2 * LLAMA.small_parameters, optimizer.host_offload + moved)
+    rounded = 2**31 - 2 * math.ceil(LLAMA.parameters / 8)  # of the trained ones, pinned in one place
+    assert both.parameters == 2 * LLAMA.small_parameters
+    assert both.host_offload == optimizer.host_offload + moved + rounded
     assert optimizer.total - both.total == moved
 
 
@@ -233,13 +239,13 @@ def test_what_is_in_files_is_in_no_memory():
     path = {"nvme_path": "/x"}
     host = memory(offload="cpu")
     files = memory(offload="nvme", **path)
-    assert (files.nvme, files.host_offload, files.host_staging) == (24 * share, 4 * share, 0)
+    assert (files.nvme, files.host_offload, files.host_staging) == (24 * share, 2**32, 0)
     assert files.total == host.total
     moved = host.parameters - 2 * LLAMA.small_parameters
     both = memory(offload="nvme", offload_parameters="nvme", **path)
-    assert (both.nvme, both.host_offload) == (files.nvme + moved, 4 * share)
+    assert (both.nvme, both.host_offload) == (files.nvme + moved, 2**32)
     weights = memory(offload="cpu", offload_parameters="nvme", **path)
-    assert (weights.nvme, weights.host_offload) == (12 * share + moved, 20 * share)
+    assert (weights.nvme, weights.host_offload) == (12 * share + moved, host.host_offload)
     on_cpu, plain = memory(offload="nvme", device="cpu", **path), memory(device="cpu")
     assert (on_cpu.nvme, on_cpu.master_weights, on_cpu.optimizer_states, on_cpu.staging) == (24 * share, 0, 0, 0)
     assert plain.total - on_cpu.total >= 24 * share

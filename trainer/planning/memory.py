@@ -167,8 +167,11 @@ def estimate(
         nvme = masters + moments
         masters = moments = step = 0
     if device == "cuda" and offloaded:
-        # DeepSpeed adds gradients up in one place and copies them to another; in files' place one does
-        host = masters + moments + gradients * (1 if "optimizer" in on_disk else 2)
+        # DeepSpeed adds gradients up in one place and copies them to another, which each sub-group has of its own; in
+        # files' place one does
+        group = int(zero.get("sub_group_size", share)) or 1
+        copies = share // group * pinned_bytes(4 * group) + pinned_bytes(4 * (share % group))
+        host = masters + moments + pinned_bytes(gradients) + (0 if "optimizer" in on_disk else copies)
         gradients, masters, moments, step = 0, 0, 0, 0
     scales = scale_bytes(model)
     parameters = width * whole + scales
@@ -176,7 +179,7 @@ def estimate(
     if "parameters" in on_disk:
         nvme, parameters = nvme + moved, parameters - moved
     elif device == "cuda" and zero.get("offload_param", {}).get("device", "none") != "none":
-        host, parameters = host + moved, parameters - moved
+        host, parameters = host + moved + pinned_bytes(width * share) - width * share, parameters - moved
     staging = (4 + state_bytes) * share
     staging += 0 if model.pinned else math.ceil(width * (everything - trained) / world_size)
     if on_disk:
@@ -202,6 +205,11 @@ def estimate(
         host_staging=staging if device == "cuda" else 0,
         nvme=nvme,
     )
+
+
+def pinned_bytes(size: int) -> int:
+    """What torch takes of the host's memory for so many bytes that are pinned: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def scale_bytes(model: ModelFacts) -> int:
