@@ -215,6 +215,19 @@ def test_a_model_that_sums_up_many_packed_tokens_is_refused(kind: str) -> None:
         LanguageModelLoss(model, None, "eager", CPU).check_sight(Plain(model))
 
 
+@pytest.mark.parametrize("seed", [0, 2])
+def test_a_leak_that_weighs_next_to_nothing_is_found_by_other_tokens(seed: int) -> None:
+    """Convolutions of small random weights, over the end of the sample before."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    kinds = ["conv", "full_attention", "conv"]
+    model = Lfm2ForCausalLM(Lfm2Config(**sizes, num_attention_heads=2, num_key_value_heads=2, layer_types=kinds))
+    with pytest.raises(UserError, match=r"data\.packing"):
+        LanguageModelLoss(model.eval(), None, "sdpa", CPU).check_sight(Plain(model))
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_an_encoder_that_loads_as_a_causal_model_is_refused(packing: bool) -> None:
     from transformers import BertConfig, BertLMHeadModel
