@@ -47,7 +47,8 @@ def test_a_study_survives_a_killed_trial_and_an_interrupt(tmp_path: Path) -> Non
     config = write_inputs(
         tmp_path, parallel=2, pruner="median", space={KEY: {"type": "categorical", "choices": choices}}
     )
-    steps = ["--set", "training.max_steps=200", "--set", "training.schedule.type=constant"]
+    number_of_steps = 500  # of about 10 ms: a trial that is pruned has to be stopped before its end
+    steps = ["--set", f"training.max_steps={number_of_steps}", "--set", "training.schedule.type=constant"]
     runs = [RunDirectory(tmp_path / "runs/words/trials" / f"{number:04d}") for number in range(4)]
     output = tmp_path / "first.log"
     tuner = start(config, output, *steps)
@@ -75,7 +76,7 @@ def test_a_study_survives_a_killed_trial_and_an_interrupt(tmp_path: Path) -> Non
     assert "trial 1 goes on: training.optimizer.learning_rate 0.03" in said
     assert [run_state(run).state for run in runs] == ["finished", "finished", "stopped", "stopped"]
     lines = runs[1].step_lines()
-    assert [line["step"] for line in lines] == list(range(1, 201))
+    assert [line["step"] for line in lines] == list(range(1, number_of_steps + 1))
     assert not [run.path for run in runs if run.published_checkpoints() or run.export_dir.exists()]
 
     again = subprocess.run(
@@ -91,7 +92,7 @@ def test_a_study_survives_a_killed_trial_and_an_interrupt(tmp_path: Path) -> Non
     losses = [run.evaluation_lines()[-1]["evaluation"]["loss"] for run in runs]
     assert value["best"]["number"] == min(range(2), key=lambda number: losses[number])
     assert [trial["value"] for trial in value["trials"][:2]] == losses[:2]
-    assert all(trial["step"] < 200 for trial in value["trials"][2:])
+    assert all(trial["step"] < number_of_steps for trial in value["trials"][2:])
     assert (
         json.loads(Path(value["best_config"]).read_text())["training"]["optimizer"]["learning_rate"]
         == (choices[value["best"]["number"]])
