@@ -250,7 +250,7 @@ class LanguageModelLoss(Objective):
         name = type(self._model).__name__
         both_ways = _reads_both_ways(self._model.config.get_text_config())
         few = self._loss_of_few(engine, 1, 5)
-        for length in (_FEW, max(min(self.longest, _MANY), _FEW)):
+        for length in sorted({_FEW, max(min(self.longest, _MANY), _FEW)}):
             expected = few if length == _FEW else self._loss_of_few(engine, 1, 5, length)
             changed = (self._loss_of_few(engine, *tokens, length) for tokens in _OTHERS)
             if not both_ways and all(_same(expected, loss) for loss in changed):

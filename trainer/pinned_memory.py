@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from trainer.planning.memory import pinned_bytes
+
 _SMALLEST, _LARGEST = 1 << 20, 1 << 30  # bytes of a chunk; a larger tensor has a larger one
 _ALIGNMENT = 64
 
@@ -31,7 +33,7 @@ class PinnedMemory:
         if self._used + size > len(self._chunk):
             # each twice the one before, up to a limit: small models take little
             usual = min(max(2 * len(self._chunk), _SMALLEST), _LARGEST)
-            self._chunk, self._used = self._allocate(max(usual, 1 << (size - 1).bit_length())), 0
+            self._chunk, self._used = self._allocate(max(usual, pinned_bytes(size))), 0
         start = self._used
         self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
         return self._chunk[start : start + size].view(dtype)
