@@ -32,6 +32,7 @@ from trainer.tasks import Task, get_task, task_tokenizer
 from trainer.tokenizer import Tokenizer
 
 _WRITTEN_OUT = {"true": "1", "false": "0"}  # what `label_text` makes of the values that these texts may stand for
+_UNKNOWN = 0.01  # of the tokens: more is worth a word
 _FIRST, _SPREAD = 200, 100  # records looked at: the first ones, and others over the whole source
 
 
@@ -81,6 +82,7 @@ def check(config: LaunchConfig, samples: int = 0) -> dict[str, Any]:
                     f"data.train[{index}]: {times} epochs of {statistics['records']} records are none"
                 )
             report["statistics"].append({"source": f"data.{part}[{index}]", "path": source.path, **statistics})
+            report["warnings"] += [f"data.{part}[{index}]: {told}" for told in _tokens_of_note(statistics)]
             if statistics["target_tokens"] == 0:
                 report["errors"].append(
                     f"data.{part}[{index}]: none of {statistics['looked_at']} records leaves a token to learn from; "
@@ -161,11 +163,13 @@ def look_at(source: DataSource, task: Task, config: LaunchConfig, shown: int = 0
     encoder = SourceEncoder(opened, task, data.sequence_length, data.on_long, data.on_bad_record)
     spread = np.linspace(0, opened.records - 1, _SPREAD).astype(np.int64)
     numbers = np.unique(np.concatenate([np.arange(min(_FIRST, opened.records)), spread]))
+    joined = task.joined
     samples, outcomes = encoder.encode(numbers, range(len(numbers)))
     flat = [sample for made in samples.values() for sample in made]
     lengths = [len(sample.tokens) for sample in flat]
     bins = len(pack(np.array(lengths), data.sequence_length) if data.packing else lengths)
     tokenizer = task.tokenizer
+    unknown = None if tokenizer.unk_id == tokenizer.eos_id else tokenizer.unk_id  # GPT-2 has one token for both
     counted = np.bincount([outcome for _, outcome in outcomes], minlength=len(OUTCOMES))
     first = [(samples[at], int(numbers[at])) for at in list(samples)[:shown]]
     return {
@@ -175,6 +179,8 @@ def look_at(source: DataSource, task: Task, config: LaunchConfig, shown: int = 0
         "longest_sample": max(lengths, default=0),
         "tokens": sum(lengths),
         "target_tokens": int(sum(sample.targets.sum() for sample in flat)),
+        "unknown_tokens": sum(int((sample.tokens == unknown).sum()) for sample in flat),
+        "joined_answers": task.joined - joined,
         "packing_efficiency": sum(lengths) / max(bins * data.sequence_length, 1),
         "sequences_per_epoch": round(bins / len(numbers) * opened.records),
         "length_histogram": _histogram(lengths, data.sequence_length),
@@ -188,6 +194,22 @@ def look_at(source: DataSource, task: Task, config: LaunchConfig, shown: int = 0
         ],
         **dict(zip(OUTCOMES, map(int, counted), strict=True)),
     }
+
+
+def _tokens_of_note(statistics: dict[str, Any]) -> Iterable[str]:
+    """What a tokenizer loses of a source."""
+    share = statistics["unknown_tokens"] / max(statistics["tokens"], 1)
+    if share > _UNKNOWN:
+        yield (
+            f"{share:.1%} of the tokens stand for text that the tokenizer does not know, which the model can neither "
+            "read nor write: use a model and tokenizer that are made for such texts (model.path, model.tokenizer)"
+        )
+    if statistics["joined_answers"]:
+        yield (
+            f"{statistics['joined_answers']} answers begin within the last token of their prompt, which is not "
+            "learned, and the model is asked with other tokens than it is trained on: let the chat template end "
+            "prompts with a special token or a line end, and not with a space"
+        )
 
 
 def _share(found: Iterable[Any]) -> float:

@@ -43,6 +43,7 @@ class Tokenizer:
         show: the text of token ids with special tokens written out.
         save: writes what `AutoTokenizer.from_pretrained(folder)` needs to give the same ids.
         backend: the `tokenizers.Tokenizer` behind it, with its own template of special tokens; None for slow ones.
+        unk_id: what stands for all that the vocabulary lacks; None: nothing does.
     """
 
     origin: str
@@ -58,6 +59,7 @@ class Tokenizer:
     show: Callable[[Sequence[int]], str]
     save: Callable[[Path], None]
     backend: Any = None
+    unk_id: int | None = None
 
     def fingerprint(self) -> str:
         """A hash of what makes ids of a text: its vocabulary and special tokens, the chat template, and a sample."""
@@ -191,7 +193,8 @@ def _fast(path: Path, settings: dict[str, Any], folder: Path | None) -> Tokenize
             more = {"model_input_names": inputs} if fast.token_to_id("[CLS]") is not None else {}
             _save_fast(fast, target, eos, bos if begins else None, pad, **more)
 
-    named = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": token_id("unk_token")}
+    unk = token_id("unk_token")
+    named = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": unk}
     special = {name: str(fast.id_to_token(token)) for name, token in named.items() if token is not None}
     template = settings.get("chat_template")
     if folder is not None and (folder / "chat_template.jinja").is_file():
@@ -207,6 +210,7 @@ def _fast(path: Path, settings: dict[str, Any], folder: Path | None) -> Tokenize
         **_calls(fast),
         save=save,
         backend=fast,
+        unk_id=fast.token_to_id(getattr(fast.model, "unk_token", None) or "<unk>") if unk is None else unk,
     )
 
 
@@ -282,6 +286,7 @@ def _sentencepiece(path: Path) -> Tokenizer:
         **_calls(fast),
         save=save,
         backend=fast,
+        unk_id=optional(model.unk_id()),
     )
 
 
@@ -380,4 +385,5 @@ def _transformers(origin: str, trust_remote_code: bool) -> Tokenizer:
         **(_calls(fast) if fast is not None else slow),
         save=lambda target: tokenizer.save_pretrained(target),
         backend=fast,
+        unk_id=tokenizer.unk_token_id,
     )

@@ -169,8 +169,8 @@ def test_what_is_trained_on_is_no_evaluation(tmp_path: Path) -> None:
 
 
 def test_labels_are_told_and_those_that_look_alike(tmp_path: Path) -> None:
-    records = [{"s": f"a {n}", "class": label} for n, label in enumerate(["Good", "good ", "bad"])]
-    source = {"path": str(tmp_path / "a.jsonl"), "template": {"text": "Say {s}", "label": "{class}"}}
+    records = [{"s": "a", "class": label} for label in ("Good", "good ", "bad")]
+    source = {"path": str(tmp_path / "a.jsonl"), "template": {"text": "b {s}", "label": "{class}"}}
     values = make_config(tmp_path, records).model_dump(mode="json")
     values |= {"task": {"type": "text-classification"}, "data": {"train": [source], "sequence_length": 8}}
     report = check(LaunchConfig.model_validate(values))
@@ -181,7 +181,9 @@ def test_labels_are_told_and_those_that_look_alike(tmp_path: Path) -> None:
     records = [{"text": f"a {n}", "label": label} for n, label in enumerate([True, "true", False, "no"])]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     values["data"]["train"] = [{"path": str(tmp_path / "a.jsonl")}]
-    assert check(LaunchConfig.model_validate(values))["warnings"] == [f"the labels '1', 'true' {alone}"]
+    labels, unknown = check(LaunchConfig.model_validate(values))["warnings"]
+    assert labels == f"the labels '1', 'true' {alone}"
+    assert unknown.startswith("data.train[0]: 33.3% of the tokens stand for text that the tokenizer does not know")
 
 
 def test_a_training_that_only_warms_up(tmp_path: Path) -> None:

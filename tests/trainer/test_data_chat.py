@@ -307,6 +307,27 @@ def test_the_check_refuses_before_a_launch(tmp_path: Path) -> None:
     assert check(make_config(tmp_path, CHATML))["ok"]
 
 
+@pytest.mark.parametrize(("end", "joined"), [(" ", 2), ("\\n", 0), ("", 0)])
+def test_the_check_warns_of_answers_that_begin_within_a_token(tmp_path: Path, end: str, joined: int) -> None:
+    """As with GPT-2's vocabulary, where the space before a word is part of it."""
+    says = "{{ m.role }}:{% if m.role == 'assistant' %}" + f"{end or ' '}{{% endif %}}{{{{ m.content }}}}\n"
+    template = (
+        f"{{% for m in messages %}}{says}{{% endfor %}}{{% if add_generation_prompt %}}assistant:{end}{{% endif %}}"
+    )
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")
+    config = make_config(tmp_path, template)
+    fast = tokenizers.Tokenizer.from_file(f"{config.model.tokenizer}/tokenizer.json")
+    alphabet = fast.get_vocab(with_added_tokens=False)
+    merges = [("Ġ", "<"), ("Ġ", "N")]
+    fast.model = models.BPE(alphabet | {"".join(pair): 300 + i for i, pair in enumerate(merges)}, merges)
+    fast.save(f"{config.model.tokenizer}/tokenizer.json")
+    report = check(config.model_copy(update={"model": config.model.model_copy(update={"resize_embeddings": True})}))
+    assert report["ok"], report
+    assert ["2 answers begin within the last token of their prompt" in told for told in report["warnings"]] == (
+        [True] * bool(joined)
+    )
+
+
 def test_prompt_templates(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     rows = [{"q": "1+{x}?", "a": 2, "text": "t"}, {"q": "?", "a": None}, {"q": "?"}]

@@ -68,6 +68,7 @@ class BaseTask:
     pieces = False  # whether `encode` itself makes several samples of what is too long for one
     predicts = True
     counted = "samples"  # what targets are, in scores
+    joined = 0  # answers so far that begin within a token of the prompt
     shown: Sequence[dict[str, Any]] = ()  # some of what the last evaluation generated
     signatures: Mapping[str, str] = {}  # how its scores were computed, by score
     label_columns: frozenset[str] = frozenset()

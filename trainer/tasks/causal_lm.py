@@ -156,18 +156,19 @@ class CausalLM(BaseTask):
             except ValueError as error:
                 results.append(str(error))
         encoded = iter(self.tokenizer.encode_with_starts([text for text, _ in rendered]))
-        spans = iter(spans for _, spans in rendered)
+        conversations = iter(rendered)
         for place, problem in enumerate(results):
             if problem:
                 continue
             tokens, starts = next(encoded)
-            learned = next(spans)
+            text, learned = next(conversations)
             if learned is None:  # the place of the answer is then the one target
                 tokens, starts, learned = np.append(tokens, tokens[-1:]), np.append(starts, -1), [(-1, 0)]
             # a token that begins before a span belongs to what the model is given
             targets = np.zeros(len(tokens), dtype=bool)
             for start, end in learned:
                 targets |= (starts >= start) & (starts < end)
+                self.joined += bool(text[start:end][:1].strip()) and start not in starts
             targets[:1] = False
             results[place] = Sample(tokens, targets)
         return results
