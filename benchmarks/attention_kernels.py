@@ -1,12 +1,10 @@
 """Kernels of causal attention over packed samples: `python benchmarks/attention_kernels.py`, on one GPU.
 
 Each implementation runs forward and backward on the same row of tokens, 16 heads of 128 with 8 for keys and values, in
-bf16, for three kinds of rows: documents (samples of one length), mixed (128 to 4,096 tokens), short (80 to 207). All go
-through what dsft hands to transformers (`trainer.attention.varlen_attention`), but for flex attention, whose block mask
-is made before the clock starts. FlashAttention 3 and 4 take the place of the one that torch is built with
-(`torch.nn.attention.activate_flash_attention_impl`) where their packages are installed; cuDNN's variable-length kernel
-is the one that torch has and does not choose. What cannot run says why. `--small` runs on a CPU and says nothing of
-speed.
+bf16, for three kinds of rows: documents (samples of one length, which torch's own takes to SDPA, on Hopper cuDNN's),
+mixed (128 to 4,096 tokens), short (80 to 207). All go through what transformers calls for `model.attention`, but for
+flex attention, whose block mask is made before the clock starts. What cannot run says why. `--small` runs on a CPU and
+says nothing of speed.
 
 TFLOP/s: 14 * head size * heads * sum of squared lengths / 2 / seconds, a forward and two and a half of a backward pass
 (Dao 2023, section 4.1). The error is the largest difference from fp32, in output and gradients, over the largest value.
@@ -26,7 +24,7 @@ import torch
 from common import RESULTS, command_line, write_result
 from torch.nn import functional
 
-from trainer.attention import sample_bounds, varlen_attention
+from trainer.attention import CallingLayer, attention_function, sample_bounds, varlen_attention
 
 HEADS, KEY_HEADS, SIZE = 16, 8, 128
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -58,23 +56,17 @@ def varlen(positions: np.ndarray, device: torch.device) -> Attend:
     return lambda *tensors: varlen_attention(torch.nn.Identity(), *tensors, None, **told)[0]
 
 
-def flash(version: str) -> Callable[..., Attend]:
-    def made(positions: np.ndarray, device: torch.device) -> Attend:
-        from torch.nn.attention import activate_flash_attention_impl
+def flash(version: int) -> Callable[..., Attend]:
+    """As transformers calls it."""
 
-        activate_flash_attention_impl(version)
-        return varlen(positions, device)
+    def made(positions: np.ndarray, device: torch.device) -> Attend:
+        if device.type == "cpu":
+            raise RuntimeError("it is for GPUs")
+        name, told = f"flash_attention_{version}", sample_bounds(positions, device)
+        attend, layer = attention_function(name), CallingLayer(name)
+        return lambda *tensors: attend(layer, *tensors, None, **told)[0]
 
     return made
-
-
-def cudnn(positions: np.ndarray, device: torch.device) -> Attend:
-    """It wants as many heads of keys as of queries."""
-    import torch.nn.attention.varlen as module
-
-    module._should_use_cudnn = lambda _: True
-    attend = varlen(positions, device)
-    return lambda q, k, v: attend(q, *(t.repeat_interleave(HEADS // KEY_HEADS, dim=1) for t in (k, v)))
 
 
 def flex(positions: np.ndarray, device: torch.device) -> Attend:
@@ -100,21 +92,11 @@ def plain(positions: np.ndarray, device: torch.device) -> Attend:
 
 KERNELS: dict[str, Callable[..., Attend]] = {
     "varlen, torch's FlashAttention 2": varlen,
-    "varlen, cuDNN": cudnn,
-    "varlen, FlashAttention 3": flash("FA3"),
-    "varlen, FlashAttention 4": flash("FA4"),
+    "varlen, FlashAttention 3": flash(3),
+    "varlen, FlashAttention 4": flash(4),
     "flex attention": flex,
     "SDPA, one mask": plain,
 }
-
-
-def forget() -> None:
-    """Back to what torch does by itself."""
-    import torch.nn.attention.varlen as module
-    from torch.nn.attention import restore_flash_attention_impl
-
-    module._should_use_cudnn = lambda _: False
-    restore_flash_attention_impl(_raise_warn=False)
 
 
 def pass_through(attend: Attend, tensors: list[torch.Tensor], weight: torch.Tensor) -> list[torch.Tensor]:
@@ -146,8 +128,6 @@ def measure(name: str, kind: str, options: argparse.Namespace, device: torch.dev
             seconds.append(time.perf_counter() - began)
     except Exception as error:
         return {"problem": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-    finally:
-        forget()
     exact = [tensor.detach().float().requires_grad_() for tensor in tensors]
     right = pass_through(one_by_one(lengths), exact, weight.float())
     pairs = zip(found, right, strict=True)

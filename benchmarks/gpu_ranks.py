@@ -52,8 +52,8 @@ def hf_rank(run_dir: Path, variant: Variant) -> dict[str, Any]:
     import torch
     import transformers
     from hf_tasks import training_batches, whole_labels
+    from transformers.utils import is_flash_attn_2_available
 
-    from trainer.attention import inference_attention
     from trainer.config.schema import LaunchConfig
     from trainer.forward import collate
     from trainer.tasks import get_task, task_tokenizer
@@ -114,7 +114,7 @@ def hf_rank(run_dir: Path, variant: Variant) -> dict[str, Any]:
     kind, device = transformers.AutoModelForCausalLM, torch.device(plan["device"])
     chosen = {
         "dtype": torch.bfloat16,
-        "attn_implementation": variant.attention or inference_attention("auto", device),
+        "attn_implementation": variant.attention or ("flash_attention_2" if is_flash_attn_2_available() else None),
     }
     if config.model.path is not None:
         model = kind.from_pretrained(config.model.path, **chosen)

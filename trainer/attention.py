@@ -7,8 +7,10 @@ which is also how the tests hold it against the other implementations.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,14 @@ VARLEN_FAMILIES = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "olmo2", "smollm3", "granite", "phi3"}
 )
 
+# What transformers calls each FlashAttention: its package, and the compute capabilities of GPUs that it is for. In the
+# order in which "auto" takes them.
+_FLASH = {
+    "flash_attention_3": ("flash-attn-3", (9,)),
+    "flash_attention_4": ("flash-attn-4", (9, 10, 11, 12)),
+    "flash_attention_2": ("flash-attn", (8, 9, 10, 11, 12)),
+}
+
 
 def choose_attention(config: LaunchConfig, model_config: Any, device: torch.device) -> tuple[str | None, str]:
     """(the implementation to ask of transformers, or None for its default: SDPA where the model can; why).
@@ -38,47 +48,74 @@ def choose_attention(config: LaunchConfig, model_config: Any, device: torch.devi
     """
     requested = config.model.attention
     if requested == VARLEN:
-        if problem := _not_varlen(config, model_config, device):
-            raise UserError(f"model.attention: varlen does not go here: {problem}; use auto")
-        _register()
-        return VARLEN, "as configured"
-    if requested == "flex_attention" and device.type == "cpu":
-        raise UserError("model.attention: flex_attention has no backward pass on CPUs; use auto or sdpa")
-    if requested == "flash_attention_3" and (problem := _not_flash_3(model_config, device)):
-        raise UserError(f"model.attention: flash_attention_3 does not go here: {problem}; use auto")
+        problem = _not_varlen(config, model_config, device)
+    elif requested in _FLASH:
+        problem = _not_flash(requested, config, model_config, device)
+    elif requested == "flex_attention" and device.type == "cpu":
+        problem = "it has no backward pass on CPUs"
+    else:
+        problem = None
+    if problem:
+        raise UserError(f"model.attention: {requested} does not go here: {problem}; use auto")
     if requested != "auto":
+        if requested in (*_FLASH, VARLEN):
+            _register(requested, config)
         return requested, "as configured"
     if device.type != "cuda":
         return None, "no GPU"
-    if not _not_flash_3(model_config, device):
-        return "flash_attention_3", "flash_attn_3 is installed, and it is made for this GPU"
-    if importlib.util.find_spec("flash_attn") is not None:
-        return "flash_attention_2", "flash_attn is installed"
-    if problem := _not_varlen(config, model_config, device):
-        return None, f"flash_attn is not installed, and varlen does not go here: {problem}"
-    if problem := _kernel_problem(device):
-        return None, f"flash_attn is not installed, and torch's variable-length kernel fails here: {problem}"
-    _register()
-    return VARLEN, "flash_attn is not installed; torch's own kernel keeps packed samples apart"
+    reasons: list[str] = []
+    for name in (*_FLASH, VARLEN):
+        if name == VARLEN:
+            problem = _not_varlen(config, model_config, device)
+        elif not _installed(_FLASH[name][0]):
+            continue
+        else:
+            problem = _not_flash(name, config, model_config, device)
+        if problem is None and (failed := _kernel_problem(name, model_config, device)):
+            problem = f"its kernel fails here: {failed}"
+        if problem is None:
+            _register(name, config)
+            source = "torch's own kernel" if name == VARLEN else f"{_FLASH[name][0]} is installed, which"
+            return name, "; ".join([*reasons, f"{source} keeps packed samples apart"])
+        reasons.append(f"not {name}: {problem}")
+    return None, "; ".join(reasons)
 
 
-def inference_attention(requested: str, device: torch.device) -> str | None:
-    """As `choose_attention`, for rows that are padded and generate with a cache: not for varlen."""
-    if requested not in ("auto", VARLEN):
-        return requested
-    flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else None
+def inference_attention(requested: str) -> str | None:
+    """For evaluation and prediction of an exported model, which generate with a cache on any machine: SDPA or eager."""
+    return requested if requested in ("sdpa", "eager") else None
 
 
-def _not_flash_3(model_config: Any, device: torch.device) -> str | None:
-    """Why FlashAttention 3 cannot be used; None: it can."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return "it is for Hopper GPUs"
-    if importlib.util.find_spec("flash_attn_interface") is None:
-        return "flash_attn_3 is not installed"
-    if getattr(model_config.get_text_config(), "attention_dropout", 0.0):
+def _installed(package: str) -> bool:
+    """By the package's name: the modules of flash-attn and flash-attn-4 are both called flash_attn."""
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _not_flash(name: str, config: LaunchConfig, model_config: Any, device: torch.device) -> str | None:
+    """Why a FlashAttention cannot be used; None: it can."""
+    package, majors = _FLASH[name]
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in majors:
+        return f"it is for GPUs of compute capability {', '.join(f'{major}.x' for major in majors)}"
+    if not _installed(package):
+        return f"{package} is not installed"
+    if config.model.dtype != "bfloat16":
+        return "it wants model.dtype bfloat16"
+    if name != "flash_attention_2" and _drops(model_config.get_text_config()):
         return "it has no dropout, and the model's attention_dropout is not 0"
+    from transformers import MODEL_MAPPING
+
+    kind: Any = MODEL_MAPPING.get(type(model_config), None)
+    if not getattr(kind, "_supports_flash_attn", False):  # a tuple has none: no family with several kinds does
+        return f"model_type {model_config.model_type} has no FlashAttention in transformers"
     return None
+
+
+def _drops(text_config: Any) -> bool:
+    return bool(getattr(text_config, "attention_dropout", 0.0))
 
 
 def _not_varlen(config: LaunchConfig, model_config: Any, device: torch.device) -> str | None:
@@ -92,7 +129,7 @@ def _not_varlen(config: LaunchConfig, model_config: Any, device: torch.device) -
     text = model_config.get_text_config()
     if text.model_type not in VARLEN_FAMILIES:
         return f"model_type {text.model_type} is not among {', '.join(sorted(VARLEN_FAMILIES))}"
-    if getattr(text, "attention_dropout", 0.0):
+    if _drops(text):
         return "it has no dropout, and the model's attention_dropout is not 0"
     if device.type == "cuda":
         if config.model.dtype != "bfloat16":
@@ -104,24 +141,28 @@ def _not_varlen(config: LaunchConfig, model_config: Any, device: torch.device) -
     return None
 
 
-def _kernel_problem(device: torch.device) -> str | None:
-    """What is wrong with the kernel on this GPU, from a trial of two samples against the CPU's way; None: nothing.
+def _kernel_problem(name: str, model_config: Any, device: torch.device) -> str | None:
+    """What is wrong with a kernel on this GPU, from a trial of two samples against the CPU's way; None: nothing.
 
-    Its signature and the GPUs it knows change with torch's versions, and what "auto" chooses has to run.
+    Kernels and their signatures change with versions and GPUs, and what "auto" chooses has to run. Heads are the
+    model's, for which FlashAttention 4 compiles its programs in any case.
     """
-    generator = torch.Generator().manual_seed(0)
+    text, generator = model_config.get_text_config(), torch.Generator().manual_seed(0)
+    heads = getattr(text, "num_attention_heads", None) or 4
+    size = getattr(text, "head_dim", None) or (getattr(text, "hidden_size", None) or 64 * heads) // heads
+    pairs = 2 * heads // (getattr(text, "num_key_value_heads", None) or heads)
     query, key, value, weight = (
         torch.randn(shape, generator=generator).bfloat16()
-        for shape in ((1, 4, 24, 64), (1, 2, 24, 64), (1, 2, 24, 64), (1, 24, 4, 64))
+        for shape in ((1, pairs, 24, size), (1, 2, 24, size), (1, 2, 24, size), (1, 24, pairs, size))
     )
-    bounds = sample_bounds(np.concatenate([np.arange(9), np.arange(15)])[None], torch.device("cpu"))
+    told = {"sliding_window": 8 if getattr(text, "sliding_window", None) else None}
+    positions = np.concatenate([np.arange(9), np.arange(15)])[None]
     found: list[list[torch.Tensor]] = []
     try:
-        for where in (torch.device("cpu"), device):
+        for implementation, where in ((VARLEN, torch.device("cpu")), (name, device)):
             q, k, v = (tensor.to(where, copy=True).requires_grad_() for tensor in (query, key, value))
-            edges, longest = bounds["cu_seq_lens_q"].to(where), bounds["max_length_q"]
-            output, _ = varlen_attention(
-                torch.nn.Identity(), q, k, v, None, sliding_window=8, cu_seq_lens_q=edges, max_length_q=longest
+            output, _ = attention_function(implementation)(
+                CallingLayer(implementation), q, k, v, None, **told, **sample_bounds(positions, where)
             )
             gradients = torch.autograd.grad((output.float() * weight.to(where)).sum(), (q, k, v))
             found.append([tensor.detach().float().cpu() for tensor in (output, *gradients)])
@@ -132,10 +173,37 @@ def _kernel_problem(device: torch.device) -> str | None:
     return None
 
 
-def _register() -> None:
+class CallingLayer(torch.nn.Module):
+    """What transformers' attention functions ask of the layer that calls them."""
+
+    is_causal = True
+
+    def __init__(self, implementation: str) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(_attn_implementation=implementation)
+
+
+def attention_function(name: str) -> Callable[..., Any]:
+    """What computes an implementation of attention."""
+    if name == VARLEN:
+        return varlen_attention
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(VARLEN, varlen_attention)
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[name]
+    return function
+
+
+def _register(name: str, config: LaunchConfig) -> None:
+    """Have transformers know of the implementation, where it does not, or not as it has to be."""
+    function = attention_function(name)
+    if name == "flash_attention_4" and config.model.compile:
+        # its programs are made by another compiler, which torch's cannot follow: a layer is compiled around it
+        function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    elif name != VARLEN:
+        return
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(name, function)
 
 
 def sample_bounds(position_ids: np.ndarray, device: torch.device) -> dict[str, Any]:

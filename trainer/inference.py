@@ -58,14 +58,14 @@ def load_replica(config: LaunchConfig) -> tuple[BaseTask, Replica, Objective]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     task = get_task(config, task_tokenizer(config))
-    model = _load(config.model, task, device)
+    model = _load(config.model, task).to(device)
     objective = task.objective(model, str(getattr(model.config, "_attn_implementation", "unknown")), device)
     replica = Replica(model)
     replica.eval()
     return task, replica, objective
 
 
-def _load(config: ModelConfig, task: BaseTask, device: torch.device) -> Any:
+def _load(config: ModelConfig, task: BaseTask) -> Any:
     try:
         model_config = load_model_config(config)
         task.configure(model_config)
@@ -73,7 +73,7 @@ def _load(config: ModelConfig, task: BaseTask, device: torch.device) -> Any:
             config.path,
             config=model_config,
             dtype=DTYPES[config.dtype],
-            attn_implementation=inference_attention(config.attention, device),
+            attn_implementation=inference_attention(config.attention),
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,  # never a pickle
             output_loading_info=True,
@@ -85,7 +85,7 @@ def _load(config: ModelConfig, task: BaseTask, device: torch.device) -> Any:
             f"{config.path} has no weights {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} of "
             f"{type(model).__name__}: it was not trained for {task.config.task.type}"
         )
-    return model.to(device)
+    return model
 
 
 def read_request(run_dir: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,8 @@ def test_samples_of_one_length_give_what_unequal_ones_do(device: torch.device, w
 
 
 def test_a_kernel_that_fails_or_is_wrong_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert attention._kernel_problem(CPU) is None
+    llama = family("llama")
+    assert attention._kernel_problem("varlen", llama, CPU) is None
     right = attention.varlen_attention
     calls: list[int] = []
 
@@ -96,24 +98,23 @@ def test_a_kernel_that_fails_or_is_wrong_is_not_chosen(monkeypatch: pytest.Monke
         return right(*arguments, **options)
 
     monkeypatch.setattr(attention, "varlen_attention", wrong)
-    assert "not close" in (attention._kernel_problem(CPU) or "")
+    assert "not close" in (attention._kernel_problem("varlen", llama, CPU) or "")
 
     def missing(*_: Any, **options: Any) -> Any:
         raise TypeError("varlen_attn() got an unexpected keyword argument 'enable_gqa'")
 
     monkeypatch.setattr(attention, "varlen_attention", missing)
-    assert "unexpected keyword" in (attention._kernel_problem(CPU) or "")
+    assert "unexpected keyword" in (attention._kernel_problem("varlen", llama, CPU) or "")
 
 
 def test_auto_goes_by_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     llama = family("llama")
     assert choose_attention(config_of("auto"), llama, CPU) == (None, "no GPU")
+    packages: set[str] = set()
+    failing: set[str] = set()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    found = {"flash_attn": None, "flash_attn_interface": None}
-    real = attention.importlib.util.find_spec
-    real_trial = attention._kernel_problem
-    monkeypatch.setattr(attention, "_kernel_problem", lambda _: real_trial(CPU))
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda n: found[n] if n in found else real(n))
+    monkeypatch.setattr(attention, "_installed", packages.__contains__)
+    monkeypatch.setattr(attention, "_kernel_problem", lambda name, *_: "no such symbol" if name in failing else None)
     chosen, why = choose_attention(config_of("auto"), llama, GPU)
     assert (chosen, "torch's own kernel" in why) == ("varlen", True)
     for options, model, reason in (
@@ -123,23 +124,44 @@ def test_auto_goes_by_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
         chosen, why = choose_attention(config_of("auto", **options), model, GPU)
         assert chosen is None
         assert reason in why
-    found["flash_attn_interface"] = real("torch")
-    assert choose_attention(config_of("auto"), llama, GPU)[0] == "flash_attention_3"
-    assert choose_attention(config_of("flash_attention_3"), llama, GPU) == ("flash_attention_3", "as configured")
+    packages |= {"flash-attn", "flash-attn-3", "flash-attn-4"}
+    for version in (3, 4, 2):
+        name = f"flash_attention_{version}"
+        assert choose_attention(config_of("auto"), llama, GPU)[0] == name
+        assert choose_attention(config_of(name), llama, GPU) == (name, "as configured")
+        failing.add(name)
+    chosen, why = choose_attention(config_of("auto"), llama, GPU)
+    assert (chosen, "not flash_attention_4: its kernel fails here: no such symbol" in why) == ("varlen", True)
+    failing.clear()
+    assert choose_attention(config_of("auto", dtype="float32"), llama, GPU)[0] is None
+    chosen, why = choose_attention(config_of("auto", "summarization"), family("t5"), GPU)
+    assert (chosen, "t5 has no FlashAttention" in why) == (None, True)
     llama.attention_dropout = 0.1
-    assert "dropout" in choose_attention(config_of("auto"), llama, GPU)[1]
+    assert choose_attention(config_of("auto"), llama, GPU)[0] == "flash_attention_2"
     with pytest.raises(UserError, match="flash_attention_3 does not go here: it has no dropout"):
         choose_attention(config_of("flash_attention_3"), llama, GPU)
+    packages.clear()
+    with pytest.raises(UserError, match="flash_attention_4 does not go here: flash-attn-4 is not installed"):
+        choose_attention(config_of("flash_attention_4"), llama, GPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert "8.0" in choose_attention(config_of("auto"), family("llama"), GPU)[1]
-    found["flash_attn"] = real("torch")
-    assert choose_attention(config_of("auto"), llama, GPU)[0] == "flash_attention_2"
+
+
+def test_a_package_is_known_by_its_name() -> None:
+    assert attention._installed("flash-attn") == (importlib.util.find_spec("flash_attn_2_cuda") is not None)
+    assert attention._installed("torch")
+
+
+def test_heads_of_any_model_go_through_the_trial() -> None:
+    """Of its own numbers and sizes; other names for them, or none, are no failure."""
+    for name in ("llama", "gpt2", "bert", "t5", "mamba", "gemma3_text"):
+        assert attention._kernel_problem("varlen", family(name), CPU) is None, name
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match="flex_attention has no backward pass on CPUs"):
+    with pytest.raises(UserError, match="flex_attention does not go here: it has no backward pass"):
         choose_attention(config_of("flex_attention"), family("llama"), CPU)
-    with pytest.raises(UserError, match="flash_attention_3 does not go here: it is for Hopper GPUs"):
+    with pytest.raises(UserError, match="flash_attention_3 does not go here: it is for GPUs"):
         choose_attention(config_of("flash_attention_3"), family("llama"), CPU)
     with pytest.raises(UserError, match="model_type gpt2"):
         choose_attention(config_of("varlen"), family("gpt2"), CPU)

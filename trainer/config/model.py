@@ -41,7 +41,14 @@ class ModelConfig(Section):
         "bfloat16", description="Of weights and activations; the optimizer's masters are in float32 in any case"
     )
     attention: Literal[
-        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention", "varlen"
+        "auto",
+        "sdpa",
+        "eager",
+        "flash_attention_2",
+        "flash_attention_3",
+        "flash_attention_4",
+        "flex_attention",
+        "varlen",
     ] = Field("auto", description="auto: the fastest that keeps packed samples apart here; the log says which and why")
     gradient_checkpointing: Flag | Literal["auto", "selective"] | CheckpointedLayers = Field(
         "auto",
