@@ -148,14 +148,16 @@ def _kernel_problem(name: str, model_config: Any, device: torch.device) -> str |
     model's, for which FlashAttention 4 compiles its programs in any case.
     """
     text, generator = model_config.get_text_config(), torch.Generator().manual_seed(0)
-    heads = getattr(text, "num_attention_heads", None) or 4
-    size = getattr(text, "head_dim", None) or (getattr(text, "hidden_size", None) or 64 * heads) // heads
-    pairs = 2 * heads // (getattr(text, "num_key_value_heads", None) or heads)
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "sliding_window")
+    sizes = {key: value for key in names if isinstance(value := getattr(text, key, None), int) and value}  # or lists
+    heads = sizes.get("num_attention_heads", 4)
+    size = sizes.get("head_dim", sizes.get("hidden_size", 64 * heads) // heads)
+    pairs = max(2 * heads // sizes.get("num_key_value_heads", heads), 2)
     query, key, value, weight = (
         torch.randn(shape, generator=generator).bfloat16()
         for shape in ((1, pairs, 24, size), (1, 2, 24, size), (1, 2, 24, size), (1, 24, pairs, size))
     )
-    told = {"sliding_window": 8 if getattr(text, "sliding_window", None) else None}
+    told = {"sliding_window": 8 if "sliding_window" in sizes else None}
     positions = np.concatenate([np.arange(9), np.arange(15)])[None]
     found: list[list[torch.Tensor]] = []
     try:
