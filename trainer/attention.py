@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 from collections.abc import Callable
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -148,8 +149,11 @@ def _kernel_problem(name: str, model_config: Any, device: torch.device) -> str |
     model's, for which FlashAttention 4 compiles its programs in any case.
     """
     text, generator = model_config.get_text_config(), torch.Generator().manual_seed(0)
-    names = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "sliding_window")
-    sizes = {key: value for key in names if isinstance(value := getattr(text, key, None), int) and value}  # or lists
+    sizes: dict[str, int] = {}
+    for field in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "sliding_window"):
+        with suppress(Exception):  # where layers differ, some families have a list, and others raise an error of theirs
+            if isinstance(value := getattr(text, field, None), int) and value:
+                sizes[field] = value
     heads = sizes.get("num_attention_heads", 4)
     size = sizes.get("head_dim", sizes.get("hidden_size", 64 * heads) // heads)
     pairs = max(2 * heads // sizes.get("num_key_value_heads", heads), 2)
