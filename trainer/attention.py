@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 from collections.abc import Callable
-from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -148,28 +147,26 @@ def _kernel_problem(name: str, model_config: Any, device: torch.device) -> str |
     Kernels and their signatures change with versions and GPUs, and what "auto" chooses has to run. Heads are the
     model's, for which FlashAttention 4 compiles its programs in any case.
     """
-    text, generator = model_config.get_text_config(), torch.Generator().manual_seed(0)
-    sizes: dict[str, int] = {}
-    for field in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "sliding_window"):
-        with suppress(Exception):  # where layers differ, some families have a list, and others raise an error of theirs
-            if isinstance(value := getattr(text, field, None), int) and value:
-                sizes[field] = value
-    heads = sizes.get("num_attention_heads", 4)
-    size = sizes.get("head_dim", sizes.get("hidden_size", 64 * heads) // heads)
-    pairs = max(2 * heads // sizes.get("num_key_value_heads", heads), 2)
-    query, key, value, weight = (
-        torch.randn(shape, generator=generator).bfloat16()
-        for shape in ((1, pairs, 24, size), (1, 2, 24, size), (1, 2, 24, size), (1, 24, pairs, size))
-    )
-    told = {"sliding_window": 8 if "sliding_window" in sizes else None}
+    generator = torch.Generator().manual_seed(0)
     positions = np.concatenate([np.arange(9), np.arange(15)])[None]
     found: list[list[torch.Tensor]] = []
     try:
+        text = model_config.get_text_config()
+        names = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "sliding_window")
+        # raises where layers differ in one (Gemma 4): a trial of some says nothing of all
+        sizes = {key: value for key in names if isinstance(value := getattr(text, key, None), int) and value}
+        heads = sizes.get("num_attention_heads", 4)
+        size = sizes.get("head_dim", sizes.get("hidden_size", 64 * heads) // heads)
+        pairs = max(2 * heads // sizes.get("num_key_value_heads", heads), 2)
+        window = 8 if "sliding_window" in sizes else None
+        query, key, value, weight = (
+            torch.randn(shape, generator=generator).bfloat16()
+            for shape in ((1, pairs, 24, size), (1, 2, 24, size), (1, 2, 24, size), (1, 24, pairs, size))
+        )
         for implementation, where in ((VARLEN, torch.device("cpu")), (name, device)):
             q, k, v = (tensor.to(where, copy=True).requires_grad_() for tensor in (query, key, value))
-            output, _ = attention_function(implementation)(
-                CallingLayer(implementation), q, k, v, None, **told, **sample_bounds(positions, where)
-            )
+            attend, told = attention_function(implementation), sample_bounds(positions, where)
+            output, _ = attend(CallingLayer(implementation), q, k, v, None, sliding_window=window, **told)
             gradients = torch.autograd.grad((output.float() * weight.to(where)).sum(), (q, k, v))
             found.append([tensor.detach().float().cpu() for tensor in (output, *gradients)])
         for expected, tensor in zip(*found, strict=True):

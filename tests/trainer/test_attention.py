@@ -152,9 +152,11 @@ def test_a_package_is_known_by_its_name() -> None:
 
 
 def test_heads_of_any_model_go_through_the_trial() -> None:
-    """Of its own numbers and sizes; other names for them, none, or one for each layer are no failure."""
-    for name in ("llama", "gpt2", "t5", "mamba", "gemma3_text", "gemma4_text"):
+    """Of its own numbers and sizes; other names for them, or none, are no failure, layers that differ are."""
+    for name in ("llama", "gpt2", "t5", "mamba", "gemma3_text"):
         assert attention._kernel_problem("varlen", transformers.AutoConfig.for_model(name), CPU) is None, name
+    problem = attention._kernel_problem("varlen", transformers.AutoConfig.for_model("gemma4_text"), CPU)
+    assert "may vary across layers" in (problem or "")
 
 
 def test_what_cannot_be_is_refused() -> None:
