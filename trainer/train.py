@@ -131,7 +131,9 @@ class Trainer:
 
     def run_to_end(self) -> None:
         resume(self)
-        self.loss.check(self.engine)
+        if (warning := self.loss.check(self.engine)) and self.is_main:
+            print(f"warning: {warning}", flush=True)
+            self.events.write("warning", message=warning)
         metrics = self.open_metrics()
         self.engine.train()
         stopped = False

@@ -47,8 +47,13 @@ class Objective:
         """
         return []
 
-    def check(self, engine: Engine) -> None:
-        """Prove on the model what training relies on, if anything. Every rank must make the call. Raises UserError."""
+    def check(self, engine: Engine) -> str | None:
+        """Prove on the model what training relies on, if anything, and what to warn of. Every rank must make the call.
+
+        Raises:
+            UserError: what the model cannot be trained without does not hold.
+        """
+        return None
 
 
 class BaseTask:
