@@ -74,22 +74,23 @@ class StopSignals:
 
     reason: str | None = None
     count: int = 0
+    _wishes: int = 0
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP and self.count:  # systemd ends a session by TERM and HUP: no second wish
-            return
-        self.count += 1
+        # systemd ends a session by TERM and HUP, which Python takes in either order: no second wish
+        self._wishes += number != signal.SIGHUP
+        self.count = max(self.count, self._wishes, 1)
         reasons = {signal.SIGINT: "interrupt", signal.SIGUSR1: "time_limit"}  # USR1: from the batch shell
         self.reason = self.reason or reasons.get(signal.Signals(number), "terminate")
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Catch INT, TERM, USR1 and HUP (a lost terminal; not under nohup) while the context lasts."""
+    """Catch INT, USR1, TERM and HUP (a lost terminal), the last two unless ignored (nohup), while the context lasts."""
     signals = StopSignals()
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+        if number in (signal.SIGINT, signal.SIGUSR1) or signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, signals.handle)
     try:
         yield signals

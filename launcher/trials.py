@@ -113,6 +113,8 @@ class Tuner:
         words = [str(self.search.path), *(word for pair in sets for word in pair)]
         if self._is_queued():
             words.append("--watch")  # the job outlives its watcher, and is found again
+        if not self.is_task:
+            words.append("--parent-stops")
         running.run.path.mkdir(parents=True, exist_ok=True)
         running.attempts = len(running.run.attempts())
         with open(log_path(running.run), "ab") as log:

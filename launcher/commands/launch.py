@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -33,11 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ways(parser)
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)  # of `launcher.detach`
     parser.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)  # of `launcher.trials`
+    parser.add_argument("--parent-stops", action="store_true", help=argparse.SUPPRESS)
 
 
 def add_ways(parser: argparse.ArgumentParser) -> None:
     """Declare how to launch."""
-    parser.set_defaults(ready_fd=None, parent_pid=None, nodes=None)  # the last: a dry run is `dsft plan`
+    parser.set_defaults(ready_fd=None, parent_pid=None, parent_stops=False)
+    parser.set_defaults(nodes=None)  # a dry run is `dsft plan`
     parser.add_argument("--dry-run", action="store_true", help="show what would run; create nothing")
     parser.add_argument("--json", action="store_true", help="print JSON: the plan of a dry run, else the final report")
     parser.add_argument(
@@ -63,6 +66,9 @@ def run(options: argparse.Namespace) -> int:
         from trainer.processes import die_with_parent
 
         die_with_parent(options.parent_pid)
+    if options.parent_stops:  # by INT; what all processes were sent as well would be a second signal, and mean at once
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
     if options.profile:
         options.set = ["logging.profile={}", *options.set]
     if options.dry_run:

@@ -174,7 +174,7 @@ def test_a_signal_before_the_first_step_stops_at_once(run: RunDirectory) -> None
 def test_the_end_of_a_login_session_is_one_wish_to_stop() -> None:
     """systemd sends TERM and, at once, HUP."""
     with stop_signals() as signals:
-        for number, count in ((signal.SIGTERM, 1), (signal.SIGHUP, 1), (signal.SIGTERM, 2)):
+        for number, count in ((signal.SIGHUP, 1), (signal.SIGTERM, 1), (signal.SIGHUP, 1), (signal.SIGTERM, 2)):
             os.kill(os.getpid(), number)
             assert (signals.reason, signals.count) == ("terminate", count)
 

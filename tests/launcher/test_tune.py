@@ -1,7 +1,8 @@
-"""`dsft tune` with real trials: one killed, the study interrupted and gone on with, two pruned; and one in vain."""
+"""`dsft tune` with real trials: one killed, the study ended and gone on with, two pruned; and one in vain."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -42,7 +43,7 @@ def wait_for(condition: Callable[[], object], output: Path, seconds: float = 120
 
 
 @pytest.mark.timeout(300)
-def test_a_study_survives_a_killed_trial_and_an_interrupt(tmp_path: Path) -> None:
+def test_a_study_survives_a_killed_trial_and_the_end_of_a_session(tmp_path: Path) -> None:
     choices = [1e-2, 3e-2, 1e-6, 1e-5]
     config = write_inputs(
         tmp_path, parallel=2, pruner="median", space={KEY: {"type": "categorical", "choices": choices}}
@@ -53,16 +54,21 @@ def test_a_study_survives_a_killed_trial_and_an_interrupt(tmp_path: Path) -> Non
     output = tmp_path / "first.log"
     tuner = start(config, output, *steps)
     try:
-        wait_for(lambda: runs[1].published_checkpoints(), output)
+        wait_for(lambda: all(run.published_checkpoints() for run in runs[:2]), output)
         holder = run_state(runs[1]).holder
         assert holder is not None
         os.kill(holder.pid, signal.SIGKILL)
         wait_for(lambda: "trial 1: the launcher died" in output.read_text(), output)
         wait_for(lambda: len(runs[1].attempts()) == 2, output)
-        tuner.send_signal(signal.SIGINT)
-        assert tuner.wait(60) == 130, output.read_text()
+        holders = [holder.pid for run in runs if (holder := run_state(run).holder) is not None]
+        for number in (signal.SIGTERM, signal.SIGHUP):  # as systemd ends a session, or qdel a job
+            for pid in [tuner.pid, *holders, *(pid for run in runs for pid in processes_of_run(run.path))]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        assert tuner.wait(60) == 143, output.read_text()
     finally:
         tuner.kill()
+    assert runs[0].published_checkpoints()[-1] == runs[0].last_steps(1)[0]["step"], output.read_text()
     assert [pid for run in runs for pid in processes_of_run(run.path)] == []
     assert re.search(r"(?m)^ *1 +interrupted ", output.read_text())
 
