@@ -43,7 +43,8 @@ def render(run: RunDirectory) -> str:
     spans = time_line(run, value["state"], events)
     attempts = [(int(e["attempt"]), float(e["time"])) for e in events if e["event"] == "attempt"]
     steps = run.step_lines()
-    metric = str(((read_json(run.config_path) or {}).get("evaluation") or {}).get("metric"))
+    config = read_json(run.config_path) or {}
+    metric = str((config.get("evaluation") or {}).get("metric"))
     wall = value["goodput"]["wall_seconds"]
     spent = [(part, value["goodput"]["seconds"][part]) for part in PARTS]
     return fill(
@@ -54,8 +55,11 @@ def render(run: RunDirectory) -> str:
         plots=[(title, note, Markup(svg)) for title, note, svg in _plots(steps, value["evaluations"], metric) if svg],
         parts=[(part, s, 100 * s / wall) for part, s in spent if s > 0] if wall else [],
         failures=[{**f, "message": str(f["message"])[:_MESSAGE_CHARACTERS]} for f in value["failures"]],
-        facts=[*_facts(run), *([("memory of a rank", memory_line(value["memory"]))] if value["memory"] else [])],
-        config=json.dumps(read_json(run.config_path), indent=2, ensure_ascii=False),
+        facts=[
+            *_facts(config, read_json(run.plan_path) or {}),
+            *([("memory of a rank", memory_line(value["memory"]))] if value["memory"] else []),
+        ],
+        config=json.dumps(config, indent=2, ensure_ascii=False),
         scores=[{k: v for k, v in entry.items() if isinstance(v, int | float)} for entry in value["evaluations"]],
     )
 
@@ -107,9 +111,8 @@ def _marks(events: Sequence[Json], evaluations: Sequence[Json]) -> Iterator[Mark
                 yield Mark(time, "evaluation", describe_evaluation(line))
 
 
-def _facts(run: RunDirectory) -> Iterator[tuple[str, str]]:
-    """What the run was, from its records."""
-    config, plan = read_json(run.config_path) or {}, read_json(run.plan_path) or {}
+def _facts(config: Json, plan: Json) -> Iterator[tuple[str, str]]:
+    """What the run was."""
     section: dict[str, dict[str, Any]] = {k: v if isinstance(v, dict) else {} for k, v in config.items()}
     model, data, training = (section.get(key, {}) for key in ("model", "data", "training"))
     cluster, optimizer = section.get("cluster", {}), training.get("optimizer") or {}

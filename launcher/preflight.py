@@ -17,6 +17,7 @@ from trainer import local_disk
 from trainer.config.loading import is_image_file
 from trainer.config.schema import LaunchConfig
 from trainer.failures import UserError
+from trainer.health import WITHOUT_CUDA
 from trainer.planning.throughput import lacks_fp8
 from trainer.planning.weight_files import damage
 from trainer.rundir import RunDirectory
@@ -108,10 +109,7 @@ def _disk(config: LaunchConfig, plan: Plan) -> Iterator[str]:
 def _torch(plan: Plan, facts: Facts) -> Iterator[str]:
     """Of this machine; every rank looks at its own node's."""
     if plan.backend == "local" and plan.device == "cuda" and facts.torch and facts.torch.gpus is None:
-        yield (
-            f"torch {facts.torch.version} is a build without CUDA, and {plan.device_name} is to be used: install one "
-            "that the driver supports (the first lines of `nvidia-smi` tell), or set cluster.gpus_per_node=0"
-        )
+        yield f"torch {facts.torch.version} {WITHOUT_CUDA}"
 
 
 def _fp8(config: LaunchConfig, plan: Plan) -> Iterator[str]:

@@ -46,12 +46,10 @@ def _pinned(config: LaunchConfig, plan: Plan, micro_batch_size: int, recompute: 
     """The config with what the plan has chosen; the estimate that it went by was wrong, so it may not choose again."""
     free = config.model.gradient_checkpointing == "auto"
     stage = plan.deepspeed["zero_optimization"]["stage"]
-    return config.model_copy(
-        update={
-            "training": config.training.model_copy(update={"micro_batch_size": micro_batch_size}),
-            "model": config.model.model_copy(update={"gradient_checkpointing": recompute}) if free else config.model,
-            "deepspeed": config.deepspeed.model_copy(update={"zero_stage": stage, "offload_optimizer": plan.offload}),
-        }
+    return config.altered(
+        training={"micro_batch_size": micro_batch_size},
+        model={"gradient_checkpointing": recompute} if free else {},
+        deepspeed={"zero_stage": stage, "offload_optimizer": plan.offload},
     )
 
 

@@ -38,13 +38,10 @@ def _plan_for(
     config: LaunchConfig, facts: Facts, nodes: int, micro_batch_size: int | str, stage: int | str
 ) -> Plan | None:
     cluster: Any = config.cluster
-    update = {"spare_nodes": len(cluster.hosts) - nodes} if cluster.backend == "ssh" else {"nodes": nodes}
-    changed = config.model_copy(
-        update={
-            "cluster": cluster.model_copy(update=update),
-            "training": config.training.model_copy(update={"micro_batch_size": micro_batch_size}),
-            "deepspeed": config.deepspeed.model_copy(update={"zero_stage": stage}),
-        }
+    changed = config.altered(
+        cluster={"spare_nodes": len(cluster.hosts) - nodes} if cluster.backend == "ssh" else {"nodes": nodes},
+        training={"micro_batch_size": micro_batch_size},
+        deepspeed={"zero_stage": stage},
     )
     try:
         return make_plan(changed, facts)

@@ -34,7 +34,7 @@ def compare_nodes(config: LaunchConfig, facts: Facts, counts: Sequence[int]) -> 
         )
     choices = []
     for nodes in counts:
-        changed = config.model_copy(update={"cluster": config.cluster.model_copy(update={"nodes": nodes})})
+        changed = config.altered(cluster={"nodes": nodes})
         try:
             choices.append(Choice(nodes, make_plan(changed, facts), None))
         except UserError as error:

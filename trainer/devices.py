@@ -7,7 +7,7 @@ import os
 import torch
 
 from trainer.failures import UserError, node_name
-from trainer.health import UnfitNodeError
+from trainer.health import WITHOUT_CUDA, UnfitNodeError
 
 
 def compute_deterministically() -> None:
@@ -25,10 +25,7 @@ def take_gpu(index: int) -> torch.device:
     """
     build = f"torch {torch.__version__} on {node_name()}"
     if not (torch.version.cuda or torch.version.hip):
-        raise UserError(
-            f"{build} is a build without CUDA, and this run is to use GPUs: install one that the driver supports (the "
-            "first lines of `nvidia-smi` tell), or set cluster.gpus_per_node=0"
-        )
+        raise UserError(f"{build} {WITHOUT_CUDA}")
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
         if index < (found := torch.cuda.device_count()):

@@ -19,6 +19,12 @@ _QUERY = "index,ecc.errors.uncorrected.volatile.total"
 _ROWS_QUERY = "gpu_bus_id,remapped_rows.failure"
 
 
+WITHOUT_CUDA = (
+    "is a build without CUDA, and this run is to use GPUs: install one that the driver supports (the first lines of "
+    "`nvidia-smi` tell), or set cluster.gpus_per_node=0"
+)
+
+
 class UnfitNodeError(DsftError):
     """This node cannot run ranks; another one may."""
 

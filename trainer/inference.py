@@ -14,6 +14,7 @@ import torch
 from trainer.attention import inference_attention
 from trainer.config.schema import LaunchConfig, ModelConfig
 from trainer.failures import UserError
+from trainer.kernels import on_gpu
 from trainer.model import DTYPES, load_model_config, quiet_libraries
 from trainer.tasks import get_task, task_tokenizer
 from trainer.tasks.base import BaseTask, Objective
@@ -54,7 +55,7 @@ def load_replica(config: LaunchConfig) -> tuple[BaseTask, Replica, Objective]:
     """
     quiet_libraries()
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if on_gpu():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     task = get_task(config, task_tokenizer(config))

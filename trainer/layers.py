@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from trainer.config.model import CheckpointedLayers, ModelConfig
 from trainer.failures import UserError
+from trainer.kernels import on_gpu
 
 # Kept by "selective": products with weights, and attention kernels; not bmm, the scores of eager attention.
 _KEPT = re.compile(r"::(mm|addmm|_scaled_mm)$|attention|attn")
@@ -153,11 +154,9 @@ def compile_layers(model: torch.nn.Module, config: ModelConfig) -> str:
 
 
 def _no_compiler() -> str | None:
-    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
+    if on_gpu() and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    variable, usual = (
-        ("CC", ("gcc", "cc", "clang")) if torch.cuda.is_available() else ("CXX", ("g++", "c++", "clang++"))
-    )
+    variable, usual = ("CC", ("gcc", "cc", "clang")) if on_gpu() else ("CXX", ("g++", "c++", "clang++"))
     wanted = (os.environ[variable],) if variable in os.environ else usual
     if not any(map(shutil.which, wanted)):
         return f"{' or '.join(wanted)} is not on this node; install a compiler, or name it in {variable}"

@@ -37,7 +37,7 @@ def prepare(config: LaunchConfig, folder: Path, processes: int) -> dict[str, Any
     from trainer.tokenizer import load_tokenizer
 
     begin = time.monotonic()
-    config = config.model_copy(update={"data": config.data.model_copy(update={"prepared": None})})
+    config = config.altered(data={"prepared": None})
     if problem := offline_if_unreachable(config):
         raise UserError(problem)
     tokenizer = load_tokenizer(config.model)

@@ -51,8 +51,7 @@ def run(options: argparse.Namespace) -> int:
         data = {**trained.config["data"], "evaluation": found}
         config = change_config({**trained.config, "data": data}, options.set, "--set")
         if isinstance(config.task, WritingTask) and config.task.generation is None:  # none at evaluations
-            task = config.task.model_copy(update={"generation": GenerationConfig()})
-            config = config.model_copy(update={"task": task})
+            config = config.altered(task={"generation": GenerationConfig()})
         inference.run_ranks("trainer.predict", config, trained, options.batch_size, options.processes, work)
         records, errors = _merge(sorted(work.glob("part-*.jsonl")), work / "output")
         os.replace(work / "output", output)

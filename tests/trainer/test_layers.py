@@ -177,6 +177,9 @@ def test_layers_share_whole_compiled_graphs(recompute: Any, graph_counters: Any)
 
 
 def test_without_a_compiler_layers_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of CPUs for a run on these, also where there is a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("CXX", "no-such-compiler")
     model = llama()
     assert "no-such-compiler is not on this node" in compile_layers(model, config_of(compile=True))

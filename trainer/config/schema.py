@@ -232,6 +232,12 @@ class LaunchConfig(Section):
     cluster: Cluster = LocalCluster()
     resilience: ResilienceConfig = ResilienceConfig()
 
+    def altered(self, **sections: dict[str, Any]) -> LaunchConfig:
+        """With other values of some keys: `config.altered(training={"micro_batch_size": 2})`; they are not checked."""
+        return self.model_copy(
+            update={name: getattr(self, name).model_copy(update=values) for name, values in sections.items()}
+        )
+
     @property
     def zero_stages(self) -> tuple[int, ...]:
         """The stages of ZeRO to choose from, the one with the least communication first."""

@@ -165,8 +165,8 @@ def with_labels(config: LaunchConfig, column: str, also: Sequence[str] = ()) -> 
     """
     task: Any = config.task
     if task.labels is None:
-        task = task.model_copy(update={"labels": found_labels(config, column, also)})
-        config = config.model_copy(update={"task": task})
+        config = config.altered(task={"labels": found_labels(config, column, also)})
+        task = config.task
     weights = getattr(task, "class_weights", ())
     if weights and len(weights) != len(task.labels):
         raise UserError(f"task.class_weights: {len(weights)} for {len(task.labels)} labels")
