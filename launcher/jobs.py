@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher.state import DIED, RunState, State, job_id
 from slurm import client
+from slurm.job import SCRIPT
 from slurm.states import JobState
 from trainer.failures import DsftError, UserError
 from trainer.rundir import RunDirectory, read_lines
@@ -84,9 +85,17 @@ def with_job(ledger: RunState, job: client.Job | None) -> RunState:
     return RunState(states.get(job.state, "pending"), reason)
 
 
+def submitted_job(run: RunDirectory) -> str | None:
+    """The id of the last job submitted for a run or study, also if its launch did not live to write it down.
+
+    Raises SlurmUnavailable.
+    """
+    return client.of_script(run.path / SCRIPT) or job_id(read_lines(run.events_dir / "submission.jsonl"))
+
+
 def waiting_job(run: RunDirectory) -> client.Job | None:
     """The run's last submitted job if it is in the queue (waits or runs). Raises SlurmUnavailable."""
-    submitted = job_id(read_lines(run.events_dir / "submission.jsonl"))
+    submitted = submitted_job(run)
     jobs = list(client.queued([submitted]).values()) if submitted else []
     # a run that was copied has the records of the other's job, on another cluster maybe the number of anybody's
     jobs = [job for job in jobs if os.path.realpath(job.folder or run.path) == os.path.realpath(run.path)]

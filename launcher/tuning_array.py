@@ -12,10 +12,9 @@ from pathlib import Path
 from launcher.backends.slurm import in_allocation, submit
 from launcher.facts import gather_facts
 from launcher.gate import checked
-from launcher.jobs import one_at_a_time
+from launcher.jobs import one_at_a_time, submitted_job
 from launcher.plan import make_plan
 from launcher.preflight import preflight
-from launcher.state import job_id
 from launcher.tuning import Search, Study
 from launcher.tuning_report import UNDER_WAY, summary
 from slurm import client
@@ -23,7 +22,7 @@ from slurm.job import Job
 from trainer.config.loading import redacted
 from trainer.config.schema import SlurmCluster
 from trainer.processes import added_root
-from trainer.rundir import RunDirectory, read_lines, write_json
+from trainer.rundir import RunDirectory, write_json
 
 _ASK_SECONDS = 5.0  # between two questions to SLURM
 
@@ -44,7 +43,7 @@ def ensure_submitted(study: Study, say: Callable[[str], None]) -> str:
     cluster = search.config.cluster
     assert isinstance(cluster, SlurmCluster)
     with one_at_a_time(folder):
-        number = job_id(read_lines(folder.events_dir / "submission.jsonl"))
+        number = submitted_job(folder)
         there = in_queue(number) if number else []
         if number and there:
             running = sum(job.state == "running" for job in there)

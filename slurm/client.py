@@ -61,8 +61,7 @@ def submit(script: Path, folder: Path, environment: Mapping[str, str] | None = N
         answer = _call(["sbatch", "--parsable", f"--chdir={folder}", str(script)], SUBMIT_SECONDS, environment)
     except SlurmUnavailable as error:
         raise SlurmUnavailable(
-            f"{error}. The job may be in the queue all the same: look for {folder} in `squeue --me --format='%i %Z'` "
-            "first, and leave the job there or end it by `scancel`"
+            f"{error}. The job may be in the queue all the same (`squeue --me`): then it is found, not submitted again"
         ) from None
     return answer.strip().splitlines()[-1].split(";")[0]  # "id[;cluster]"
 
@@ -159,6 +158,13 @@ def queued(job_ids: Sequence[str], seconds: float | None = None) -> dict[str, Jo
         if not wanted.isdisjoint((job_id, job_id.split("_")[0])):
             found[job_id] = Job(job_id, job_state(state), state, reason, nodes, left, start, "".join(folder))
     return found
+
+
+def of_script(script: Path) -> str | None:
+    """The id of this user's last job in the queue that is of a script; None: there is none. Raises SlurmUnavailable."""
+    text = _call(["squeue", "--me", "--noheader", "--sort=i", "--format=%F|%o"], QUERY_SECONDS)
+    jobs = [line.partition("|")[::2] for line in text.splitlines() if line.endswith(f"/{script.name}")]
+    return next((i.strip() for i, path in reversed(jobs) if os.path.realpath(path) == os.path.realpath(script)), None)
 
 
 def accounted(job_ids: Sequence[str], seconds: float | None = None) -> dict[str, Job]:

@@ -13,6 +13,7 @@ from trainer.config.errors import is_secret_name
 from trainer.config.schema import SlurmCluster
 from trainer.failures import UserError
 
+SCRIPT = "job.sbatch"  # in the run's directory, and the template of it beside this file
 _FOLDER = Path(__file__).resolve().parent
 # Needs no quotes in an #SBATCH line, nor anywhere else
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]^-]+")
@@ -73,7 +74,7 @@ class Job:
 
     @property
     def script_path(self) -> Path:
-        return self.run_dir / "job.sbatch"
+        return self.run_dir / SCRIPT
 
 
 def render(job: Job, cluster: SlurmCluster) -> str:
@@ -88,7 +89,7 @@ def render(job: Job, cluster: SlurmCluster) -> str:
         root = quote(job.package_path, "the folder of dsft")
         lines.append(f'export PYTHONPATH={root}"${{PYTHONPATH:+:$PYTHONPATH}}"')
     lines.append("export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1")
-    return _Template((_FOLDER / "job.sbatch").read_text()).substitute(
+    return _Template((_FOLDER / SCRIPT).read_text()).substitute(
         options="\n".join(f"#SBATCH --{name}" + (f"={value}" if value else "") for name, value in options.items()),
         run_dir=job.run_dir,
         environment="\n".join(lines),

@@ -13,6 +13,7 @@ import pytest
 from conftest import Cluster, read_json_lines
 
 from launcher.backends.slurm import submit
+from launcher.jobs import cancel_job, refuse_second_job
 from launcher.state import run_state
 from slurm import client
 from slurm.hostlist import expand
@@ -263,10 +264,15 @@ def test_a_job_may_wait_for_nodes_that_are_away(
 ) -> None:
     """`sbatch --test-only` refuses it, in the words that it has for what can never run."""
     cluster.run("scontrol", "update", "nodename=n1", "state=drain", "reason=repair")
+    run = RunDirectory(tmp_path / "run")
     try:
-        job = start(RunDirectory(tmp_path / "run"))
+        job = start(run)
         assert f"job {job} waits for nodes that are down, drained or reserved" in capsys.readouterr().err
         assert cluster.state(job) == "PENDING"
+        # a launch that was killed here has written of no job
+        with pytest.raises(UserError, match=f"job {job} of this run is in the queue already"):
+            refuse_second_job(run)
+        assert cancel_job(run, running=False) == job
     finally:
         cluster.run("scontrol", "update", "nodename=n1", "state=resume")
 

@@ -148,6 +148,7 @@ def test_nothing_is_submitted_or_rewritten_while_another_host_runs_it(
     slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As from a login node, beside a run in an allocation made by hand."""
+    program(slurm, "squeue", "true")
     cluster = {"backend": "slurm", "nodes": 1}
     config = runnable(tmp_path, name="a", cluster=cluster)
     run = make_run(tmp_path, "a")
