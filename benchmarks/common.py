@@ -305,8 +305,10 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
-def write_result(folder: Path, name: str, value: dict[str, Any], rows: Sequence[Sequence[str]]) -> None:
-    """Write NAME.json and NAME.md (a table whose first row is its head), and print the table."""
+def write_result(
+    folder: Path, name: str, value: dict[str, Any], rows: Sequence[Sequence[str]], whole: bool = True
+) -> None:
+    """Write NAME.json and NAME.md (a table whose first row is its head), and print the table if it is ``whole``."""
     folder.mkdir(parents=True, exist_ok=True)
     where = machine()
     (folder / f"{name}.json").write_text(json.dumps({"benchmark": name, "machine": where, **value}, indent=1) + "\n")
@@ -326,4 +328,5 @@ def write_result(folder: Path, name: str, value: dict[str, Any], rows: Sequence[
     text = "  \n".join(lines[2:])
     page = "\n".join([*lines[:2], text, "", *table, ""])
     (folder / f"{name}.md").write_text(page)
-    print(page)
+    if whole:
+        print(page)

@@ -242,6 +242,28 @@ def table(runs: dict[str, dict[str, Any]], ratios: dict[str, float | None]) -> l
     return rows
 
 
+def write_runs(options: argparse.Namespace, runs: dict[str, dict[str, Any]], whole: bool) -> None:
+    """What has been measured so far."""
+    best = {
+        side: max((r.get("tokens_per_second", 0) for name, r in runs.items() if name.startswith(side)), default=0)
+        for side in ("dsft", "fp8", "HF")
+    }
+    ratios = {side: best[side] / best["HF"] if best[side] and best["HF"] else None for side in ("dsft", "fp8")}
+    one = next((run for run in runs.values() if "problem" not in run), {})
+    peak = f"{one['peak_flops'] / 1e12:.0f} TFLOP/s" if one.get("peak_flops") else "not known"
+    value = {
+        "command": command_line("gpu"),
+        "formula": f"MFU = tokens/s * ({one.get('flops_formula')}) / peak ({one.get('device', 'CPU')}: {peak})",
+        "limits": LIMITS,
+        "ratio": ratios["dsft"],
+        "ratio_fp8": ratios["fp8"],
+        "curve_distance": curve_distance(runs),
+        "runs": runs,
+    }
+    name = "gpu" if options.small else f"gpu_{options.model}_{options.data}".replace(".", "_")
+    write_result(options.output, name, value, table(runs, ratios), whole)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank-program", type=Path, help=argparse.SUPPRESS)
@@ -299,24 +321,7 @@ def main() -> None:
                 said = {key: run[key] for key in SAID if key in run}
                 print(f"{name}: {run.get('problem') or said}", flush=True)
                 print("\n".join([*run.get("said", []), run.get("profile", "")]), flush=True)
-    best = {
-        side: max((r.get("tokens_per_second", 0) for name, r in runs.items() if name.startswith(side)), default=0)
-        for side in ("dsft", "fp8", "HF")
-    }
-    ratios = {side: best[side] / best["HF"] if best[side] and best["HF"] else None for side in ("dsft", "fp8")}
-    one = next((run for run in runs.values() if "problem" not in run), {})
-    peak = f"{one['peak_flops'] / 1e12:.0f} TFLOP/s" if one.get("peak_flops") else "not known"
-    value = {
-        "command": command_line("gpu"),
-        "formula": f"MFU = tokens/s * ({one.get('flops_formula')}) / peak ({one.get('device', 'CPU')}: {peak})",
-        "limits": LIMITS,
-        "ratio": ratios["dsft"],
-        "ratio_fp8": ratios["fp8"],
-        "curve_distance": curve_distance(runs),
-        "runs": runs,
-    }
-    name = "gpu" if options.small else f"gpu_{options.model}_{options.data}".replace(".", "_")
-    write_result(options.output, name, value, table(runs, ratios))
+                write_runs(options, runs, whole=len(runs) == len(chosen))
 
 
 if __name__ == "__main__":
