@@ -78,6 +78,7 @@ setup(
         "gpu": ["liger-kernel>=0.8"],
         "qlora": ["bitsandbytes>=0.46"],  # 4-bit kernels, on CPUs as well; a wheel of 43 MB
         "fp8": ["torchao>=0.15"],
+        "vision": ["num2words>=0.5", "torchvision"],  # of some processors; torchvision goes by torch
         "flash": ["flash-attn>=2.7"],  # built from source, against the torch at hand
     },
 )

@@ -35,6 +35,9 @@ _FLASH = {
     "flash_attention_2": ("flash-attn", (8, 9, 10, 11, 12)),
 }
 
+# Images, and PaliGemma's prompts, are read in both directions, by a mask that FlashAttention never sees.
+_BOTH_WAYS = frozenset({"gemma3", "paligemma"})
+
 
 def choose_attention(config: LaunchConfig, model_config: Any, device: torch.device) -> tuple[str | None, str]:
     """(the implementation to ask of transformers, or None for its default: SDPA where the model can; why).
@@ -97,6 +100,8 @@ def _installed(package: str) -> bool:
 
 def _not_flash(name: str, config: LaunchConfig, model_config: Any, device: torch.device) -> str | None:
     """Why a FlashAttention cannot be used; None: it can."""
+    if config.task.type == "image-text-to-text" and model_config.model_type in _BOTH_WAYS:
+        return f"{model_config.model_type} reads images in both directions, by a mask that FlashAttention does not see"
     package, majors = _FLASH[name]
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in majors:
         return f"it is for GPUs of compute capability {', '.join(f'{major}.x' for major in majors)}"

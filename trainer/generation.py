@@ -18,7 +18,7 @@ import torch.distributed as dist
 from trainer import collectives
 from trainer.config.generation import GenerationConfig
 from trainer.data.sample import Sample
-from trainer.engine import Engine
+from trainer.engine import Engine, gathered
 from trainer.tasks.base import Predictions
 from trainer.tokenizer import Tokenizer
 
@@ -42,7 +42,7 @@ class Generator:
         settings: the config's `task.generation`.
         tokenizer: knows the end of a text, and padding.
         device: of the model.
-        more: the model's further inputs for a batch of prompts; some prompt of it has some.
+        more: the model's further inputs for a batch of prompts, of which one has some, and their ids [prompts, length].
         blank: a prompt with further inputs, for batches without any: ranks then run the same parts of the model.
     """
 
@@ -52,12 +52,15 @@ class Generator:
         settings: GenerationConfig,
         tokenizer: Tokenizer,
         device: torch.device,
-        more: Callable[[Sequence[Prompt]], Mapping[str, torch.Tensor]] | None = None,
+        more: Callable[[Sequence[Prompt], np.ndarray], Mapping[str, torch.Tensor]] | None = None,
         blank: Prompt | None = None,
     ) -> None:
         self._settings, self._device, self._more, self._blank = settings, device, more, blank
         # ranks of `dsft predict` have none: they never wait for one another
         self._group = collectives.new_group(collectives.TIMEOUT_SECONDS) if dist.is_initialized() else None
+        # `generate` reads images outside of the model's forward pass, in which ZeRO-3 gathers what is its own
+        readers = [module for module in model.modules() if hasattr(module, "get_image_features")]
+        self._outside = [parameter for module in readers for parameter in module.parameters(recurse=False)]
         self._decoder_only = not model.config.is_encoder_decoder
         self._positions = _learned_positions(model) if self._decoder_only else None
         config = copy.deepcopy(model.generation_config)
@@ -139,14 +142,15 @@ class Generator:
             draws = [Draw(self._settings, keys)]
         hook = model.register_forward_pre_hook(self._clamped, with_kwargs=True)
         try:
-            output = model.generate(
-                input_ids=torch.from_numpy(ids).to(self._device),
-                attention_mask=torch.from_numpy(mask).to(self._device),
-                generation_config=self._config,
-                logits_processor=draws,
-                synced_gpus=synced,
-                **(self._more(prompts) if self._more else {}),
-            )
+            with gathered(self._outside):
+                output = model.generate(
+                    input_ids=torch.from_numpy(ids).to(self._device),
+                    attention_mask=torch.from_numpy(mask).to(self._device),
+                    generation_config=self._config,
+                    logits_processor=draws,
+                    synced_gpus=synced,
+                    **(self._more(prompts, ids) if self._more else {}),
+                )
         finally:
             hook.remove()
         texts = output[:, width if self._decoder_only else 1 :].tolist()

@@ -51,13 +51,13 @@ class ImageTextObjective(Objective):
         self._head = LabelledPositions(model)
         self._pad = task.tokenizer.pad_id or 0  # hidden by the mask; an image's token it is never
         settings, blank = task.settings.generation, Prompt(task.blank.tokens, (0,), task.blank.inputs)
-        self._generator = Generator(model, settings, task.tokenizer, device, self._pixels, blank) if settings else None
+        self._generator = Generator(model, settings, task.tokenizer, device, self._more, blank) if settings else None
 
     def __call__(self, forward: Callable[..., Any], sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, int]:
         """(sum of the loss over target tokens, fp32 scalar; padded tokens)."""
         samples = self._samples(sequences)
         rows = samples if any(sample.inputs for sample in samples) else [*samples, self._task.blank]
-        inputs = image_text_inputs(rows, self._pad)
+        inputs = image_text_inputs(rows, self._pad, self._task.types)
         width = inputs["input_ids"].shape[1]
         places = [row * width + np.flatnonzero(sample.targets) - 1 for row, sample in enumerate(rows)]
         positions, labels = filled_up(np.concatenate(places), np.concatenate([s.tokens[s.targets] for s in rows]))
@@ -77,8 +77,10 @@ class ImageTextObjective(Objective):
         """Samples with pixels: those of predict come without."""
         return [self._task.load(sample) for sequence in sequences for sample in sequence.samples]
 
-    def _pixels(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-        return self._moved(joined_pixels([prompt.inputs or {} for prompt in prompts]))
+    def _more(self, prompts: Sequence[Prompt], ids: np.ndarray) -> dict[str, torch.Tensor]:
+        types = self._task.types(ids, np.zeros_like(ids))
+        pixels = joined_pixels([prompt.inputs or {} for prompt in prompts])
+        return self._moved({name: torch.from_numpy(values) for name, values in types.items()} | pixels)
 
     def _moved(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {
@@ -87,34 +89,34 @@ class ImageTextObjective(Objective):
         }
 
 
-def image_text_inputs(rows: Sequence[Sample], pad: int) -> dict[str, torch.Tensor]:
-    """Inputs of a model: token ids and mask, int64 [rows, longest rounded up], padded on the right; all pixels."""
+def image_text_inputs(rows: Sequence[Sample], pad: int, types: Callable[..., Any]) -> dict[str, torch.Tensor]:
+    """Token ids, mask and types, int64 [rows, longest rounded up], padded on the right; all pixels."""
     ids = padded([row.tokens for row in rows], pad)
     mask = padded([np.ones(len(row.tokens)) for row in rows], 0)
+    named = {"input_ids": ids, "attention_mask": mask, **types(ids, padded([row.targets for row in rows], 0))}
     pixels = joined_pixels([row.inputs or {} for row in rows])
-    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask), **pixels}
+    return {name: torch.from_numpy(values) for name, values in named.items()} | pixels
 
 
 def joined_pixels(parts: Sequence[Any]) -> dict[str, torch.Tensor]:
-    """The pixels of all samples, [images, channels, height, width], in their order.
+    """What there is of the images of all samples, [images (or tiles, or patches), ...], in their order.
 
-    Where they come with a mask (Idefics3), images of different sizes are filled up, and there is one more dimension in
-    front: the model takes all images as those of one text.
+    Images of different sizes, or numbers of tiles, are filled up with zeros; the models know where. Where they come
+    with a mask (Idefics3), there is one more dimension in front: the model takes all images as those of one text.
     """
     parts = [part for part in parts if part]
     joined: dict[str, torch.Tensor] = {}
     for name in parts[0] if parts else ():
         arrays = [part[name] for part in parts]
-        size = [max(array.shape[axis] for array in arrays) for axis in (-2, -1)]
-        masked = "pixel_attention_mask" in parts[0]
-        if masked:
-            arrays = [_filled(array, size) for array in arrays]
-        values = torch.from_numpy(np.concatenate(arrays))
-        joined[name] = values[None] if masked else values
+        shape = np.max([array.shape[1:] for array in arrays], axis=0)
+        values = torch.from_numpy(np.concatenate([_filled(array, shape) for array in arrays]))
+        joined[name] = values[None] if "pixel_attention_mask" in parts[0] else values
     return joined
 
 
-def _filled(array: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """[..., height, width] with zeros at the right and below up to ``size``."""
-    more = [(0, 0)] * (array.ndim - 2) + [(0, size[0] - array.shape[-2]), (0, size[1] - array.shape[-1])]
-    return np.pad(array, more)
+def _filled(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """[images, ...] with zeros at the ends of the further dimensions up to ``shape``."""
+    if array.shape[1:] == tuple(shape):
+        return array
+    more = [(0, wanted - had) for wanted, had in zip(shape, array.shape[1:], strict=True)]
+    return np.pad(array, [(0, 0), *more])

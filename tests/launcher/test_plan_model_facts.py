@@ -197,6 +197,25 @@ def test_of_a_model_with_images_the_sizes_of_both_parts_are_known(tmp_path):
     assert kept[0] == kept[1] + kept[2]
 
 
+@pytest.mark.parametrize(
+    ("config", "tower", "patches"),
+    [
+        ({"model_type": "llava"}, {"hidden_size": 8, "num_hidden_layers": 3}, 1),
+        ({"model_type": "smolvlm", "scale_factor": 3}, {"hidden_size": 8, "num_hidden_layers": 3}, 9),
+        ({"model_type": "qwen2_vl"}, {"hidden_size": 64, "embed_dim": 8, "depth": 3, "spatial_merge_size": 2}, 4),
+        ({"model_type": "internvl", "downsample_ratio": 0.5}, {"hidden_size": 8, "num_hidden_layers": 3}, 4),
+        (
+            {"model_type": "gemma3", "mm_tokens_per_image": 256},
+            {"hidden_size": 8, "num_hidden_layers": 3, "image_size": 896, "patch_size": 14},
+            16,
+        ),
+    ],
+)
+def test_how_much_a_tower_reads_of_an_image(config, tower, patches):
+    facts = facts_of_config({**config, "text_config": {"model_type": "llama"}, "vision_config": tower})
+    assert (facts.tower.hidden_size, facts.tower.layers, facts.patches_per_token) == (8, 3, patches)
+
+
 def test_bad_folders(tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         model_facts(ModelConfig(path=str(tmp_path / "nowhere")))

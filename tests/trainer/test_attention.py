@@ -160,6 +160,10 @@ def test_heads_of_any_model_go_through_the_trial() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
+    for name in ("gemma3", "paligemma"):  # from left to right alone, without a word
+        model = transformers.AutoConfig.for_model(name)
+        with pytest.raises(UserError, match="reads images in both directions"):
+            choose_attention(config_of("flash_attention_2", "image-text-to-text"), model, GPU)
     with pytest.raises(UserError, match="flex_attention does not go here: it has no backward pass"):
         choose_attention(config_of("flex_attention"), family("llama"), CPU)
     with pytest.raises(UserError, match="flash_attention_3 does not go here: it is for GPUs"):

@@ -13,6 +13,8 @@ import transformers
 from encoder_runs import last_scores, make_config, run_at, same_runs
 from image_data import COLOURS, make_pictures, make_processor, predictions_of, tiny_llava, write
 from PIL import Image
+from transformers.utils import is_torchvision_available
+from vision_families import NEEDS_TORCHVISION, PLACES, VISION_FAMILIES, family_model, make_family
 
 from trainer.config.schema import LaunchConfig
 from trainer.data.encoding import SourceEncoder
@@ -25,6 +27,11 @@ from trainer.vision import ImageTextObjective
 
 WORDS = [*COLOURS, "which", "colour", "?", "say", "assistant", "user", ":"]
 FAMILIES = ("llava", "idefics3")
+_TORCHVISION = pytest.mark.skipif(not is_torchvision_available(), reason="needs torchvision")
+ALL_FAMILIES = [
+    *FAMILIES,
+    *(pytest.param(f, marks=_TORCHVISION) if f in NEEDS_TORCHVISION else f for f in VISION_FAMILIES),
+]
 
 
 def make_records(folder: Path, name: str, number: int, seed: int) -> list[dict[str, Any]]:
@@ -46,11 +53,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "test.jsonl", make_records(folder, "test", 30, 2))
     for family in FAMILIES:
         make_processor(folder / family, family, WORDS)
+    make_family(folder / "llava_next", "llava_next", WORDS)
     return folder
 
 
+def tiny_model(family: str) -> dict[str, Any]:
+    return tiny_llava(WORDS, family) if family in FAMILIES else family_model(family, WORDS)
+
+
 def config_of(folder: Path, family: str, **changes: Any) -> LaunchConfig:
-    model = {"config": tiny_llava(WORDS, family), "tokenizer": None, "processor": str(folder / family)}
+    model = {"config": tiny_model(family), "tokenizer": None, "processor": str(folder / family)}
     task = {"type": "image-text-to-text", **changes.pop("task", {})}
     model |= {"gradient_checkpointing": False, **changes.pop("model", {})}
     data = {"sequence_length": 64, **changes.pop("data", {})}
@@ -71,48 +83,77 @@ def read(config: LaunchConfig, task: ImageTextToText, path: Path, records: list[
     return [made[number][0] for number in range(len(records))]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_loss_of_a_mixed_batch_is_that_of_plain_transformers(folder: Path, family: str) -> None:
-    """Several images, one, and none, of different sizes: the sum over samples that run by themselves, with labels."""
-    config = config_of(folder, family)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_mixed_batch_is_learned_as_by_plain_transformers(folder: Path, family: str) -> None:
+    """Several images, one, and none, of very different sizes: loss and gradients are the sums over samples that run by
+    themselves, with labels; and so in other micro-batches."""
+    if family not in FAMILIES:
+        make_family(folder / family, family, WORDS)
+    config = config_of(folder, family, data={"sequence_length": 96})
     task = task_of(config)
     records = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()[:8]]
     records[0]["image"] += records[1]["image"]
+    for name, size in (("wide", (90, 20)), ("tall", (18, 70))):
+        Image.effect_noise(size, 90).convert("RGB").save(folder / f"{name}.png")
+    records[1]["image"], records[2]["image"] = ["wide.png"], ["wide.png", "tall.png", records[2]["image"][0]]
+    if family == "paligemma":
+        records = [record for record in records if "image" in record]
     samples = read(config, task, folder / f"{family}.jsonl", records)
-    values = tiny_llava(WORDS, family)
+    values = tiny_model(family)
     model_config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     task.configure(model_config)
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(model_config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # what is read of images shows
     objective = ImageTextObjective(model, task, torch.device("cpu"))
-    loss, padded = objective(model, [PackedSequence((task.load(sample),)) for sample in samples])
+    sequences = [PackedSequence((task.load(sample),)) for sample in samples]
+    loss, padded = objective(model, sequences)
+    loss.backward()
+    found = gradients_of(model)
     assert padded > 0
+    halves = [objective(model, sequences[start : start + 2])[0].item() for start in range(0, len(sequences), 2)]
+    assert sum(halves) == pytest.approx(loss.item(), rel=1e-5)
 
     wanted = 0.0
-    with torch.no_grad():
-        for record, sample in zip(records, samples, strict=True):
-            images = [Image.open(folder / path).convert("RGB") for path in record.get("image", [])]
-            shown = {"images": [images]} if images else {}
-            text = "<image>" * len(images) + record["prompt"]
-            inputs = dict(task.processor(text=[text], **shown, return_tensors="pt"))
-            learned = torch.tensor([[task.tokenizer.encode_batch([record["completion"]])[0][0], 3]])
-            given = inputs["input_ids"]
-            assert sample.tokens.tolist() == [*given[0].tolist(), *learned[0].tolist()]
-            assert sample.targets.sum() == 2
-            inputs["input_ids"] = torch.cat([given, learned], dim=1)
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            labels = torch.cat([torch.full_like(given, -100), learned], dim=1)
-            wanted += 2 * float(model(**inputs, labels=labels).loss)
+    for record, sample in zip(records, samples, strict=True):
+        images = [Image.open(folder / path).convert("RGB") for path in record.get("image", [])]
+        shown = {"images": [images]} if images else {}
+        text = PLACES.get(family, "<image>") * len(images) + record["prompt"]
+        inputs = dict(task.processor(text=[text], **shown, return_tensors="pt"))
+        inputs.pop("labels", None)
+        learned = torch.tensor([[task.tokenizer.encode_batch([record["completion"]])[0][0], 3]])
+        given = inputs["input_ids"]
+        assert sample.tokens.tolist() == [*given[0].tolist(), *learned[0].tolist()]
+        assert sample.targets.sum() == 2
+        inputs["input_ids"] = torch.cat([given, learned], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        for name in inputs.keys() & {"token_type_ids", "mm_token_type_ids"}:
+            inputs[name] = torch.cat([inputs[name], torch.full_like(learned, int(family == "paligemma"))], dim=1)
+        labels = torch.cat([torch.full_like(given, -100), learned], dim=1)
+        alone = 2 * model(**inputs, labels=labels).loss
+        alone.backward()
+        wanted += alone.item()
     assert loss.item() == pytest.approx(wanted, rel=1e-5)
+    expected = gradients_of(model)
+    assert found.keys() == expected.keys()
+    scale = max(float(gradient.norm()) for gradient in expected.values())
+    for name, gradient in found.items():
+        assert float((gradient - expected[name]).norm()) < 1e-3 * float(gradient.norm()) + 1e-6 * scale, name
 
-    texts = [sample for sample in samples if not sample.inputs]
-    alone, _ = objective(model, [PackedSequence((sample,)) for sample in texts])
-    nothing, _ = objective(model, [])
-    assert 0 < alone.item() < loss.item()
-    assert nothing.item() == 0
-    (alone + nothing).backward()
-    tower = [p for name, p in model.named_parameters() if "vision" in name and "layers.0" in name]
+    texts = [sequence for sequence in sequences if not sequence.samples[0].inputs]
+    (objective(model, texts)[0] + objective(model, [])[0]).backward()
+    assert objective(model, [])[0].item() == 0
+    tower = [p for name, p in model.named_parameters() if ("vision" in name or "visual" in name) and ".0." in name]
+    assert tower
     assert all(p.grad is not None and not p.grad.any() for p in tower)  # run, and without effect
+
+
+def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients that have been made since the last call."""
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
 
 
 def test_records_that_cannot_be_read_say_why(folder: Path) -> None:
@@ -134,10 +175,36 @@ def test_records_that_cannot_be_read_say_why(folder: Path) -> None:
     (sample,) = read(config, task, folder / "a.jsonl", [{**good, "completion": "red " * 80}])
     assert len(sample.tokens) == 64
     with pytest.raises(UserError, match="knows models of the types"):
-        task.configure(transformers.AutoConfig.for_model("paligemma"))
+        task.configure(transformers.AutoConfig.for_model("blip-2"))
     changed = transformers.AutoConfig.for_model("llava", image_token_id=5)
     with pytest.raises(UserError, match="image_token_id is 5"):
         task.configure(changed)
+
+
+def test_prompts_of_other_families_hold_their_places(folder: Path) -> None:
+    """`<image>` is a place in all families, and a conversation begins once, though template and tokenizer say so."""
+    make_family(folder / "gemma3", "gemma3", WORDS)
+    config = config_of(folder, "gemma3")
+    task = task_of(config)
+    image = json.loads((folder / "train.jsonl").read_text().splitlines()[0])["image"][0]
+    user = {"role": "user", "content": [{"type": "text", "text": "which"}, {"type": "image"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "red"}]}
+    records = [
+        {"image": image, "prompt": "which <image> colour ?", "completion": "red"},
+        {"image": image, "prompt": "which <start_of_image> colour ?", "completion": "red"},
+    ]
+    first, second = read(config, task, folder / "g.jsonl", records)
+    assert first.tokens.tolist() == second.tokens.tolist()
+    assert np.flatnonzero(first.tokens == task.image_id).tolist() == [3, 4, 5, 6]  # behind <s> which <start_of_image>
+    (sample,) = read(config, task, folder / "h.jsonl", [{"image": image, "messages": [user, answer]}])
+    assert task.image_id in sample.tokens
+    assert sample.tokens.tolist().count(2) == 1
+    with pytest.raises(DataError, match="0 images, and 1 places"):
+        read(config, task, folder / "g.jsonl", [{"prompt": "which <image> colour ?", "completion": "red"}])
+    make_family(folder / "paligemma", "paligemma", WORDS)
+    config = config_of(folder, "paligemma")
+    with pytest.raises(DataError, match="PaliGemmaProcessor cannot make inputs of the prompt and its 0 images"):
+        read(config, task_of(config), folder / "g.jsonl", [{"prompt": "which colour ?", "completion": "red"}])
 
 
 def test_the_first_token_of_all_is_predicted_from_nothing(folder: Path) -> None:
@@ -162,7 +229,13 @@ def test_conversations_learn_the_last_turn(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("family", "frozen", "processes"),
-    [("llava", (), 2), pytest.param("idefics3", ("*vision_model*",), 3, marks=pytest.mark.matrix)],
+    [
+        ("llava", (), 2),
+        pytest.param("idefics3", ("*vision_model*",), 3, marks=pytest.mark.matrix),
+        pytest.param(
+            "llava_next", (), 2, marks=pytest.mark.matrix
+        ),  # its own parameter is part of what is read of images
+    ],
 )
 def test_runs_learn_alike_at_one_and_two_ranks(
     folder: Path, tmp_path: Path, family: str, frozen: tuple[str, ...], processes: int

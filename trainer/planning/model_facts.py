@@ -149,8 +149,7 @@ def facts_of_config(
     if new_head:
         facts = replace(facts, vocabulary=None)
     if isinstance(tower := config.get("vision_config"), Mapping):
-        patches = int(config.get("scale_factor") or 1) ** 2
-        facts = replace(facts, tower=replace(_sized(tower), gated=False), patches_per_token=patches)
+        facts = replace(facts, tower=_tower(tower), patches_per_token=_patches_per_token(config, tower))
     if adapter is not None and adapter.type == "qlora" and model_type in TRANSPOSED:
         raise UserError(f"model.adapter: qlora packs torch.nn.Linear, which {model_type} has not; use lora")
     if family is None:
@@ -166,6 +165,23 @@ def facts_of_config(
             check_trained(select(list(shapes), found, key), trained, key)
     facts = replace(facts, source="config")
     return _counted(facts, shapes, freeze, train_only, adapter, new_head, dtype, strict=not new_head)
+
+
+def _tower(config: Json) -> ModelFacts:
+    """Sizes of the layers that read images, also by the names that Qwen has for them."""
+    names = {"depth": "num_hidden_layers", "num_heads": "num_attention_heads", "embed_dim": "hidden_size"}
+    renamed = {names[key]: value for key, value in config.items() if key in names}
+    return replace(_sized({**config, **renamed}), gated=False)
+
+
+def _patches_per_token(config: Json, tower: Json) -> int:
+    """How many patches of an image the tower reads for each token that the text model does."""
+    side = config.get("scale_factor") or config.get("downsample_factor") or 1 / (config.get("downsample_ratio") or 1)
+    side = max(side, *(part.get("spatial_merge_size") or 1 for part in (config, tower)))
+    size, patch, tokens = tower.get("image_size"), tower.get("patch_size"), config.get("mm_tokens_per_image")
+    if isinstance(size, int) and isinstance(patch, int) and isinstance(tokens, int):  # of Gemma 3
+        return (size // patch) ** 2 // tokens or 1
+    return round(side**2)
 
 
 def _sized(config: Json) -> ModelFacts:
@@ -232,7 +248,7 @@ def _counted(
         idle_parameters=_idle(facts.expert_share, counts, shapes),
         packed_parameters=sum(counts[name] for name in packed),
         largest_block=max(blocks.values()),
-        tower=facts.tower if any("vision" in name for name in trained) else None,
+        tower=facts.tower if any("vision" in name or "visual" in name for name in trained) else None,
         small_parameters=sum(count for count in held.values() if count <= 100_000),
         held_elements=sum(held.values()),
         largest_packed=max((counts[name] for name in packed), default=0),

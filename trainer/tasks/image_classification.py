@@ -142,11 +142,20 @@ def load_processor(config: LaunchConfig, auto_class: str) -> Any:
     import transformers
 
     origin = config.model.processor or config.model.path
+    trusted = {"trust_remote_code": config.model.trust_remote_code}
     try:
-        return getattr(transformers, auto_class).from_pretrained(
-            origin, backend="pil", trust_remote_code=config.model.trust_remote_code
-        )
-    except (OSError, ValueError, ImportError, TypeError) as error:
+        found = images = transformers.AutoImageProcessor.from_pretrained(origin, backend="pil", **trusted)
+        if auto_class != "AutoImageProcessor":
+            found = getattr(transformers, auto_class).from_pretrained(origin, **trusted)
+            found.image_processor = images  # its backend cannot be named above: processors of videos have no such
+        return found
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # the last: torchvision of another torch
         raise DataError(
             f"the processor of {origin!r} cannot be loaded: {error}; give model.processor a folder with a "
             "preprocessor_config.json"

@@ -32,7 +32,25 @@ if TYPE_CHECKING:
 
     from trainer.vision import ImageTextObjective
 
-FAMILIES = ("idefics3", "llava")  # held against their processors and models; others lay their inputs out otherwise
+# Held against their processors and models; others lay their inputs out otherwise. The input, if any, that tells a model
+# which tokens are of images; PaliGemma's tells it which are learned.
+FAMILIES = {
+    "aya_vision": None,
+    "gemma3": "token_type_ids",
+    "idefics3": None,
+    "internvl": None,
+    "llava": None,
+    "llava_next": None,
+    "llava_onevision": None,
+    "mistral3": None,
+    "paligemma": "token_type_ids",
+    "qwen2_5_vl": "mm_token_type_ids",
+    "qwen2_vl": "mm_token_type_ids",
+    "qwen3_vl": "mm_token_type_ids",
+    "smolvlm": None,
+}
+_PLACE = "<image>"  # of an image in any prompt
+_PLACES = {"<|image_pad|>": "<|vision_start|><|image_pad|><|vision_end|>"}  # what Qwen's templates write for it
 
 
 class ImageTextToText(WrittenTask):
@@ -62,7 +80,10 @@ class ImageTextToText(WrittenTask):
     @cached_property
     def image_id(self) -> int:
         """The token that stands for a piece of an image."""
-        return int(self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token))
+        tokenizer, token = self.processor.tokenizer, self.processor.image_token
+        # not what stands for an image in a prompt in all families
+        found = getattr(self.processor, "image_token_ids", None) or [tokenizer.convert_tokens_to_ids(token)]
+        return int(found[0])
 
     def columns(self, source_columns: dict[str, str], record: dict[str, Any]) -> dict[str, str]:
         found = [name for name in (*IMAGE_NAMES, "images") if name in record]
@@ -92,10 +113,16 @@ class ImageTextToText(WrittenTask):
                 return texts
             prompt, completion = texts
         token = self.processor.image_token
-        prompt = prompt if token in prompt else token * len(images) + prompt
+        place = _PLACES.get(token, token)
+        prompt = prompt.replace(_PLACE, place)
+        prompt = prompt if token in prompt else place * len(images) + prompt
         if prompt.count(token) != len(images):
             return f"{len(images)} images, and {prompt.count(token)} places ({token}) for them in the prompt"
-        given_ids = self._prompt(prompt, images)
+        try:
+            given_ids = self._prompt(prompt, images)
+        except ValueError as error:  # PaliGemma's without an image, Qwen's for one that is too narrow
+            kind = type(self.processor).__name__
+            return f"{kind} cannot make inputs of the prompt and its {len(images)} images: {error}"
         inputs = {f"image{index}": image for index, image in enumerate(images)}
         limit, length = self.config.data.sequence_length, len(given_ids)
         if length + self.labelled > limit:
@@ -115,7 +142,10 @@ class ImageTextToText(WrittenTask):
 
     def _prompt(self, prompt: str, images: Sequence[np.ndarray]) -> np.ndarray:
         """Token ids of a prompt, int32, with the places of its images written out."""
-        shown = {"images": [[decode(image) for image in images]]} if images else {}
+        shown: dict[str, Any] = {"images": [[decode(image) for image in images]]} if images else {}
+        begun = self.processor.tokenizer.bos_token  # templates write it, and the tokenizer would once more
+        if begun and prompt.startswith(begun):
+            shown["add_special_tokens"] = False
         return np.asarray(self.processor(text=[prompt], **shown)["input_ids"][0], dtype=np.int32)
 
     def _chat(self, messages: Any) -> tuple[str, str] | str:
@@ -138,16 +168,25 @@ class ImageTextToText(WrittenTask):
 
     def load(self, sample: Sample) -> Sample:
         """The sample with what the image processor gives of its images in place of the references."""
-        images = [value for name, value in (sample.inputs or {}).items() if name.startswith("image")]
+        inputs = sample.inputs or {}
+        images = [] if "pixel_values" in inputs else [*inputs.values()]
         return replace(sample, inputs=self.pixels([decode(image) for image in images])) if images else sample
 
     def pixels(self, images: Sequence[Any]) -> dict[str, np.ndarray]:
-        """Inputs of the model for images, [images (or tiles of them), ...] each."""
-        found = self.processor.image_processor([list(images)], return_tensors="np")
-        nested = found["pixel_values"].ndim == 5  # of Idefics3: [texts, tiles, channels, height, width]
+        """Inputs of the model for images, [images (or tiles, or patches of them), ...] each."""
+        text = [self.processor.image_token * len(images)]  # the whole processor has settings for images, too
+        found = self.processor(text=text, images=[list(images)], return_tensors="np")
+        nested = "pixel_attention_mask" in found  # of Idefics3: [texts, tiles, channels, height, width]
         return {name: found[name][0] if nested else found[name] for name in self.inputs if name in found}
 
-    inputs = ("pixel_values", "pixel_attention_mask")
+    inputs = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "batch_num_images")
+
+    def types(self, tokens: np.ndarray, learned: np.ndarray) -> dict[str, np.ndarray]:
+        """The model's further input for tokens, [rows, length], where ``learned`` tells which of them are."""
+        if self._types is None:
+            return {}
+        told = learned if self._prefixed else tokens == self.image_id
+        return {self._types: told.astype(np.int64)}
 
     @cached_property
     def blank(self) -> Sample:
@@ -166,6 +205,8 @@ class ImageTextToText(WrittenTask):
                 f"image-text-to-text knows models of the types {', '.join(FAMILIES)}, and {model_config.model_type} is "
                 "none of them"
             )
+        self._types = FAMILIES[model_config.model_type]
+        self._prefixed = model_config.model_type == "paligemma"
         if model_config.image_token_id != self.image_id:
             raise UserError(
                 f"the model's image_token_id is {model_config.image_token_id}, and {self.processor.image_token} of "
@@ -192,4 +233,4 @@ class ImageTextToText(WrittenTask):
     def example(self) -> dict[str, Any]:
         from trainer.vision import image_text_inputs
 
-        return image_text_inputs([self.blank], 0)
+        return image_text_inputs([self.blank], 0, self.types)
