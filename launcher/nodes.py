@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-BAD_NODE_HOURS = 24.0
 # So many losses rule a node out: one may have been its processes' or the network's
 RULED_OUT = 2
 
@@ -41,9 +40,8 @@ class NodePool:
         """These nodes answer again."""
         self.away -= {node for node in nodes if not self.is_ruled_out(node)}
 
-    def remember(self, events: Iterable[Mapping[str, Any]], now: float, hours: float = BAD_NODE_HOURS) -> None:
+    def remember(self, events: Sequence[Mapping[str, Any]], now: float, hours: float) -> None:
         """Take in the ledger of earlier launches: who failed comes last; who was judged bad is left out."""
-        events = list(events)
         for node in bad_nodes(events, now, hours):
             self.losses[node] += 1
         for node in judged_bad(events, now, hours):
@@ -73,19 +71,17 @@ class NodePool:
         return [node for node in there if node in chosen]
 
 
-def bad_nodes(events: Iterable[Mapping[str, Any]], now: float, hours: float = BAD_NODE_HOURS) -> list[str]:
+def bad_nodes(events: Sequence[Mapping[str, Any]], now: float, hours: float) -> list[str]:
     """Nodes that failed or were judged bad in the last `hours`, from a run's ledger; what a drill did does not count.
 
     now: unix seconds.
     """
-    events = list(events)
     failed = (event for event in events if event["event"] == "failure" and event.get("class") == "node")
     return sorted({*_recent(events, failed, now, hours), *judged_bad(events, now, hours)})
 
 
-def judged_bad(events: Iterable[Mapping[str, Any]], now: float, hours: float = BAD_NODE_HOURS) -> list[str]:
+def judged_bad(events: Sequence[Mapping[str, Any]], now: float, hours: float) -> list[str]:
     """Nodes that a run has ruled out in the last `hours` (event `bad_node`)."""
-    events = list(events)
     return sorted(_recent(events, (event for event in events if event["event"] == "bad_node"), now, hours))
 
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.failures import EXIT_DONE
 from trainer.processes import child_environment
 
 
@@ -36,8 +35,11 @@ def at_least_one(text: str) -> int:
 def run_module(module: str, *arguments: str) -> tuple[int, dict[str, Any]]:
     """Run a module of the trainer in a process of its own: torch, tokenizers and datasets are no part of the launcher.
 
-    Returns its exit code and, where that is 0, its report: the JSON in its last line. What it says of errors is shown.
+    Returns its exit code and its report, the JSON in its last line, empty without one. What it says of errors is shown.
     """
     command = [sys.executable, "-P", "-m", module, *arguments]
     done = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, text=True)
-    return done.returncode, json.loads(done.stdout.splitlines()[-1]) if done.returncode == EXIT_DONE else {}
+    try:
+        return done.returncode, json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        return done.returncode, {}

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 from launcher.backends.slurm import SlurmBackend
-from launcher.nodes import BAD_NODE_HOURS, bad_nodes
+from launcher.nodes import bad_nodes
 from launcher.state import FAILURE_KEYS, ledger
 from launcher.supervisor import Supervisor, progress
 from launcher.verdict import Action, Attempt, Verdict, decide, record_of
@@ -106,7 +106,7 @@ def _explain(reason: str) -> str:
     return reason
 
 
-def exit_code(action: Action, run: RunDirectory, cluster: SlurmCluster, hours: float = BAD_NODE_HOURS) -> int:
+def exit_code(action: Action, run: RunDirectory, cluster: SlurmCluster, hours: float) -> int:
     """What the job's script is to end with; 75 has it requeue the job. Nodes that failed are excluded before."""
     if not action.requeue:
         # "worth another try" is for people: the ladder of this job is at its end

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -313,14 +313,19 @@ def passed_environment(cluster: SlurmCluster | SshCluster) -> dict[str, str]:
 
 def answered(processes: Mapping[str, subprocess.Popen[bytes]], seconds: float) -> list[str]:
     """Those of the nodes whose process ends with 0 within so many seconds; the others' processes are ended."""
+    wait_or_kill(processes.values(), seconds)
+    return [node for node, process in processes.items() if process.returncode == 0]
+
+
+def wait_or_kill(processes: Iterable[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Give all of the processes so long to end, and end what is left."""
     deadline = time.monotonic() + seconds
-    for process in processes.values():
+    for process in processes:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    return [node for node, process in processes.items() if process.returncode == 0]
 
 
 def _blame(code: int | None, late: bool) -> int:

@@ -10,7 +10,6 @@ import contextlib
 import math
 import os
 import shlex
-import site
 import subprocess
 import sys
 import time
@@ -26,11 +25,12 @@ from launcher.backends.links import (
     LinkedBackend,
     answered,
     passed_environment,
+    wait_or_kill,
 )
 from launcher.backends.node import INTERFACE_VARIABLE, LINK_VARIABLE
 from trainer.config.schema import SshCluster
 from trainer.failures import NODE_VARIABLE, UserError
-from trainer.processes import package_root
+from trainer.processes import added_root
 from trainer.rundir import RunDirectory, write_json
 
 # Any login shell takes this. -l: /etc/profile is where sites define `module`
@@ -61,9 +61,8 @@ def remote_script(cluster: SshCluster, module: str, variables: Mapping[str, str]
     for number, line in enumerate(cluster.setup, start=1):
         lines += [line, _setup_check(number)]
     lines += ["kill $dsft_lifeline; wait $dsft_lifeline 2> /dev/null", "exec 3<&-"]
-    root = str(package_root())
-    if root not in [*site.getsitepackages(), site.getusersitepackages()]:
-        lines.append(f'export PYTHONPATH={shlex.quote(root)}"${{PYTHONPATH:+:$PYTHONPATH}}"')
+    if (root := added_root()) is not None:
+        lines.append(f'export PYTHONPATH={shlex.quote(str(root))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
     lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     lines.append(shlex.join(["exec", cluster.python or sys.executable, "-P", "-m", module]))
     return "\n".join(lines) + "\n"
@@ -101,13 +100,7 @@ def end_processes(processes: Sequence[subprocess.Popen[bytes]], seconds: float) 
         if process.stdin is not None:
             with contextlib.suppress(OSError):
                 process.stdin.close()
-    deadline = time.monotonic() + seconds
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    wait_or_kill(processes, seconds)
 
 
 @dataclass(kw_only=True)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
-import sys
 import tempfile
 from typing import TYPE_CHECKING, Any
 
 from launcher.console import count, print_whole, printable
-from launcher.options import add_config
+from launcher.options import add_config, run_module
 from trainer.failures import EXIT_DONE, EXIT_USER, DsftError
 
 if TYPE_CHECKING:
@@ -54,17 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def look(config: LaunchConfig, samples: int) -> dict[str, Any]:
     """What `trainer.check` says of a config, by a process of its own: tokenizers are no part of the launcher."""
-    from trainer.processes import child_environment
-
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(config.model_dump_json())
         file.flush()
-        command = [sys.executable, "-P", "-m", "trainer.check", file.name, str(max(samples, 0))]
-        done = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, text=True, check=False)
-    try:
-        report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError):
-        raise DsftError(f"the look at the data ended with code {done.returncode}; its error is above") from None
+        code, report = run_module("trainer.check", file.name, str(max(samples, 0)))
+    if not report:
+        raise DsftError(f"the look at the data ended with code {code}; its error is above")
     return report
 
 

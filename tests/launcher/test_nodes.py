@@ -70,11 +70,11 @@ def test_the_ledger_forgets_after_a_while_and_leaves_drills_out() -> None:
     events = [failure(0.0, "n1"), failure(5000.0, "n2"), failure(5000.0, "n3", "numeric"), {"event": "x", "time": 1.0}]
     events += [{"event": "bad_node", "time": 4000.0, "node": "n5", "why": "slow"}]
     events += [{"event": "drill", "time": 4999.0, "attempt": 7}, failure(5000.0, "n4") | {"attempt": 7}]
-    assert bad_nodes(events, 6000.0) == ["n1", "n2", "n5"]
-    assert bad_nodes(events, DAY + 1000.0) == ["n2", "n5"]
+    assert bad_nodes(events, 6000.0, 24.0) == ["n1", "n2", "n5"]
+    assert bad_nodes(events, DAY + 1000.0, 24.0) == ["n2", "n5"]
     assert bad_nodes(events, 6000.0, hours=0.5) == ["n2"]
     remembered = NodePool((2, 3))
-    remembered.remember(events, 6000.0)
+    remembered.remember(events, 6000.0, 24.0)
     assert remembered.choose(["n1", "n2", "n5"]) == ["n1", "n2"]
     assert remembered.choose(["n1", "n2", "n5", "n6"]) == ["n1", "n2", "n6"]
 
