@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from trainer.engine import chunked_cross_entropy
+from trainer.failures import UserError
 from trainer.planning.memory import LOGIT_BLOCK
 
 IGNORED = -100  # label of a position that is not learned
@@ -36,6 +37,11 @@ class LabelledPositions:
         if self._positions is None:
             return None
         hidden = args[0]  # [rows, length, hidden size]
+        if hidden.dim() != 3:
+            raise UserError(
+                f"{type(self._model).__name__} has no head that takes one vector a token (ProphetNet predicts several "
+                "tokens at once, FSMT's head is an embedding), which dsft needs: choose another family of models"
+            )
         return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._positions),)
 
     def fuse(self) -> str | None:

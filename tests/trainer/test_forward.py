@@ -241,6 +241,15 @@ def test_an_encoder_that_loads_as_a_causal_model_is_refused(packing: bool) -> No
     LanguageModelLoss(decoder, None, "sdpa", CPU, packing=False).check_sight(Plain(decoder))
 
 
+def test_a_model_that_predicts_several_tokens_at_once_is_refused() -> None:
+    from transformers import ProphetNetConfig, ProphetNetForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_decoder_layers": 1, "num_decoder_attention_heads": 2}
+    model = ProphetNetForCausalLM(ProphetNetConfig(**sizes, decoder_ffn_dim=16)).eval()
+    with pytest.raises(UserError, match="ProphetNetForCausalLM has no head that takes one vector a token"):
+        LanguageModelLoss(model, None, "eager", CPU).check_sight(Plain(model))
+
+
 @pytest.mark.parametrize("asked", [{"is_causal": False}, {"use_bidirectional_attention": True}])
 def test_a_config_that_asks_for_attention_both_ways_is_refused(asked: dict[str, bool]) -> None:
     """varlen is causal whatever a config says, and other readers of the export are not."""

@@ -120,15 +120,19 @@ def test_summaries_may_be_called_so(texts: Path, tmp_path: Path) -> None:
         task.columns({}, {"text": "one"})
 
 
-@pytest.mark.parametrize("family", ["bart", "m2m_100"])
+@pytest.mark.parametrize("family", ["bart", "m2m_100", "encoder-decoder"])
 def test_the_loss_is_the_familys_own(texts: Path, tmp_path: Path, family: str) -> None:
-    """M2M100 moves its labels in the forward pass alone, BART by a method as well."""
+    """M2M100 moves its labels in the forward pass alone, BART by a method as well; of two BERTs one becomes decoder."""
     import torch
     import transformers
 
     config = config_of(texts, tmp_path)
     task = get_task(config, load_tokenizer(config.model))
     values = {**(config.model.config or {}), "model_type": family}
+    if family == "encoder-decoder":
+        bert = {"model_type": "bert", "vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 1}
+        bert["num_attention_heads"] = 2
+        values = {"model_type": family, "decoder_start_token_id": 2, "encoder": bert, "decoder": {**bert}}
     model_config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     task.configure(model_config)
     model = transformers.AutoModelForSeq2SeqLM.from_config(model_config).eval()
@@ -138,6 +142,7 @@ def test_the_loss_is_the_familys_own(texts: Path, tmp_path: Path, family: str) -
     source, target = (torch.from_numpy(sample.tokens[chosen])[None] for chosen in (~sample.targets, sample.targets))
     plain = model(input_ids=source, labels=target.long()).loss * target.numel()
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    assert family != "encoder-decoder" or model_config.decoder.is_decoder
 
 
 def test_a_decoder_is_refused_with_what_to_do(texts: Path, tmp_path: Path) -> None:

@@ -102,9 +102,11 @@ class SequenceToSequence(WrittenTask):
                 f"{self.config.task.type} needs an encoder-decoder model (t5, bart, mbart, marian, ...), and "
                 f"{model_config.model_type} is none: fine-tune it with the task causal-lm and a data template"
             )
+        if model_config.model_type == "encoder-decoder":  # of two models: the second may be described as it is alone
+            model_config.decoder.is_decoder = model_config.decoder.add_cross_attention = True
         if model_config.pad_token_id is None:
             model_config.pad_token_id = self.tokenizer.pad_id
-        if model_config.eos_token_id is None:
+        if getattr(model_config, "eos_token_id", None) is None:
             model_config.eos_token_id = self.tokenizer.eos_id
         if model_config.pad_token_id is None:
             raise DataError(f"{self.tokenizer.origin} has no padding token, which {self.config.task.type} needs")
