@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from launcher.backends.links import keep_alive
-from launcher.backends.node import INTERFACE_VARIABLE, LINK_VARIABLE
+from launcher.backends.node import LINK_VARIABLE
 from launcher.backends.ssh import end_processes, host_name, remote_script, start_on
 from trainer.config.schema import SshCluster
 from trainer.failures import NODE_VARIABLE
@@ -148,8 +148,6 @@ def ssh_probes(cluster: SshCluster, seconds: float) -> contextlib.AbstractContex
     def starter(host: str) -> Starter:
         def start(port: int, token: str, output: IO[bytes]) -> subprocess.Popen[bytes]:
             variables = {LINK_VARIABLE: f"{cluster.address or 'ssh'} {port} {token}", NODE_VARIABLE: host_name(host)}
-            if cluster.network_interface:
-                variables[INTERFACE_VARIABLE] = cluster.network_interface
             return start_on(cluster, host, remote_script(cluster, PROBE, variables), output)
 
         return start

@@ -63,6 +63,8 @@ def remote_script(cluster: SshCluster, module: str, variables: Mapping[str, str]
     lines += ["kill $dsft_lifeline; wait $dsft_lifeline 2> /dev/null", "exec 3<&-"]
     if (root := added_root()) is not None:
         lines.append(f'export PYTHONPATH={shlex.quote(str(root))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
+    if cluster.network_interface:
+        variables = {**variables, INTERFACE_VARIABLE: cluster.network_interface}
     lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     lines.append(shlex.join(["exec", cluster.python or sys.executable, "-P", "-m", module]))
     return "\n".join(lines) + "\n"
@@ -177,8 +179,6 @@ class SshBackend(LinkedBackend):
         try:
             for name in names:
                 variables = {LINK_VARIABLE: f"{self.address} {links.port} {links.token}", NODE_VARIABLE: name}
-                if self.cluster.network_interface:
-                    variables[INTERFACE_VARIABLE] = self.cluster.network_interface
                 script = remote_script(self.cluster, "launcher.backends.node", variables)
                 log = ssh_log(self.run, attempt, name)
                 log.parent.mkdir(parents=True, exist_ok=True)

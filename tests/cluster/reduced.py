@@ -43,7 +43,7 @@ def supervise(folder: str, nodes: str, processes: str, seconds: str = "0", min_n
             backend.pool.sizes, backend.resize = sizes, supervisor.membership.take
         continue_job(supervisor, backend)
         action = supervisor.supervise().action
-    return exit_code(action, run, cluster)
+    return exit_code(action, run, cluster, 24.0)
 
 
 def parent_of(pid: int) -> int:
