@@ -34,11 +34,14 @@ def fuse_kernels(model: Any, config: ModelConfig) -> str:
         return "the model's own, as configured"
     problem = _problem(model, config)
     if problem is None:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        try:
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-        with only_this_instance(model):
-            _apply_liger_kernel_to_instance(model=model, **_LEFT_OUT)
-        return f"Liger's for {model.config.model_type}"
+            with only_this_instance(model):
+                _apply_liger_kernel_to_instance(model=model, **_LEFT_OUT)
+            return f"Liger's for {model.config.model_type}"
+        except ImportError as error:  # of what it knows a family by: before it has changed anything
+            problem = f"it does not fit this transformers: {error}"
     if config.kernels == "liger":
         raise UserError(f"model.kernels: liger does not go here: {problem}; use auto or none")
     return f"the model's own: {problem}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -200,6 +201,11 @@ def test_fused_kernels_go_where_they_can(monkeypatch: pytest.MonkeyPatch) -> Non
         fuse_kernels(model, liger)
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name)
     assert "torch.compile fuses them itself" in fuse_kernels(model, config_of(compile=True))
+    monkeypatch.setattr(kernels, "_problem", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)  # as where a name it wants is gone: Qwen2-VL's
+    assert "it does not fit this transformers" in fuse_kernels(model, config_of())
+    with pytest.raises(UserError, match="does not fit this transformers"):
+        fuse_kernels(model, liger)
 
 
 def test_what_serves_one_model_leaves_later_ones_alone() -> None:
