@@ -21,8 +21,6 @@ from trainer.tasks.base import Objective, Predictions
 if TYPE_CHECKING:
     from trainer.tasks.seq2seq import SequenceToSequence
 
-_NONE = np.zeros(1, dtype=np.int32)
-
 
 class SequenceToSequenceObjective(Objective):
     """The loss over target tokens and the texts that a model generates.
@@ -38,14 +36,15 @@ class SequenceToSequenceObjective(Objective):
         self.head_parameters = math.prod(whole_shape(model.get_output_embeddings().weight))
         self._head = LabelledPositions(model)
         self._pad = model.config.pad_token_id or 0
+        self._blank = np.array([self._pad == 0], dtype=np.int32)  # no padding: MBart begins by the last other token
         settings = task.settings.generation
         self._generator = Generator(model, settings, task.tokenizer, device) if settings else None
 
     def __call__(self, forward: Callable[..., Any], sequences: Sequence[PackedSequence]) -> tuple[torch.Tensor, int]:
         """(sum of the loss over target tokens, fp32 scalar; padded tokens, of sources and targets)."""
         samples = [sample for sequence in sequences for sample in sequence.samples]
-        sources = [sample.tokens[~sample.targets] for sample in samples] or [_NONE]
-        targets = [sample.tokens[sample.targets] for sample in samples] or [_NONE]
+        sources = [sample.tokens[~sample.targets] for sample in samples] or [self._blank]
+        targets = [sample.tokens[sample.targets] for sample in samples] or [self._blank]
         ids, mask = padded(sources, self._pad), padded([np.ones(len(row)) for row in sources], 0)
         labels = padded(targets, IGNORED if samples else self._pad)
         positions = np.flatnonzero(labels != IGNORED) if samples else np.zeros(0, dtype=np.int64)

@@ -120,7 +120,7 @@ def test_summaries_may_be_called_so(texts: Path, tmp_path: Path) -> None:
         task.columns({}, {"text": "one"})
 
 
-@pytest.mark.parametrize("family", ["bart", "m2m_100", "encoder-decoder"])
+@pytest.mark.parametrize("family", ["bart", "mbart", "m2m_100", "encoder-decoder"])
 def test_the_loss_is_the_familys_own(texts: Path, tmp_path: Path, family: str) -> None:
     """M2M100 moves its labels in the forward pass alone, BART by a method as well; of two BERTs one becomes decoder."""
     import torch
@@ -138,7 +138,9 @@ def test_the_loss_is_the_familys_own(texts: Path, tmp_path: Path, family: str) -
     model = transformers.AutoModelForSeq2SeqLM.from_config(model_config).eval()
     sample = task.encode([{"source": "one", "target": "unum"}])[0]
     assert isinstance(sample, Sample)
-    loss, _ = task.objective(model, "sdpa", torch.device("cpu"))(model, [PackedSequence((sample,))])
+    objective = task.objective(model, "sdpa", torch.device("cpu"))
+    loss, _ = objective(model, [PackedSequence((sample,))])
+    assert float(objective(model, [])[0].detach()) == 0.0  # of a rank without texts
     source, target = (torch.from_numpy(sample.tokens[chosen])[None] for chosen in (~sample.targets, sample.targets))
     plain = model(input_ids=source, labels=target.long()).loss * target.numel()
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
