@@ -49,7 +49,7 @@ def add_adapter(model: Any, config: AdapterConfig, seed: int) -> None:
     linear = [name for name, module in model.named_modules() if is_linear(module)]
     targets = adapter_targets(linear, config.targets)
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if output is not None and model.config.get_text_config().tie_word_embeddings:
+    if output is not None and getattr(model.config, "tie_word_embeddings", False):
         tied = next((name for name in targets if model.get_submodule(name) is output), None)
         if tied:
             raise UserError(f"model.adapter.targets: {tied} is tied to the input embeddings; leave it out")

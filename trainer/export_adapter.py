@@ -88,7 +88,7 @@ def write_config(
     modules = {top if (top := name.partition(".")[0]) in heads else name.rpartition(".")[0] for name in trained}
     embeddings = model.get_input_embeddings()
     for name in modules:
-        if model.config.get_text_config().tie_word_embeddings and model.get_submodule(name) is embeddings:
+        if getattr(model.config, "tie_word_embeddings", False) and model.get_submodule(name) is embeddings:
             raise UserError(f"{name} was trained and is tied to the head, which peft would untie: use --adapter merge")
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     targets = adapter_targets(list(linear), config.targets)

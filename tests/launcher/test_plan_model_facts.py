@@ -216,6 +216,17 @@ def test_how_much_a_tower_reads_of_an_image(config, tower, patches):
     assert (facts.tower.hidden_size, facts.tower.layers, facts.patches_per_token) == (8, 3, patches)
 
 
+def test_names_in_files_of_qwen_are_those_of_its_model(tmp_path):
+    """Files of Qwen2-VL and Qwen2.5-VL have the text model's layers at model.layers."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", "vision_config": {"depth": 2}}))
+    names = ("model.layers.0.self_attn.q_proj.weight", "visual.blocks.0.mlp.fc1.weight")
+    save_file({name: torch.zeros(4, 4) for name in names}, tmp_path / "model.safetensors")
+    adapter = AdapterConfig(rank=2, targets=["*language_model*.q_proj"])
+    assert model_facts(ModelConfig(path=str(tmp_path), adapter=adapter)).trainable_parameters == 16
+    facts = model_facts(ModelConfig(path=str(tmp_path), freeze=("*language_model*",)))
+    assert (facts.trainable_parameters, facts.tower.layers) == (16, 2)
+
+
 def test_bad_folders(tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         model_facts(ModelConfig(path=str(tmp_path / "nowhere")))

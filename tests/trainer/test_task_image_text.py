@@ -16,7 +16,9 @@ from PIL import Image
 from transformers.utils import is_torchvision_available
 from vision_families import NEEDS_TORCHVISION, PLACES, VISION_FAMILIES, family_model, make_family
 
+from trainer.adapters import add_adapter
 from trainer.config.schema import LaunchConfig
+from trainer.config.trained import AdapterConfig
 from trainer.data.encoding import SourceEncoder
 from trainer.data.sample import PackedSequence, Sample
 from trainer.data.sources import open_source
@@ -147,6 +149,17 @@ def test_a_mixed_batch_is_learned_as_by_plain_transformers(folder: Path, family:
     tower = [p for name, p in model.named_parameters() if ("vision" in name or "visual" in name) and ".0." in name]
     assert tower
     assert all(p.grad is not None and not p.grad.any() for p in tower)  # run, and without effect
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *VISION_FAMILIES])
+def test_adapters_go_on_all_families(family: str) -> None:
+    values = tiny_model(family)
+    config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    add_adapter(model, AdapterConfig(rank=2, targets=["*q_proj"]), 0)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("lora" in name for name in trained)
 
 
 def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -120,7 +120,10 @@ def model_facts(
     facts = replace(facts, pinned=next(folder.glob("*.safetensors"), None) is not None)
     if not shapes:
         return facts
-    # names in a file may carry another prefix than the model's own
+    # names in a file may carry another prefix than the model's own; these two families' also lack a part
+    if facts.model_type in ("qwen2_vl", "qwen2_5_vl"):
+        text = re.compile(r"^model\.(?!language_model\.|visual\.)")
+        shapes = {text.sub("model.language_model.", name): shape for name, shape in shapes.items()}
     facts = replace(facts, source="safetensors")
     return _counted(facts, shapes, model.freeze, model.train_only, model.adapter, new_head, model.dtype, strict=False)
 
