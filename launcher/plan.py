@@ -17,7 +17,7 @@ from trainer.planning.batches import BatchPlan
 from trainer.planning.communication import Communication, plan_communication
 from trainer.planning.deepspeed_config import deepspeed_config
 from trainer.planning.memory import MemoryEstimate
-from trainer.planning.model_facts import ModelFacts
+from trainer.planning.model_facts import MIXES_SAMPLES, ModelFacts
 from trainer.planning.throughput import FORMULA, Device, StepTime, flops_per_token, peak_flops, step_time
 from trainer.planning.throughput import device as known_device
 
@@ -383,6 +383,11 @@ def _batch_warnings(config: LaunchConfig, batch: BatchPlan, model: ModelFacts, p
     if model.max_positions is not None and length > model.max_positions:
         warnings.append(
             f"data.sequence_length {length} exceeds the model's max_position_embeddings {model.max_positions}"
+        )
+    if config.data.packing and model.model_type in MIXES_SAMPLES:
+        warnings.append(
+            f"data.packing: {model.model_type} lets packed samples see one another with most attentions, which ends a "
+            "run as soon as its model is loaded: set it to false"
         )
     sharing = config.model.sequence_parallel
     if per_node % sharing:

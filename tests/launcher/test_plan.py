@@ -222,6 +222,9 @@ def test_a_model_that_cannot_be_sized_is_planned_and_said_so(tmp_path):
     assert plan.memory is None
     assert "rwkv9" in plan.warnings[0]
     assert plan.to_json()["checkpoint_bytes"] is None
+    mixing = 'model.config={"model_type": "gpt_oss"}'
+    told = [plan_of(tmp_path, mixing, *more).warnings for more in ((), ("data.packing=false",))]
+    assert ["see one another" in text for text in map(" ".join, told)] == [True, False]
 
 
 def test_a_cluster_that_cannot_be_seen(tmp_path):

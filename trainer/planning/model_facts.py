@@ -25,6 +25,40 @@ HEAD = "task_head"  # what `trainer.modeling_head` calls the layers of `task.hea
 _EMBEDDING = "(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|shared)"
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt"})  # their layers keep weights as [in, out]
+# Families whose packed samples see one another in transformers 5.23, for most attentions: they carry a state from token
+# to token, or their masks know of no samples. Every run tries its own model (`trainer.forward`), once it is loaded.
+MIXES_SAMPLES = frozenset(
+    [
+        "afmoe",
+        "bailing_hybrid",
+        "bamba",
+        "falcon_h1",
+        "falcon_mamba",
+        "gpt_oss",
+        "granitemoehybrid",
+        "jamba",
+        "kimi_linear",
+        "lfm2",
+        "lfm2_moe",
+        "lfm3",
+        "mamba",
+        "mamba2",
+        "minimax",
+        "nemotron_h",
+        "olmo_hybrid",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_next",
+        "recurrent_gemma",
+        "rwkv",
+        "xlstm",
+        "zamba",
+        "zamba2",
+        "zaya",
+    ]
+)
 
 
 @dataclass(frozen=True)
