@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import signal
@@ -61,7 +62,11 @@ def follow(cluster: Cluster, output: Path, *command: str, **variables: str) -> s
     """Start a command that goes on, with its output in a file."""
     with open(output, "wb") as file:
         environment = cluster.environment | variables
-        return subprocess.Popen(command, env=environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
+        # a test run in the background of a shell ignores INT, and so would what it starts
+        reset = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen(
+            command, env=environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL, preexec_fn=reset
+        )
 
 
 def test_three_nodes_interrupted_end_where_one_machine_does(cluster: Cluster, tmp_path: Path) -> None:
