@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SCRIPT, Cluster
 from safetensors.numpy import load_file
+from simulated import SCRIPT, Cluster
 from test_slurm_training import write_inputs
 
 from trainer.processes import processes_of_run

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import brought_up
+from simulated import brought_up
 from test_slurm_training import write_inputs
 
 from trainer.rundir import RunDirectory

@@ -12,7 +12,7 @@ from typing import Any
 
 import image
 import pytest
-from conftest import Cluster, read_json_lines
+from simulated import Cluster, read_json_lines
 from test_slurm_jobs import HOSTILE, PROGRAM
 from test_slurm_training import ROOT, exported, write_inputs
 

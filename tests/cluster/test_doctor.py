@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SCRIPT, Cluster
+from simulated import SCRIPT, Cluster
 from test_slurm_training import write_inputs
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(200)]

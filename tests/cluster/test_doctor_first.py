@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cluster
+from simulated import Cluster
 from test_slurm_training import write_inputs
 
 from launcher.first_step import blamed

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Cluster
 from launched import (
     HOSTS,
     Launched,
@@ -24,6 +23,7 @@ from launched import (
     undisturbed,
     write_config,
 )
+from simulated import Cluster
 
 pytestmark = [pytest.mark.faults, pytest.mark.cluster, pytest.mark.timeout(1200)]
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cluster
 from launched import (
     Launched,
     assert_nothing_left,
@@ -25,6 +24,7 @@ from launched import (
     undisturbed,
     write_config,
 )
+from simulated import Cluster
 
 from launcher.backends.links import LOST_SECONDS
 from trainer.rundir import RunDirectory

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Cluster
+from simulated import Cluster
 
 ROOT = Path(__file__).parents[2]
 

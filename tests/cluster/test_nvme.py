@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Cluster
 from launched import Launched, set_variables, write_config
+from simulated import Cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.matrix, pytest.mark.faults, pytest.mark.timeout(300)]
 

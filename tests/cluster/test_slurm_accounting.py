@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Cluster, brought_up
+from simulated import Cluster, brought_up
 
 from launcher import jobs
 from slurm import client

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cluster, read_json_lines
+from simulated import Cluster, read_json_lines
 
 from launcher.backends.slurm import submit
 from launcher.jobs import cancel_job, refuse_second_job

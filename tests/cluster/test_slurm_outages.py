@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Cluster
+from simulated import Cluster
 from test_slurm_jobs import PROGRAM, ROOT, log, notes, wait_for_rounds
 
 from launcher.backends.links import LOST_SECONDS

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cluster
+from simulated import Cluster
 from tune_inputs import write_words
 
 from trainer.rundir import RunDirectory

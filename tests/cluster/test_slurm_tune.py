@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Cluster
+from simulated import Cluster
 from tune_inputs import KEY, write_inputs
 
 from launcher.jobs import job_id

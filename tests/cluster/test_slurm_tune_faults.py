@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Cluster
 from launched import DSFT, set_variables
+from simulated import Cluster
 from tune_inputs import KEY, write_inputs
 
 from launcher.jobs import job_id

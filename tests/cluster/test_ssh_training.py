@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SCRIPT, Cluster
+from simulated import SCRIPT, Cluster
 from test_slurm_training import exported, write_inputs
 
 from trainer.rundir import RunDirectory
