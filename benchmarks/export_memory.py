@@ -54,7 +54,7 @@ def export_program(run_dir: Path, shard_gib: float) -> None:
     _ = transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM  # imported lazily
     run = RunDirectory(run_dir)
     config = LaunchConfig.model_validate_json(run.config_path.read_text())
-    config = config.model_copy(update={"export": config.export.model_copy(update={"max_shard_size_gib": shard_gib})})
+    config = config.altered(export={"max_shard_size_gib": shard_gib})
     before = status("RssAnon")
     with Peak() as peak:
         folder = export_run(run, config)

@@ -50,30 +50,16 @@ def choose_attention(config: LaunchConfig, model_config: Any, device: torch.devi
         UserError: what `model.attention` asks for cannot be.
     """
     requested = config.model.attention
-    if requested == VARLEN:
-        problem = _not_varlen(config, model_config, device)
-    elif requested in _FLASH:
-        problem = _not_flash(requested, config, model_config, device)
-    elif requested == "flex_attention" and device.type == "cpu":
-        problem = "it has no backward pass on CPUs"
-    else:
-        problem = None
-    if problem:
-        raise UserError(f"model.attention: {requested} does not go here: {problem}; use auto")
     if requested != "auto":
-        if requested in (*_FLASH, VARLEN):
-            _register(requested, config)
+        if problem := _not_here(requested, config, model_config, device):
+            raise UserError(f"model.attention: {requested} does not go here: {problem}; use auto")
+        _register(requested, config)
         return requested, "as configured"
     if device.type != "cuda":
         return None, "no GPU"
     reasons: list[str] = []
-    for name in (*_FLASH, VARLEN):
-        if name == VARLEN:
-            problem = _not_varlen(config, model_config, device)
-        elif not _installed(_FLASH[name][0]):
-            continue
-        else:
-            problem = _not_flash(name, config, model_config, device)
+    for name in (*(name for name, (package, _) in _FLASH.items() if _installed(package)), VARLEN):
+        problem = _not_here(name, config, model_config, device)
         if problem is None and (failed := _kernel_problem(name, model_config, device)):
             problem = f"its kernel fails here: {failed}"
         if problem is None:
@@ -98,6 +84,15 @@ def _installed(package: str) -> bool:
     return True
 
 
+def _not_here(name: str, config: LaunchConfig, model_config: Any, device: torch.device) -> str | None:
+    """Why an implementation cannot be used; None: nothing is known against it."""
+    if name == VARLEN:
+        return _not_varlen(config, model_config, device)
+    if name in _FLASH:
+        return _not_flash(name, config, model_config, device)
+    return "it has no backward pass on CPUs" if name == "flex_attention" and device.type == "cpu" else None
+
+
 def _not_flash(name: str, config: LaunchConfig, model_config: Any, device: torch.device) -> str | None:
     """Why a FlashAttention cannot be used; None: it can."""
     if config.task.type == "image-text-to-text" and model_config.model_type in _BOTH_WAYS:
@@ -109,8 +104,8 @@ def _not_flash(name: str, config: LaunchConfig, model_config: Any, device: torch
         return f"{package} is not installed"
     if config.model.dtype != "bfloat16":
         return "it wants model.dtype bfloat16"
-    if name != "flash_attention_2" and _drops(model_config.get_text_config()):
-        return "it has no dropout, and the model's attention_dropout is not 0"
+    if name != "flash_attention_2" and (problem := _dropout(model_config.get_text_config())):
+        return problem
     from transformers import MODEL_MAPPING
 
     kind: Any = MODEL_MAPPING.get(type(model_config), None)
@@ -119,8 +114,9 @@ def _not_flash(name: str, config: LaunchConfig, model_config: Any, device: torch
     return None
 
 
-def _drops(text_config: Any) -> bool:
-    return bool(getattr(text_config, "attention_dropout", 0.0))
+def _dropout(text_config: Any) -> str | None:
+    dropped = getattr(text_config, "attention_dropout", 0.0)
+    return "it has no dropout, and the model's attention_dropout is not 0" if dropped else None
 
 
 def _not_varlen(config: LaunchConfig, model_config: Any, device: torch.device) -> str | None:
@@ -134,8 +130,8 @@ def _not_varlen(config: LaunchConfig, model_config: Any, device: torch.device) -
     text = model_config.get_text_config()
     if text.model_type not in VARLEN_FAMILIES:
         return f"model_type {text.model_type} is not among {', '.join(sorted(VARLEN_FAMILIES))}"
-    if _drops(text):
-        return "it has no dropout, and the model's attention_dropout is not 0"
+    if problem := _dropout(text):
+        return problem
     if device.type == "cuda":
         if config.model.dtype != "bfloat16":
             return "its kernel wants model.dtype bfloat16"
@@ -203,11 +199,12 @@ def attention_function(name: str) -> Callable[..., Any]:
 
 def _register(name: str, config: LaunchConfig) -> None:
     """Have transformers know of the implementation, where it does not, or not as it has to be."""
-    function = attention_function(name)
     if name == "flash_attention_4" and config.model.compile:
         # its programs are made by another compiler, which torch's cannot follow: a layer is compiled around it
-        function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-    elif name != VARLEN:
+        function = torch.compiler.disable(attention_function(name))  # type: ignore[no-untyped-call]
+    elif name == VARLEN:
+        function = varlen_attention
+    else:
         return
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

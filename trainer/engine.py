@@ -82,13 +82,13 @@ def in_files(memory: FileMemory | None) -> AbstractContextManager[None]:
     return memory.serving(Init, DeepSpeedZeroOptimizer_Stage3) if memory else contextlib.nullcontext()
 
 
-def gathered(parameters: Sequence[torch.nn.Parameter], modifier_rank: int | None = None) -> AbstractContextManager[Any]:
+def gathered(parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[Any]:
     """Whole parameters inside the context (a collective; a no-op where they are not partitioned)."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return contextlib.nullcontext()  # predictions need not import DeepSpeed
     import deepspeed
 
-    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
-        list(parameters), modifier_rank=modifier_rank
-    )
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(parameters))
     return context
 
 

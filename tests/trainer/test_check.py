@@ -94,7 +94,7 @@ def test_qlora_without_bitsandbytes_is_refused(tmp_path: Path, monkeypatch: pyte
     config = make_config(tmp_path, [{"text": "a b"}])
     (tmp_path / "config.json").write_text(json.dumps(config.model.config))
     changed = {"config": None, "path": str(tmp_path), "adapter": AdapterConfig(type="qlora")}
-    config = config.model_copy(update={"model": config.model.model_copy(update=changed)})
+    config = config.altered(model=changed)
     assert check(config)["ok"]
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     report = check(config)
@@ -104,7 +104,7 @@ def test_qlora_without_bitsandbytes_is_refused(tmp_path: Path, monkeypatch: pyte
 
 def test_fp8_without_torchao_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(tmp_path, [{"text": "a b"}])
-    config = config.model_copy(update={"model": config.model.model_copy(update={"compile": True, "fp8": "rowwise"})})
+    config = config.altered(model={"compile": True, "fp8": "rowwise"})
     assert check(config)["ok"]
     monkeypatch.setitem(sys.modules, "torchao", None)
     report = check(config)
@@ -152,7 +152,7 @@ def test_a_metric_that_no_evaluation_will_give(
     other = tmp_path / "b.jsonl"
     other.write_text('{"text": "b c"}\n')
     config = make_config(tmp_path, [{"text": "a b"}], evaluation=[{"path": str(other), "name": name}])
-    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"metric": metric})})
+    config = config.altered(evaluation={"metric": metric})
     report = check(config)
     assert report["ok"] == (message is None)
     assert re.search(message or "^$", "".join(report["errors"]))

@@ -321,7 +321,7 @@ def test_the_check_warns_of_answers_that_begin_within_a_token(tmp_path: Path, en
     merges = [("Ġ", "<"), ("Ġ", "N")]
     fast.model = models.BPE(alphabet | {"".join(pair): 300 + i for i, pair in enumerate(merges)}, merges)
     fast.save(f"{config.model.tokenizer}/tokenizer.json")
-    report = check(config.model_copy(update={"model": config.model.model_copy(update={"resize_embeddings": True})}))
+    report = check(config.altered(model={"resize_embeddings": True}))
     assert report["ok"], report
     assert ["2 answers begin within the last token of their prompt" in told for told in report["warnings"]] == (
         [True] * bool(joined)

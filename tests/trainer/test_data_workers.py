@@ -57,7 +57,7 @@ ROWS = [{"text": "x" * (1 + n * 7 % 90)} for n in range(900)]
 
 
 def stream(config: LaunchConfig, workers: int, state: dict[str, Any] | None = None) -> BatchStream:
-    config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
+    config = config.altered(data={"workers": workers})
     task = get_task(config, load_tokenizer(config.model))
     return build_training_stream(
         config, task, rank=0, world_size=1, micro_batch_size=4, gather=lambda rows: [rows], state=state

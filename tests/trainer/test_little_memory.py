@@ -56,7 +56,7 @@ def test_a_rank_without_memory_goes_on_with_smaller_micro_batches(tmp_path: Path
     facts = gather_facts(config)
     again = planned(config, facts)  # another launch remembers
     assert (again.batch.micro_batch_size, again.config_hash) == (size, make_plan(config, facts).config_hash)
-    given = config.model_copy(update={"training": config.training.model_copy(update={"micro_batch_size": 16})})
+    given = config.altered(training={"micro_batch_size": 16})
     assert planned(given, facts).batch.micro_batch_size == 16
 
 
@@ -78,7 +78,7 @@ def test_what_is_made_smaller(
 ) -> None:
     wanted = size if changes.get("given") else "auto"
     run, config = wide_run(tmp_path / "run", workspace, micro_batch_size=wanted)
-    config = config.model_copy(update={"model": config.model.model_copy(update={"gradient_checkpointing": "auto"})})
+    config = config.altered(model={"gradient_checkpointing": "auto"})
     plan = read_json(run.plan_path)
     plan |= {"recompute": changes.get("recompute", False), "device": changes.get("device", "cpu")}
     plan["batch"]["micro_batch_size"] = size

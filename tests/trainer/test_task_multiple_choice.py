@@ -75,7 +75,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("record", LAYOUTS)
 def test_layouts(config: LaunchConfig, tmp_path: Path, record: dict[str, Any]) -> None:
     (tmp_path / "one.jsonl").write_text(json.dumps(record))
-    task = task_of(config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": 64})}))
+    task = task_of(config.altered(data={"sequence_length": 64}))
     source = open_source(DataSource(path=str(tmp_path / "one.jsonl")))
     encoder = SourceEncoder(source, task, 64, "error", "error")
     (sample,) = encoder.encode(np.array([0]), [0])[0][0]

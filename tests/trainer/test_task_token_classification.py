@@ -64,7 +64,7 @@ def finished(config: LaunchConfig, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def encoded(config: LaunchConfig, record: dict[str, Any], **data: Any) -> list[Any]:
-    task = task_of(config.model_copy(update={"data": config.data.model_copy(update=data)}))
+    task = task_of(config.altered(data=data))
     (found,) = task.encode([record])
     assert isinstance(found, list), found
     return found
@@ -167,7 +167,7 @@ def test_scores_are_seqevals(config: LaunchConfig, scheme: str) -> None:
 
 
 def test_tags_of_no_entities_have_accuracy_alone(config: LaunchConfig) -> None:
-    task = task_of(config.model_copy(update={"task": config.task.model_copy(update={"labels": ("NOUN", "VERB")})}))
+    task = task_of(config.altered(task={"labels": ("NOUN", "VERB")}))
     assert task.scores(0.0, [((0, 0, 0), ([0, 1, -1], [0, 0, 1]))]) == {"accuracy": 0.5}
 
 
@@ -178,7 +178,7 @@ def test_a_record_longer_than_a_sequence_is_counted(config: LaunchConfig, tmp_pa
     made, outcomes = SourceEncoder(source, task_of(config), 24, "split", "error").encode(np.array([0]), [0])
     assert outcomes == [(0, 3)]  # split
     assert [sample.origin for sample in made[0]] == [(0, 0, piece) for piece in range(len(made[0]))]
-    strict = config.model_copy(update={"data": config.data.model_copy(update={"on_long": "error"})})
+    strict = config.altered(data={"on_long": "error"})
     with pytest.raises(DataError, match="to split, truncate or skip"):
         SourceEncoder(source, task_of(strict), 24, "error", "error").encode(np.array([0]), [0])
 

@@ -149,13 +149,8 @@ def load_processor(config: LaunchConfig, auto_class: str) -> Any:
             found = getattr(transformers, auto_class).from_pretrained(origin, **trusted)
             found.image_processor = images  # its backend cannot be named above: processors of videos have no such
         return found
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-        TypeError,
-        RuntimeError,
-    ) as error:  # the last: torchvision of another torch
+    # RuntimeError: of a torchvision that is made for another torch
+    except (OSError, ValueError, ImportError, TypeError, RuntimeError) as error:
         raise DataError(
             f"the processor of {origin!r} cannot be loaded: {error}; give model.processor a folder with a "
             "preprocessor_config.json"
